@@ -1,0 +1,362 @@
+"""Finds what mergekit drops in silence, before hours of merging: misspelt keys and parameters, parameters in a place
+where nobody reads them, wrong values, a missing base, tensors whose shapes differ (from file headers only).
+
+Works for every merge method: what a key or parameter may be is read off mergekit's own models and method specs.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import typing
+from collections.abc import Hashable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from mergekit import merge_methods
+from mergekit.common import ModelReference, dtype_from_name
+from mergekit.config import ConditionalParameter, MergeConfiguration
+from mergekit.io import ShardedTensorIndex
+from mergekit.merge_methods.base import MergeMethod, ParameterScope
+from mergekit.scripts.merge_raw_pytorch import RawPyTorchMergeConfig
+from pydantic import BaseModel, ValidationError
+
+FILE_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
+SHOWN = 5  # differing tensors listed by name; the rest are counted
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """``error``: the merge would fail, or not do what the file says. ``warning``: worth a look, or not checkable."""
+
+    level: Literal["error", "warning"]
+    where: str
+    message: str
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML lets the last of two equal keys win without a word."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            if isinstance(key, Hashable) and key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} appears twice", key_node.start_mark)
+            if isinstance(key, Hashable):
+                seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def check(path: str | Path) -> list[Finding]:
+    """Findings for a file meant for mergekit-yaml, mergekit-multi (several documents) or mergekit-pytorch."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            documents = [d for d in yaml.load_all(file, Loader=_UniqueKeyLoader) if d is not None]
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        return [Finding("error", str(path), f"cannot be read as YAML: {error}")]
+    if not documents:
+        return [Finding("error", str(path), "is empty; it needs at least `merge_method` and `models`")]
+    stages = [str(d["name"]) for d in documents if isinstance(d, dict) and "name" in d]
+    findings = list(_stage_names(documents, stages))
+    for number, document in enumerate(documents):
+        where = "" if len(documents) == 1 else f"document {number + 1}"
+        if isinstance(document, dict) and "name" in document:
+            where = f"stage {document['name']}"
+        findings += _Document(document, where, stages).findings()
+    return findings
+
+
+def _stage_names(documents: list[Any], stages: list[str]) -> Iterator[Finding]:
+    """mergekit-multi replaces every string equal to a stage name by a path, also methods and option values."""
+    for stage in stages:
+        if any(stage in _strings(d) for d in documents if isinstance(d, dict)):
+            yield Finding(
+                "error", f"stage {stage}", f"mergekit-multi also replaces the option value or method {stage!r} by a path: "
+                "rename the stage",
+            )  # fmt: skip
+    reports = [report for d in documents if isinstance(d, dict) for report in set(_reports(d))]
+    for report in {r for r in reports if reports.count(r) > 1}:
+        yield Finding("warning", "report", f"several stages write {report}: only the last is kept, give each its own file")
+
+
+def _strings(document: dict[str, Any]) -> set[str]:
+    """Strings that are not model references: method, dtypes, parameter values."""
+    found = {v for k, v in document.items() if k not in ("name", "base_model") and isinstance(v, str)}
+    for _, parameters, _ in _parameter_sections(document):
+        found |= {leaf for value in parameters.values() for leaf in _leaves(value) if isinstance(leaf, str)}
+    return found
+
+
+def _reports(document: dict[str, Any]) -> Iterator[str]:
+    for _, parameters, _ in _parameter_sections(document):
+        yield from (leaf for leaf in _leaves(parameters.get("report")) if isinstance(leaf, str))
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, list):
+        for item in value:
+            yield from _leaves(item)
+    elif isinstance(value, dict):
+        yield from _leaves(value.get("value"))
+    elif value is not None:
+        yield value
+
+
+def _parameter_sections(document: Any, where: str = "") -> Iterator[tuple[str, dict[str, Any], str | None]]:
+    """(where, parameters, model they stand under or None) of every `parameters` mapping."""
+    if isinstance(document, list):
+        for number, item in enumerate(document):
+            yield from _parameter_sections(item, f"{where}[{number}]")
+    elif isinstance(document, dict):
+        for key, value in document.items():
+            place = f"{where}.{key}" if where else str(key)
+            if key == "parameters":
+                if isinstance(value, dict):
+                    model = document.get("model")
+                    yield place, value, str(model) if model is not None else None
+            else:
+                yield from _parameter_sections(value, place)
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"; did you mean `{near[0]}`?" if near else f"; known: {', '.join(sorted(known))}"
+
+
+class _Document:
+    """One merge configuration."""
+
+    def __init__(self, document: Any, where: str, stages: list[str]):
+        self.data = document
+        self.where = where
+        self.stages = stages
+
+    def _at(self, place: str) -> str:
+        return ": ".join(part for part in (self.where, place) if part)
+
+    def findings(self) -> Iterator[Finding]:
+        if not isinstance(self.data, dict):
+            yield Finding("error", self._at("top level"), f"must be a mapping, not {type(self.data).__name__}")
+            return
+        schema = RawPyTorchMergeConfig if self._is_raw() else MergeConfiguration
+        yield from self._unknown_keys(schema, self.data, "")
+        config = None
+        try:
+            config = schema.model_validate({k: v for k, v in self.data.items() if k != "name"})
+        except ValidationError as error:
+            for item in error.errors():
+                yield Finding("error", self._at(".".join(map(str, item["loc"]))), item["msg"])
+        except RuntimeError as error:  # mergekit's own validators raise it
+            yield Finding("error", self._at("top level"), str(error))
+        name = self.data.get("merge_method")
+        methods = {m.spec.name: m for m in merge_methods.registered_methods()}
+        if name in methods:
+            yield from self._parameters(methods[name])
+            if config is not None:
+                yield from self._inputs(methods[name])
+        elif name is not None:
+            yield Finding("error", self._at("merge_method"), f"{name!r} is not a merge method{_nearest(str(name), methods)}")
+        yield from self._dtypes()
+        yield from self._shapes()
+
+    # -- keys ---------------------------------------------------------------------------------------------------------
+
+    def _is_raw(self) -> bool:
+        models = [m.get("model") for m in self.data.get("models") or [] if isinstance(m, dict)]
+        return any(isinstance(m, str) and m.lower().endswith(FILE_SUFFIXES) for m in [*models, self.data.get("base_model")])
+
+    def _unknown_keys(self, schema: type[BaseModel], data: Mapping[str, Any], place: str) -> Iterator[Finding]:
+        for key, value in data.items():
+            here = f"{place}.{key}" if place else str(key)
+            if key not in schema.model_fields:
+                if not (place == "" and key == "name"):  # a stage of a mergekit-multi file
+                    yield Finding("error", self._at(here), f"unknown key, mergekit ignores it{_nearest(str(key), schema.model_fields)}")
+                continue
+            for nested in _nested_models(schema.model_fields[key].annotation):
+                for sub_place, sub in _mappings(value, here):
+                    yield from self._unknown_keys(nested, sub, sub_place)
+
+    # -- parameters ---------------------------------------------------------------------------------------------------
+
+    def _parameters(self, method: MergeMethod) -> Iterator[Finding]:
+        known = {p.name: p for p in method.spec.parameters}
+        base = self.data.get("base_model")
+        for place, parameters, model in _parameter_sections(self.data):
+            for name, value in parameters.items():
+                here = self._at(f"{place}.{name}")
+                if name not in known:
+                    yield Finding("error", here, f"{method.spec.name} has no such parameter, mergekit ignores it{_nearest(str(name), known)}")
+                    continue
+                scope = known[name].scope
+                if model is not None and scope == ParameterScope.SHARED:
+                    yield Finding("error", here, "is ignored under a model: write it under the top-level `parameters`")
+                if model is not None and model == str(base) and scope == ParameterScope.NON_BASE:
+                    yield Finding("error", here, "is ignored under base_model: write it under a fine-tuned model or top-level")
+                yield from self._values(here, known[name].validate, value)
+        if method.spec.name == "monosoup":
+            yield from self._agreement([p.name for p in method.spec.parameters if p.name != "weight"])
+
+    def _values(self, here: str, validate: Any, value: Any) -> Iterator[Finding]:
+        conditions = [c for c in (value if isinstance(value, list) else [value]) if isinstance(c, dict)]
+        for number, condition in enumerate(conditions):
+            for key in condition:
+                if key not in ConditionalParameter.model_fields:
+                    yield Finding("error", here, f"unknown key `{key}` in a filter{_nearest(str(key), ConditionalParameter.model_fields)}")
+            if condition.get("filter") in (None, "*") and number < len(conditions) - 1:
+                yield Finding("error", here, "an entry without `filter` comes before others, which are never reached: put it last")
+        if value is None:
+            yield Finding("error", here, "has no value; leave the line out to get the default")
+        for leaf in _leaves(value):
+            try:
+                validate(leaf)
+            except ValidationError as error:
+                yield Finding("error", here, error.errors()[0]["msg"].removeprefix("Value error, "))
+
+    def _agreement(self, merge_wide: list[str]) -> Iterator[Finding]:
+        base = str(self.data.get("base_model"))
+        tuned = [m for m in self.data.get("models") or [] if isinstance(m, dict) and str(m.get("model")) != base]
+        for name in merge_wide:
+            values = [(m.get("parameters") or {}).get(name, "unset") for m in tuned]
+            if any(value != values[0] for value in values):
+                yield Finding("error", self._at(name), f"holds for the whole merge but the models disagree ({values}): write it under the top-level `parameters`")
+
+    # -- models -------------------------------------------------------------------------------------------------------
+
+    def _inputs(self, method: MergeMethod) -> Iterator[Finding]:
+        base = self.data.get("base_model")
+        slices = self.data.get("slices")
+        groups = [s.get("sources") or [] for s in slices] if slices else [self.data.get("models") or []]
+        for number, group in enumerate(groups):
+            ids = list(dict.fromkeys(str(m.get("model")) for m in group))
+            if base is not None and str(base) not in ids and not slices:
+                ids.append(str(base))
+            try:
+                method.validate_inputs(ids, str(base) if base is not None else None, group_name=f"slices[{number}]" if slices else None)
+            except ValueError as error:
+                yield Finding("error", self._at("models"), str(error))
+
+    def _dtypes(self) -> Iterator[Finding]:
+        sizes = {}
+        for key in ("dtype", "out_dtype"):
+            if isinstance(name := self.data.get(key), str):
+                try:
+                    dtype = dtype_from_name(name)
+                except (RuntimeError, AttributeError, KeyError) as error:
+                    yield Finding("error", self._at(key), f"{name!r} is not a dtype ({error})")
+                else:
+                    sizes[key] = dtype.itemsize if dtype else 0
+        if self.data.get("merge_method") == "monosoup" and sizes.get("out_dtype", 9) < sizes.get("dtype", 0):
+            yield Finding(
+                "warning", self._at("out_dtype"), "mergekit rounds to it after the method: `realised` in the report is that "
+                "of `dtype`, what is stored may be less",
+            )  # fmt: skip
+
+    def _shapes(self) -> Iterator[Finding]:
+        """Compares tensors of the same name between the base (or first) model and each other one."""
+        names = [str(m["model"]) for m in _models(self.data)]
+        if self.data.get("base_model") is not None:
+            names.insert(0, str(self.data["base_model"]))
+        found: dict[str, Shapes] = {}
+        for name in dict.fromkeys(names):
+            if name in self.stages:
+                continue  # does not exist yet
+            try:
+                reference = ModelReference.model_validate(name)
+                found[name] = shapes(reference)
+                if reference.lora:
+                    yield Finding("warning", self._at(name), "the LoRA adapter's own shapes are not checked")
+            except _NotThere as error:
+                yield Finding("error", self._at(name), str(error))
+            except Exception as error:  # a hub that does not answer, a damaged header: said, never fatal
+                yield Finding("warning", self._at(name), f"shapes not checked: {type(error).__name__}: {error}")
+        if not found:
+            return
+        first, *others = found
+        for other in others:
+            differing = [t for t in found[first] if t in found[other] and found[first][t] != found[other][t]]
+            for tensor in differing[:SHOWN]:
+                hint = ""
+                if found[first][tensor][1:] == found[other][tensor][1:] and ("embed" in tensor or "lm_head" in tensor):
+                    hint = "; the vocabularies differ: add `tokenizer: {source: base}`"
+                yield Finding("error", self._at(tensor), f"{found[first][tensor]} in {first} but {found[other][tensor]} in {other}{hint}")
+            if len(differing) > SHOWN:
+                yield Finding("error", self._at(other), f"{len(differing) - SHOWN} more tensors differ in shape from {first}")
+            if found[first] and found[other] and not set(found[first]) & set(found[other]):
+                yield Finding("error", self._at(other), f"has no tensor name in common with {first}: another architecture?")
+
+
+class _NotThere(ValueError):
+    """A path that cannot be a model."""
+
+
+def _models(data: Any) -> Iterator[Mapping[str, Any]]:
+    """Every mapping with a `model` key, at any depth."""
+    if isinstance(data, list):
+        for item in data:
+            yield from _models(item)
+    elif isinstance(data, dict):
+        if isinstance(data.get("model"), str):
+            yield data
+        for value in data.values():
+            yield from _models(value)
+
+
+def _mappings(value: Any, place: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Mappings that a nested model is read from: the value, the items of a list, the values of a dict of them."""
+    if isinstance(value, list):
+        for number, item in enumerate(value):
+            if isinstance(item, dict):
+                yield f"{place}[{number}]", item
+    elif isinstance(value, dict):
+        if place.rsplit(".", 1)[-1] == "modules":
+            yield from ((f"{place}.{key}", item) for key, item in value.items() if isinstance(item, dict))
+        else:
+            yield place, value
+
+
+def _nested_models(annotation: Any) -> Iterator[type[BaseModel]]:
+    """Pydantic models inside an annotation, but for references (plain strings in YAML) and parameter values."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        if annotation not in (ModelReference, ConditionalParameter):
+            yield annotation
+    for argument in typing.get_args(annotation):
+        yield from _nested_models(argument)
+
+
+def shapes(model: ModelReference) -> Shapes:
+    """Shapes of a model's tensors from file headers: a local folder or file, or a hub repository of safetensors.
+
+    Raises:
+        _NotThere: the path looks local but does not exist.
+    """
+    path = model.model.path
+    if os.path.isdir(path):
+        index = ShardedTensorIndex.from_disk(path)
+        files = [os.path.join(index.base_path, shard.filename) for shard in index.shards]
+        return {name: shape for file in files for name, shape in _file_shapes(file).items()}
+    if os.path.isfile(path):
+        return _file_shapes(path)
+    if path.startswith((".", "/", "~")) or path.count("/") != 1 or path.lower().endswith(FILE_SUFFIXES):
+        raise _NotThere("no such file or folder (and not the name of a hub repository, ORGANISATION/MODEL)")
+    from huggingface_hub import get_safetensors_metadata
+
+    metadata = get_safetensors_metadata(path, revision=model.model.revision)
+    return {n: tuple(t.shape) for file in metadata.files_metadata.values() for n, t in file.tensors.items()}
+
+
+def _file_shapes(path: str) -> Shapes:
+    if path.lower().endswith(".safetensors"):
+        from safetensors import safe_open
+
+        with safe_open(path, framework="pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no mapping
+    import torch
+
+    state = torch.load(path, map_location="meta", weights_only=True)
+    state = state.get("state_dict", state)
+    return {name: tuple(t.shape) for name, t in state.items() if isinstance(t, torch.Tensor)}

@@ -1,0 +1,41 @@
+"""Which matrices a checkpoint tensor holds: routing by name and shape.
+
+Mixture-of-experts checkpoints stack E experts in one tensor, and the fused gate_up projection is two matrices glued
+together; a convolution of the same number of dimensions is one matrix. Only the name tells them apart.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+Index = tuple[int | slice, ...]
+
+# Granite's MoE has no ".experts." in its names but the same layout as Qwen3-MoE.
+EXPERTS = re.compile(r"\.experts\.(?!\d)|\.block_sparse_moe\.(input|output)_linear\b")
+GATE_UP = re.compile(r"\.gate_up_proj\b|\.block_sparse_moe\.input_linear\b")
+# Llama 4 stores experts as [E, in, 2·out]; everything else that mergekit knows as [E, 2·out, in].
+TRANSPOSED = re.compile(r"\.feed_forward\.experts\.")
+
+
+def matrices(name: str, shape: Sequence[int]) -> list[tuple[str, Index]]:
+    """(suffix for the record's name, index into the tensor) of each matrix; empty when there is none to edit.
+
+    A plain weight, a convolution [out, in, k...] and fused attention are one matrix with an empty suffix; a stack of
+    experts [E, a, b] is E, or 2E for the fused gate_up projection; a stack of expert biases [E, a] holds none.
+    """
+    if len(shape) < 2:
+        return []
+    if not EXPERTS.search(name):
+        return [("", ())]
+    if len(shape) == 2 and name.endswith("bias"):
+        return []
+    if len(shape) != 3:
+        return [("", ())]
+    experts = range(shape[0])
+    axis = 2 if TRANSPOSED.search(name) else 1
+    if not GATE_UP.search(name) or shape[axis] % 2:
+        return [(f"[{e}]", (e,)) for e in experts]
+    half = shape[axis] // 2
+    halves = (("gate", slice(0, half)), ("up", slice(half, 2 * half)))
+    return [(f"[{e}].{part}", (e, *[slice(None)] * (axis - 1), rows)) for e in experts for part, rows in halves]

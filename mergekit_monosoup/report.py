@@ -1,0 +1,227 @@
+"""What happened to each matrix: one record per matrix, one JSON line per record, and the table that people read."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import re
+import threading
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+LOG = logging.getLogger("mergekit_monosoup")
+
+# Below this share of the edit surviving the rounding to the output dtype, the merge mostly did nothing.
+REALISED_WARNING = 0.5
+
+
+@dataclass
+class Record:
+    """One matrix. Fields that were not computed are None (a copied tensor has no spectrum).
+
+    Attributes:
+        name: tensor name; matrices of an expert stack have their index appended, ``…down_proj[3]``.
+        shape, dtype: of the matrix as stored in the checkpoint; dtype is the one that the edit was rounded to.
+        action: ``edited`` or ``copied`` (stays as fine-tuned, or as averaged).
+        reason: why it was copied, or what limits an edit; empty for a plain edit.
+        mode, R: how k was chosen (R only in ``variance``).
+        k, rank, effective_rank: cut, number of non-zero singular values of ΔW, exp(entropy of σ/Σσ).
+        P_k, rho, cos_alpha, lambda_high, lambda_low: paper, Eqs. 6-8.
+        delta_norm: ‖ΔW‖_F.
+        rel_update: ‖ΔW‖_F/‖W0‖_F; None when W0 is zero.
+        edit_norm: ‖W − W1‖_F of the weight as stored.
+        realised: share of the intended edit that survives rounding to dtype; 1 is all of it.
+        seconds: wall time spent on the matrix.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    action: str = ""
+    reason: str = ""
+    mode: str | None = None
+    R: float | None = None
+    k: int | None = None
+    rank: int | None = None
+    effective_rank: float | None = None
+    P_k: float | None = None
+    rho: float | None = None
+    cos_alpha: float | None = None
+    lambda_high: float | None = None
+    lambda_low: float | None = None
+    delta_norm: float | None = None
+    rel_update: float | None = None
+    edit_norm: float | None = None
+    realised: float | None = None
+    seconds: float = 0.0
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), allow_nan=False)
+
+
+class Journal:
+    """Writes records as they come and warns once per merge.
+
+    mergekit tells a method neither when a merge starts nor when it ends. A tensor seen for the second time can only
+    belong to a new merge (a second ``run_merge``, the next stage of a mergekit-multi file), so that is where one begins.
+    Thread-safe: mergekit's multi-GPU executor calls methods from several threads.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._seen: dict[str | None, set[str]] = defaultdict(set)
+        self._warned: set[str | None] = set()
+
+    def add(self, records: Sequence[Record], path: str | None = None) -> None:
+        """Append ``records`` (all of one tensor) to ``path``; the first of a merge starts the file anew.
+
+        A report of an earlier merge is kept once, as ``path + ".old"``.
+        """
+        key = os.path.abspath(path) if path else None
+        with self._lock:
+            seen = self._seen[key]
+            # Unnamed tensors (merge_tensors without a name) cannot be told apart, so they never start a new one.
+            starts = not seen or any(record.name and record.name in seen for record in records)
+            if starts:
+                seen.clear()
+                self._warned.discard(key)
+            seen.update(record.name for record in records)
+            if key:
+                self._write(key, records, starts)
+            self._warn(key, records)
+
+    @staticmethod
+    def _write(path: str, records: Sequence[Record], starts: bool) -> None:
+        if starts:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            if os.path.exists(path):
+                os.replace(path, path + ".old")
+        with open(path, "a", encoding="utf-8") as file:
+            file.write("".join(record.to_json() + "\n" for record in records))
+
+    def _warn(self, key: str | None, records: Sequence[Record]) -> None:
+        lost = [r for r in records if r.realised is not None and r.realised < REALISED_WARNING]
+        if lost and key not in self._warned:
+            self._warned.add(key)
+            LOG.warning(
+                "monosoup: rounding to %s keeps only %.0f %% of the intended edit of %s, and may of other tensors (said once "
+                "per merge; a `report` lists `realised` for all). The update is small against the spacing of %s numbers: "
+                "set `dtype: float32` and `out_dtype: float32` to keep the edit.",
+                lost[0].dtype, 100 * max(lost[0].realised or 0.0, 0.0), lost[0].name or "a tensor", lost[0].dtype,
+            )  # fmt: skip
+
+
+def read(path: str | Path) -> list[Record]:
+    """Records of a report file.
+
+    Raises:
+        ValueError: names file, line and cause; a report that a killed merge cut off says so.
+    """
+    known = {field.name for field in fields(Record)}
+    records = []
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            values = json.loads(line)
+            records.append(Record(**{key: value for key, value in values.items() if key in known}))
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{path}, line {number}: not a monosoup record ({error}); was the merge interrupted, or is this "
+                "another file? Reports are written with `report: FILE` under `parameters`"
+            ) from error
+    if not records:
+        raise ValueError(f"{path}: no records; the merge that should have written it edited nothing or has not started")
+    return records
+
+
+def layer_group(name: str) -> str:
+    """Tensors that differ only in their numbers, e.g. ``model.layers.*.mlp.up_proj.weight``."""
+    return re.sub(r"\d+", "*", name) or "(unnamed)"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: means over the edited matrices of a layer group, None where there are none."""
+
+    group: str
+    edited: int
+    copied: int
+    parameters: int
+    rank_share: float | None
+    P_k: float | None
+    lambda_high: float | None
+    lambda_low: float | None
+    rel_update: float | None
+    realised: float | None
+    seconds: float
+    reasons: tuple[str, ...]
+
+
+def summarise(records: Iterable[Record]) -> list[Row]:
+    """A row per layer group in the order of appearance, then one of totals."""
+    records = list(records)
+    groups: dict[str, list[Record]] = defaultdict(list)
+    for record in records:
+        groups[layer_group(record.name)].append(record)
+    return [*(_row(group, members) for group, members in groups.items()), _row("total", records)]
+
+
+def _row(group: str, records: Sequence[Record]) -> Row:
+    def mean(values: Iterable[float | None]) -> float | None:
+        present = [value for value in values if value is not None]
+        return sum(present) / len(present) if present else None
+
+    edited = [r for r in records if r.action == "edited"]
+    # Weighted by the size of the edits: one tiny tensor that rounds away must not hide, or stand for, the model.
+    wanted = [(r.edit_norm**2, r.realised) for r in edited if r.realised is not None and r.edit_norm is not None]
+    total = sum(weight for weight, _ in wanted)
+    return Row(
+        group=group,
+        edited=len(edited),
+        copied=len(records) - len(edited),
+        parameters=sum(math.prod(r.shape) for r in records),
+        rank_share=mean(r.k / r.rank if r.k and r.rank else None for r in edited),
+        P_k=mean(r.P_k for r in edited),
+        lambda_high=mean(r.lambda_high for r in edited),
+        lambda_low=mean(r.lambda_low for r in edited),
+        rel_update=mean(r.rel_update for r in records),
+        realised=sum(weight * share for weight, share in wanted) / total if total else mean(s for _, s in wanted),
+        seconds=sum(r.seconds for r in records),
+        reasons=tuple(dict.fromkeys(r.reason for r in records if r.reason)),
+    )
+
+
+def table(records: Iterable[Record]) -> Table:
+    """The summary as a rich table."""
+    from rich.table import Table
+
+    def number(value: float | None, form: str = ".3f") -> str:
+        return "" if value is None else format(value, form)
+
+    out = Table(title="MonoSoup, by layer group (means over edited matrices)", title_justify="left")
+    out.add_column("layer group", overflow="fold")
+    for header in ("edited", "copied", "params", "k/rank", "P_k", "λ_high", "λ_low", "‖ΔW‖/‖W0‖", "realised", "s"):
+        out.add_column(header, justify="right", no_wrap=True)
+    rows = summarise(records)
+    for row in rows:
+        if row is rows[-1]:
+            out.add_section()
+        out.add_row(
+            row.group, str(row.edited), str(row.copied), f"{row.parameters:,}", number(row.rank_share),
+            number(row.P_k), number(row.lambda_high), number(row.lambda_low), number(row.rel_update, ".2e"),
+            number(row.realised, ".2f"), number(row.seconds, ".1f"),
+        )  # fmt: skip
+    remarks: dict[str, list[str]] = defaultdict(list)
+    for row in rows[:-1]:
+        for reason in row.reasons:
+            remarks[reason].append(row.group)
+    out.caption = "\n".join(f"{reason}: {', '.join(groups)}" for reason, groups in remarks.items()) or None
+    out.caption_justify = "left"
+    return out

@@ -1,0 +1,97 @@
+"""Records, the journal that writes them, and the table."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from click.testing import CliRunner
+from mergekit.merge_methods import merge_tensors
+from mergekit_monosoup import edit
+from mergekit_monosoup.cli import main
+from mergekit_monosoup.report import Journal, Record, layer_group, read, summarise
+
+FIELDS = (
+    "name shape dtype action reason mode R k rank effective_rank P_k rho cos_alpha lambda_high lambda_low delta_norm "
+    "rel_update edit_norm realised seconds"
+).split()
+
+
+def record(name: str, **values) -> Record:
+    return Record(name=name, shape=(4, 3), dtype="float32", action="edited", **values)
+
+
+def test_a_line_holds_every_field_and_reads_back(tmp_path):
+    _, made = edit(torch.zeros(6, 4), torch.randn(6, 4), name="a.weight", mode="variance")
+    journal, path = Journal(), tmp_path / "sub" / "r.jsonl"
+    journal.add([made], str(path))
+    (line,) = path.read_text().splitlines()
+    assert sorted(json.loads(line)) == sorted(FIELDS)
+    assert json.loads(line)["rel_update"] is None  # W0 = 0; Infinity is not JSON
+    (back,) = read(path)
+    assert back.k == made.k and back.lambda_low == made.lambda_low and back.R == 0.8
+
+
+def test_a_second_merge_starts_the_file_anew_and_keeps_the_old_one(tmp_path):
+    journal, path = Journal(), tmp_path / "r.jsonl"
+    for name in "abc":
+        journal.add([record(name)], str(path))
+    journal.add([record("a", k=2)], str(path))
+    journal.add([record("b", k=2)], str(path))
+    assert [(r.name, r.k) for r in read(path)] == [("a", 2), ("b", 2)]
+    assert [r.name for r in read(str(path) + ".old")] == ["a", "b", "c"]
+    Journal().add([record("z")], str(path))  # another process
+    assert [r.name for r in read(path)] == ["z"]
+
+
+def test_unnamed_tensors_are_appended(tmp_path):
+    path = str(tmp_path / "r.jsonl")
+    for _ in range(3):
+        merge_tensors([torch.zeros(3, 3), torch.randn(3, 3)], "monosoup", base_index=0, parameters={"report": path})
+    assert len(read(path)) == 3
+
+
+def test_a_report_that_is_not_one(tmp_path):
+    path = tmp_path / "r.jsonl"
+    path.write_text(record("a").to_json() + '\n{"name": "b", "sha')
+    with pytest.raises(ValueError, match=r"r\.jsonl, line 2.*interrupted"):
+        read(path)
+    result = CliRunner().invoke(main, ["report", str(path)])
+    assert result.exit_code == 1 and "line 2" in result.output
+    path.write_text("")
+    with pytest.raises(ValueError, match="no records"):
+        read(path)
+
+
+def test_summary_by_hand():
+    made = [
+        record("model.layers.0.up.weight", k=1, rank=2, lambda_low=0.2, edit_norm=3.0, realised=1.0, seconds=1.0),
+        record("model.layers.1.up.weight", k=2, rank=2, lambda_low=0.4, edit_norm=1.0, realised=0.0, seconds=2.0),
+        Record("model.norm.weight", (4,), "float32", action="copied", reason="fewer than two dimensions"),
+    ]
+    up, norm, total = summarise(made)
+    assert (up.group, up.edited, up.copied, up.parameters) == ("model.layers.*.up.weight", 2, 0, 24)
+    assert (up.rank_share, up.lambda_low, up.realised, up.seconds) == pytest.approx((0.75, 0.3, 0.9, 3.0))
+    assert (norm.edited, norm.copied, norm.reasons) == (0, 1, ("fewer than two dimensions",))
+    assert (total.group, total.edited, total.copied, total.parameters) == ("total", 2, 1, 28)
+
+
+def test_groups():
+    assert layer_group("model.layers.12.mlp.experts.gate_up_proj[3].up") == "model.layers.*.mlp.experts.gate_up_proj[*].up"
+
+
+def test_the_table_shows_groups_totals_and_reasons(tmp_path):
+    path = tmp_path / "r.jsonl"
+    W0 = torch.randn(8, 6)
+    for layer in range(3):
+        merge_tensors([W0, W0 + 0.1 * torch.randn(8, 6)], "monosoup", base_index=0, name=f"layers.{layer}.w",
+                      parameters={"report": str(path), "mode": "variance"})  # fmt: skip
+    merge_tensors([W0, W0.clone()], "monosoup", base_index=0, name="frozen.w", parameters={"report": str(path)})
+    result = CliRunner().invoke(main, ["report", str(path)])
+    assert result.exit_code == 0
+    assert "layers.*.w" in result.output and "total" in result.output and "no update: frozen.w" in result.output
+    rows = json.loads(CliRunner().invoke(main, ["report", str(path), "--json"]).output)
+    assert [(r["group"], r["edited"], r["copied"]) for r in rows] == [
+        ("layers.*.w", 3, 0), ("frozen.w", 0, 1), ("total", 3, 1),
+    ]  # fmt: skip
