@@ -236,7 +236,7 @@ class _Document:
             if base is not None and str(base) not in ids and not slices:
                 ids.append(str(base))
             try:
-                method.validate_inputs(ids, str(base) if base is not None else None, group_name=f"slices[{number}]" if slices else None)
+                method.validate_inputs(ids, str(base) if base is not None else None, group_name=f"model.slices[{number}]" if slices else None)
             except ValueError as error:
                 yield Finding("error", self._at("models"), str(error))
 

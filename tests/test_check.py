@@ -1,0 +1,148 @@
+"""`mergekit-monosoup check`: every silence of mergekit it promises to break, and no alarm on good files."""
+
+from __future__ import annotations
+
+import json
+
+import checkpoints
+import pytest
+import yaml
+from click.testing import CliRunner
+from mergekit_monosoup.check import check
+from mergekit_monosoup.cli import main
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    base, tuned = checkpoints.pair(tmp_path_factory.mktemp("check"), tuned=2)
+    return str(base), [str(t) for t in tuned]
+
+
+@pytest.fixture
+def write(tmp_path, models):
+    """Writes a good configuration with some keys replaced (None removes one); returns its path."""
+
+    def make(text: str | None = None, **changes):
+        base, tuned = models
+        config = {"merge_method": "monosoup", "base_model": base, "models": [{"model": tuned[0]}]} | changes
+        path = tmp_path / "merge.yml"
+        path.write_text(text or yaml.safe_dump({k: v for k, v in config.items() if v is not None}, sort_keys=False))
+        return path
+
+    return make
+
+
+def messages(path, level="error") -> list[str]:
+    return [f"{f.where}: {f.message}" for f in check(path) if f.level == level]
+
+
+def test_a_good_file_is_fine(write):
+    path = write(parameters={"R": [{"filter": "mlp", "value": [0.9, 0.6]}, {"value": "8e-1"}], "report": "r.jsonl"})
+    assert check(path) == []
+    result = CliRunner().invoke(main, ["check", str(path)])
+    assert result.exit_code == 0 and "fine" in result.output
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"base_modle": "x"}, "base_modle: unknown key, mergekit ignores it; did you mean `base_model`?"),
+        ({"parameters": {"alhpa": 0.5}}, "parameters.alhpa: monosoup has no such parameter, mergekit ignores it; did you mean `alpha`?"),
+        ({"parameters": {"R": 1.5}}, "parameters.R: merge method monosoup: `R` must be a number in (0, 1], got 1.5"),
+        ({"parameters": {"R": [0.5, 2]}}, "`R` must be a number in (0, 1], got 2"),
+        ({"parameters": {"mode": [{"filter": "mlp", "value": "vetterli"}]}}, "`mode` must be one of freevariance, variance"),
+        ({"parameters": {"R": [{"value": 0.5}, {"filter": "mlp", "value": 0.6}]}}, "never reached"),
+        ({"parameters": {"R": [{"filtre": "mlp", "value": 0.6}]}}, "unknown key `filtre` in a filter; did you mean `filter`?"),
+        ({"base_model": None}, "add `base_model: <pretrained model>`"),
+        ({"merge_method": "monosup"}, "'monosup' is not a merge method; did you mean `monosoup`?"),
+        ({"dtype": "float33"}, "dtype: 'float33' is not a dtype"),
+        ({"models": None}, "Exactly one of 'models', 'slices', or 'modules'"),
+        ({"base_model": "./nowhere"}, "./nowhere: no such file or folder"),
+    ],
+)  # fmt: skip
+def test_what_mergekit_drops_or_says_badly(write, changes, words):
+    path = write(**changes)
+    found = messages(path)
+    assert any(words in message for message in found), found
+    assert CliRunner().invoke(main, ["check", str(path)]).exit_code == 1
+
+
+def test_parameters_where_nobody_reads_them(write, models):
+    base, tuned = models
+    entries = [{"model": base, "parameters": {"R": 0.5}}, {"model": tuned[0], "weigth": 1}]
+    found = messages(write(models=entries))
+    assert any("models[0].parameters.R: is ignored under base_model" in m for m in found)
+    assert any("models[1].weigth: unknown key" in m for m in found)
+    shared = [{"model": tuned[0], "parameters": {"weight": 1.0, "normalize": True}}]
+    found = messages(write(merge_method="task_arithmetic", models=shared))
+    assert found == ["models[0].parameters.normalize: is ignored under a model: write it under the top-level `parameters`"]
+
+
+def test_models_that_disagree(write, models):
+    _, tuned = models
+    found = messages(write(models=[{"model": tuned[0], "parameters": {"R": 0.5}}, {"model": tuned[1]}]))
+    assert any(m.startswith("R: holds for the whole merge but the models disagree") for m in found)
+    agreeing = [{"model": t, "parameters": {"R": 0.5, "weight": w}} for t, w in zip(tuned, (1, 2))]
+    assert messages(write(models=agreeing)) == []
+
+
+def test_slices_without_the_base(write, models):
+    _, tuned = models
+    slices = [{"sources": [{"model": tuned[0], "layer_range": [0, 2]}]}]
+    assert any("list it in every slice" in m for m in messages(write(models=None, slices=slices)))
+
+
+def test_shapes_from_headers_alone(write, models, tmp_path, monkeypatch):
+    _, (other,) = checkpoints.pair(tmp_path, tuned_vocabulary=checkpoints.VOCABULARY + 8)
+    import safetensors.torch
+
+    monkeypatch.setattr(safetensors.torch, "load_file", None)  # nothing may load a tensor
+    found = messages(write(models=[{"model": str(other)}]))
+    embedding = next(m for m in found if m.startswith("model.embed_tokens.weight"))
+    assert f"({checkpoints.VOCABULARY}, 32)" in embedding and f"({checkpoints.VOCABULARY + 8}, 32)" in embedding
+    assert "tokenizer: {source: base}" in embedding
+
+
+def test_a_hub_name_that_cannot_be_reached_is_a_warning(write, monkeypatch):
+    import huggingface_hub
+
+    def unreachable(*args, **kwargs):
+        raise ConnectionError("offline")
+
+    monkeypatch.setattr(huggingface_hub, "get_safetensors_metadata", unreachable)
+    path = write(models=[{"model": "Qwen/Qwen3-0.6B"}])
+    assert messages(path) == []
+    assert messages(path, "warning") == ["Qwen/Qwen3-0.6B: shapes not checked: ConnectionError: offline"]
+
+
+def test_files_that_are_not_merges(write, tmp_path):
+    assert "cannot be read" in messages(tmp_path / "missing.yml")[0]
+    assert "cannot be read as YAML" in messages(write("merge_method: [monosoup"))[0]
+    assert "appears twice" in messages(write("merge_method: monosoup\nmerge_method: linear\n"))[0]
+    assert "must be a mapping" in messages(write("- a\n- b\n"))[0]
+    assert "is empty" in messages(write("# nothing\n"))[0]
+
+
+def test_stages_of_mergekit_multi(write, models):
+    base, tuned = models
+    stage = {"merge_method": "monosoup", "base_model": base, "models": [{"model": tuned[0]}], "parameters": {"report": "r"}}
+    last = {"merge_method": "linear", "models": [{"model": "edited", "parameters": {"weight": 1}}]}
+
+    def dump(*documents):
+        return write("\n---\n".join(yaml.safe_dump(d) for d in documents))
+
+    assert check(dump({"name": "edited"} | stage, last)) == []
+    again = dump({"name": "edited"} | stage, {"name": "other"} | stage, last)
+    assert any("only the last is kept" in m for m in messages(again, "warning"))
+    clash = dump({"name": "monosoup"} | stage, last)
+    assert any("rename the stage" in m for m in messages(clash))
+
+
+def test_narrower_output_is_mentioned(write):
+    assert "rounds to it after the method" in messages(write(dtype="float32", out_dtype="bfloat16"), "warning")[0]
+
+
+def test_json_output(write):
+    result = CliRunner().invoke(main, ["check", str(write(parameters={"R": 7})), "--json"])
+    (finding,) = json.loads(result.output)
+    assert finding["level"] == "error" and finding["where"] == "parameters.R"
