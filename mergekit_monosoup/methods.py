@@ -29,6 +29,7 @@ from mergekit.merge_methods.registry import register as register_with_mergekit
 from mergekit.merge_methods.registry import registered_methods
 from pydantic import ValidationError, WrapValidator
 
+from mergekit_monosoup.eigen import SolverError
 from mergekit_monosoup.layout import matrices
 from mergekit_monosoup.monosoup import RANGES, Mode, Rule, edit
 from mergekit_monosoup.report import Journal, Record
@@ -135,6 +136,11 @@ def _monosoup(
             merged, records = _edit_matrices(name, group.base.tensor, tuned, weights, settings)
     except NonFiniteError:
         raise ValueError(_name_non_finite(name, group)) from None
+    except SolverError as error:
+        raise RuntimeError(
+            f"monosoup: {name or 'a tensor'} {tuple(tuned[0].shape)}: its spectrum could not be computed ({error}). Please "
+            "report it with the shape; `min_rel_update: 1e9` under a filter with its name leaves it as fine-tuned."
+        ) from error
     JOURNAL.add(records, path)
     return merged
 

@@ -18,8 +18,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from mergekit_monosoup.eigen import LOG
 from mergekit_monosoup.report import Record
-from mergekit_monosoup.spectrum import Spectrum, effective_rank, spectrum
+from mergekit_monosoup.spectrum import Spectrum, effective_rank
 from mergekit_monosoup.task_vector import TaskVector
 
 Mode = Literal["freevariance", "variance"]
@@ -123,19 +124,35 @@ def edit(
     Returns:
         The weight, a new tensor unless it is unchanged (then W1 itself), and its :class:`Record`.
 
-    Precision: ΔW, spectrum and statistics in float64; the projector is applied in float32 for inputs of 32 bits and less
-    unless cancellation would show; one rounding to the input dtype at the end. The edited delta is within 1e-5 (relative,
-    Frobenius) of a float64 SVD. Memory beside inputs and output: four (s, s) float64 buffers, s the shorter side, and
-    about six blocks of ``task_vector.BLOCK_ELEMENTS`` float64 entries.
+    Precision: ΔW in float32 for inputs of 32 bits and less (exact, or off by one rounding per entry), in float64 for float64
+    inputs and averages; the spectrum in float64; the projector is applied in the precision of ΔW, in float64 where
+    cancellation would show; one rounding to the input dtype at the end. The edited delta is within 1e-5 (relative,
+    Frobenius) of a float64 SVD. Memory beside inputs and output: five (s, s) float64 buffers, s the shorter side, and about
+    six blocks of ``task_vector.BLOCK_ELEMENTS`` entries.
 
     Raises:
         ValueError: a parameter out of range, shapes or dtypes that differ.
         NonFiniteError: NaN or infinite entries in an input.
+        SolverError: no eigensolver succeeded, and a float64 SVD did not either.
     """
-    started = time.perf_counter()
     tuned = [finetuned] if isinstance(finetuned, Tensor) else list(finetuned)
     _check_inputs(pretrained, tuned)
     _check_parameters(mode, coefficients, R=R, alpha=alpha, min_rel_update=min_rel_update)
+    settings = (weights, mode, R, alpha, coefficients, min_rel_update, name)
+    try:
+        return _edit(pretrained, tuned, *settings)
+    except torch.OutOfMemoryError:
+        LOG.warning("%s: out of memory on %s, continuing on the CPU", name or "a tensor", pretrained.device)
+    weight, record = _edit(pretrained.cpu(), [w.cpu() for w in tuned], *settings)
+    record.solver = f"{record.solver or 'none'}; out of memory on {pretrained.device}"
+    return weight.to(pretrained.device), record
+
+
+def _edit(
+    pretrained: Tensor, tuned: Sequence[Tensor], weights: Sequence[float] | None, mode: Mode, R: float, alpha: float,
+    coefficients: Rule, min_rel_update: float, name: str,
+) -> tuple[Tensor, Record]:  # fmt: skip
+    started = time.perf_counter()
     task_vector = TaskVector(pretrained, tuned, weights)
     delta_norm, base_norm = task_vector.norms()
     record = Record(
@@ -223,13 +240,15 @@ class _Recombination:
         if self.basis is None:
             return delta * self.high
         inside, outside = (self.high, self.low) if self.leading else (self.low, self.high)
-        x = delta.to(self.basis.dtype)
-        return torch.addmm(x, x @ self.basis, self.basis.T, beta=outside, alpha=inside - outside).double()
+        x, q = delta.to(self.basis.dtype), self.basis
+        if x.stride(0) == 1:  # blocks of wide matrices are column-major; a row-major result would slow all that follows
+            return torch.addmm(x.T, q, q.T @ x.T, beta=outside, alpha=inside - outside).T
+        return torch.addmm(x, x @ q, q.T, beta=outside, alpha=inside - outside)
 
 
 def _plan(task_vector: TaskVector, mode: Mode, R: float, rule: Rule, record: Record) -> _Recombination:
     """Spectrum, k and coefficients of one matrix, written into ``record``, and how to recombine its parts."""
-    found = spectrum(
+    found = Spectrum(
         lambda: (block.delta for block in task_vector.blocks()), task_vector.rows, task_vector.width, task_vector.device
     )
     k = split_rank(found.sigma, mode, R)
@@ -246,8 +265,9 @@ def _plan(task_vector: TaskVector, mode: Mode, R: float, rule: Rule, record: Rec
         return _Recombination(high, high)
     # float32 errs by about 1e-7·‖ΔW‖. Where little of ΔW survives (`low` on a spiked spectrum) that shows; float64 then.
     kept = math.sqrt(high**2 * split.energy_high + low**2 * split.energy_low)
-    single = task_vector.dtype != torch.float64 and kept > 2**-4
-    return _Recombination(high, low, *found.projection(k, torch.float32 if single else torch.float64))
+    recombine = _Recombination(high, low, *found.projection(k, task_vector.dtype if kept > 2**-4 else torch.float64))
+    record.solver = found.solver
+    return recombine
 
 
 def _assemble(
@@ -266,8 +286,9 @@ def _assemble(
         change = recombine(block.delta).mul_(alpha)
         rounded = (block.base + change).to(pretrained.dtype)
         out[block.index] = rounded
-        intended = change.sub_(block.delta)
-        actual = rounded.double().sub_(block.base).sub_(block.delta)
-        sums += torch.stack([(actual * intended).sum(), intended.square_().sum(), actual.square_().sum()])
+        # In this order both differences of close numbers are exact.
+        actual = (rounded.to(block.base.dtype) - block.base).sub_(block.delta)
+        intended = change.sub_(block.delta).to(actual.dtype)
+        sums += torch.stack([torch.sum(x, dtype=torch.float64) for x in (actual * intended, intended.square(), actual.square())])
     survived, squared_intended, squared_actual = sums.tolist()
     return weight, math.sqrt(squared_actual), survived / squared_intended if squared_intended > 0 else None

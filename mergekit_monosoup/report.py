@@ -39,6 +39,7 @@ class Record:
         rel_update: ‖ΔW‖_F/‖W0‖_F; None when W0 is zero.
         edit_norm: ‖W − W1‖_F of the weight as stored.
         realised: share of the intended edit that survives rounding to dtype; 1 is all of it.
+        solver: what computed the spectrum, and which solvers failed before it.
         seconds: wall time spent on the matrix.
     """
 
@@ -61,6 +62,7 @@ class Record:
     rel_update: float | None = None
     edit_norm: float | None = None
     realised: float | None = None
+    solver: str | None = None
     seconds: float = 0.0
 
     def to_json(self) -> str:

@@ -1,7 +1,7 @@
-"""The task vector ΔW = W1 − W0 of one matrix, formed block by block after promotion to float64.
+"""The task vector ΔW = W1 − W0 of one matrix, formed block by block after promotion.
 
-Nothing here is ever stored at full size: a 151936-row embedding is read in blocks, so the float64 copies that the
-accuracy of the spectrum needs never exceed :data:`BLOCK_ELEMENTS` entries each.
+Nothing here is ever stored at full size: a 151936-row embedding is read in blocks, so no promoted copy ever exceeds
+:data:`BLOCK_ELEMENTS` entries.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# 32 MiB of float64. Larger blocks gain nothing in GEMM speed (1024 x 3072: within 3 % from 2^20 to 2^23 entries);
-# smaller ones are the bound on extra memory.
+# 16 MiB of float32: the bound on extra memory, and long enough for GEMM to run at full speed.
 BLOCK_ELEMENTS = 2**22
 
 
@@ -39,7 +38,7 @@ def normalise(weights: Sequence[float]) -> list[float]:
 
 @dataclass(frozen=True)
 class Block:
-    """Rows of the tall view: ``index`` writes them back, ``base`` and ``delta`` are (rows, width) float64."""
+    """Rows of the tall view: ``index`` writes them back, ``base`` and ``delta`` are (rows, width) promoted."""
 
     index: slice
     base: Tensor
@@ -61,7 +60,9 @@ class TaskVector:
         self._tuned = [self.tall(w) for w in finetuned]
         self.rows, self.width = self._base.shape
         self.device = pretrained.device
-        self.dtype = pretrained.dtype
+        # The difference of two bf16 or fp16 numbers is exact in float32, but for entries 2^16 apart; of two close float32
+        # numbers it is exact too (Sterbenz). A sum of several differences is not, hence float64 for averages.
+        self.dtype = torch.float64 if pretrained.dtype == torch.float64 or len(self._tuned) > 1 else torch.float32
 
     @staticmethod
     def tall(weight: Tensor) -> Tensor:
@@ -72,30 +73,37 @@ class TaskVector:
         return matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T
 
     def blocks(self) -> Iterator[Block]:
-        """ΔW and W0 in row blocks; the subtraction happens in float64, where the difference of two bf16 is exact."""
+        """ΔW and W0 in row blocks, both in ``self.dtype``."""
         step = max(1, BLOCK_ELEMENTS // max(1, self.width))
         for start in range(0, self.rows, step):
             index = slice(start, min(start + step, self.rows))
-            base = self._base[index].double()
-            delta = torch.zeros_like(base)
-            for weight, tuned in zip(self._weights, self._tuned):
-                # Not in place: .double() of a float64 input is that input, which is only borrowed.
-                delta.add_(tuned[index].double() - base, alpha=weight)
-            yield Block(index, base, delta)
+            base = self._base[index].to(self.dtype)
+            # Not in place: .to() of an input that has the dtype already is that input, which is only borrowed.
+            first, *others = (tuned[index].to(self.dtype) - base for tuned in self._tuned)
+            if others:
+                first.mul_(self._weights[0])
+                for weight, other in zip(self._weights[1:], others):
+                    first.add_(other, alpha=weight)
+            yield Block(index, base, first)
 
     def norms(self) -> tuple[float, float]:
-        """(‖ΔW‖_F, ‖W0‖_F) in float64.
+        """(‖ΔW‖_F, ‖W0‖_F), summed over blocks in float64.
 
         Raises:
             NonFiniteError: an input has NaN or infinite entries (they would pass arithmetic in silence).
         """
         squares = torch.zeros(2, dtype=torch.float64, device=self.device)
         for block in self.blocks():
-            squares[0] += block.delta.square().sum()
-            squares[1] += block.base.square().sum()
+            squares[0] += sum_of_squares(block.delta)
+            squares[1] += sum_of_squares(block.base)
         delta, base = squares.sqrt().tolist()
         if not (math.isfinite(delta) and math.isfinite(base)):
             counts = [int((~torch.isfinite(w)).sum()) for w in (self._base, *self._tuned)]
             if any(counts):
                 raise NonFiniteError(counts)
         return delta, base
+
+
+def sum_of_squares(block: Tensor) -> Tensor:
+    """Σ x² as float64."""
+    return torch.linalg.vector_norm(block, dtype=torch.float64).square()

@@ -1,0 +1,34 @@
+"""MonoSoup (arXiv 2602.09689) for mergekit: edits one fine-tuned checkpoint against its pretrained base.
+
+In YAML: `merge_method: monosoup`. In Python: :func:`edit` for one weight matrix.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+import _mergekit_monosoup_autoload
+
+if TYPE_CHECKING:
+    from mergekit_monosoup.monosoup import edit
+    from mergekit_monosoup.report import Record
+
+__version__ = "0.1.0"
+__all__ = ["Record", "__version__", "edit"]
+
+# Looked up on first use: importing the package must not import torch, which takes seconds.
+_HOMES = {"Record": "mergekit_monosoup.report", "edit": "mergekit_monosoup.monosoup"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+_mergekit_monosoup_autoload.install()

@@ -1,0 +1,132 @@
+"""Every rung of the solver ladder, reached by injected faults: the result stays right, and the record says what happened."""
+
+from __future__ import annotations
+
+import numpy as np
+import oracle
+import pytest
+import torch
+import zoo
+from mergekit.merge_methods import merge_tensors
+from mergekit_monosoup import eigen, monosoup
+from mergekit_monosoup.eigen import Eigen, SolverError
+from mergekit_monosoup.monosoup import edit
+
+SHAPE = (96, 144)
+
+
+def pair(kind: str = "low rank + noise"):
+    return torch.zeros(SHAPE), torch.tensor(zoo.deltas(*SHAPE)[kind]).float()
+
+
+def off_by(weight, mode="freevariance", kind="low rank + noise"):
+    expected, _, _ = oracle.monosoup(*pair(kind), mode=mode)
+    return float(np.linalg.norm(weight.double().numpy() - expected) / np.linalg.norm(expected))
+
+
+def fails(*args, **kwargs):
+    raise SolverError("injected")
+
+
+@pytest.mark.parametrize("order", [1, 2, 3, 50, 129])
+@pytest.mark.parametrize("few", [True, False])
+def test_lapack_against_numpy(order, few):
+    rng = np.random.default_rng(order)
+    X = rng.standard_normal((order + 5, order))
+    solver = eigen.Lapack(torch.tensor(np.tril(X.T @ X)))
+    values, vectors = np.linalg.eigh(X.T @ X)
+    assert np.allclose(solver.values, values, atol=1e-11 * values[-1])
+    stop = max(1, order // 10) if few else order
+    found = solver.vectors(0, stop).numpy()
+    assert np.allclose(found @ found.T, vectors[:, :stop] @ vectors[:, :stop].T, atol=1e-9)
+
+
+def test_a_matrix_that_falls_apart():
+    """Zero off-diagonal entries: inverse iteration would need to know the blocks."""
+    solver = eigen.Lapack(torch.diag(torch.arange(1.0, 65.0, dtype=torch.float64)))
+    found = solver.vectors(0, 3)
+    assert torch.allclose(found.abs(), torch.eye(64, 3, dtype=torch.float64), atol=1e-12)
+
+
+def test_first_rung_is_lapack():
+    weight, record = edit(*pair())
+    assert record.solver == "lapack" and off_by(weight) < 1e-5
+
+
+@pytest.mark.parametrize("stage", ["__init__", "vectors"])
+def test_lapack_fails(monkeypatch, stage):
+    monkeypatch.setattr(eigen.Lapack, stage, fails)
+    weight, record = edit(*pair())
+    assert record.solver == "eigh; lapack failed: injected" and off_by(weight) < 1e-5
+
+
+def test_wrong_values_are_noticed(monkeypatch):
+    original = eigen.Lapack.__init__
+
+    def wrong(self, lower):
+        original(self, lower)
+        self.values = self.values * (1 + 1e-6)
+
+    monkeypatch.setattr(eigen.Lapack, "__init__", wrong)
+    weight, record = edit(*pair())
+    assert "eigenvalues miss the trace" in record.solver and off_by(weight) < 1e-5
+
+
+@pytest.mark.parametrize("fault", ["rotated", "not orthogonal", "nan"])
+def test_wrong_vectors_are_noticed(monkeypatch, fault):
+    original = eigen.Lapack.vectors
+
+    def wrong(self, start, stop):
+        vectors = original(self, start, stop)
+        if fault == "rotated":
+            return vectors.roll(1, 0)
+        return vectors * (1 + 1e-6 if fault == "not orthogonal" else float("nan"))
+
+    monkeypatch.setattr(eigen.Lapack, "vectors", wrong)
+    weight, record = edit(*pair())
+    assert "eigenvectors leave a residual" in record.solver and off_by(weight) < 1e-5
+
+
+@pytest.mark.parametrize("mode", ["freevariance", "variance"])
+@pytest.mark.parametrize("stage", ["__init__", "vectors"])
+@pytest.mark.parametrize("kind", ["low rank + noise", "low rank", "random"])
+def test_last_rung_is_a_float64_svd(monkeypatch, caplog, stage, mode, kind):
+    monkeypatch.setattr(eigen.Lapack, stage, fails)
+    monkeypatch.setattr(eigen.Eigh, stage, fails)
+    weight, record = edit(*pair(kind), mode=mode)
+    _, _, numbers = oracle.monosoup(*pair(kind), mode=mode)
+    assert record.solver.startswith("svd; lapack failed: injected; eigh failed: injected")
+    assert record.k == numbers["k"] and off_by(weight, mode, kind) < 1e-5
+    assert "falling back to a float64 SVD" in caplog.text
+
+
+def test_nothing_works_names_the_tensor(monkeypatch):
+    monkeypatch.setattr(eigen.Lapack, "__init__", fails)
+    monkeypatch.setattr(eigen.Eigh, "__init__", fails)
+
+    def svd(*args, **kwargs):
+        raise torch.linalg.LinAlgError("injected too")
+
+    monkeypatch.setattr(torch.linalg, "svd", svd)
+    with pytest.raises(RuntimeError, match=r"layers\.3\.w \(96, 144\): its spectrum could not be computed.*injected too"):
+        merge_tensors(list(pair()), "monosoup", base_index=0, name="layers.3.w")
+
+
+def test_out_of_memory_continues_on_the_cpu(monkeypatch, caplog):
+    original, calls = monosoup._edit, []
+
+    def once(*args):
+        calls.append(args[0].device.type)
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(*args)
+
+    monkeypatch.setattr(monosoup, "_edit", once)
+    weight, record = edit(*pair(), name="w")
+    assert len(calls) == 2 and off_by(weight) < 1e-5
+    assert "out of memory on cpu" in record.solver and "w: out of memory" in caplog.text
+
+
+def test_only_the_lower_triangle_is_read():
+    lower = torch.tensor([[2.0, float("nan")], [1.0, 2.0]], dtype=torch.float64)
+    assert torch.allclose(Eigen(lower).values, torch.tensor([1.0, 3.0], dtype=torch.float64))
