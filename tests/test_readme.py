@@ -1,0 +1,115 @@
+"""Every block of README.md runs as printed (with small checkpoints for the hub's), and what it quotes is what the code says."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from mergekit_monosoup import report
+from mergekit_monosoup.cli import main
+from mergekit_monosoup.methods import parameter_table
+from test_configs import local, run, world  # noqa: F401 - world is a fixture
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, flags=re.M | re.S)
+COMMANDS = [line for language, body in BLOCKS if language == "bash" for line in body.splitlines()]
+
+
+def test_every_block_has_a_test():
+    assert {language for language, _ in BLOCKS} == {"bash", "yaml", "python", "bibtex"}
+    assert set(COMMANDS) == set(RUN), "a command was added to README.md: say below how it is run"
+
+
+def test_parameter_table_is_the_one_that_the_code_prints():
+    assert f"test -->\n{parameter_table()}\n<!--" in README
+
+
+def test_report_fields_are_all_explained():
+    table = README.split("## What happened to my weights?")[1].split("Look at")[0]
+    assert set(re.findall(r"`(\w+)`", table.split("|---|---|")[1])) - {"edited", "copied"} == set(report.Record.__dataclass_fields__)
+
+
+@pytest.mark.parametrize("body", [body for language, body in BLOCKS if language == "yaml"])
+def test_yaml_blocks_merge(body, world, tmp_path):  # noqa: F811
+    path = tmp_path / "readme.yml"
+    path.write_text(body.replace("report.jsonl", "readme-report.jsonl"))
+    config = local(path, world, tmp_path)
+    assert CliRunner().invoke(main, ["check", str(config)]).exit_code == 0
+    run(config, tmp_path)
+    assert any(record.action == "edited" for record in report.read(tmp_path / "readme-report.jsonl"))
+
+
+@pytest.mark.parametrize("body", [body for language, body in BLOCKS if language == "python"])
+def test_python_blocks_run(body):
+    done = subprocess.run([sys.executable, "-c", body], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    k, high, low = done.stdout.split()
+    assert int(k) > 1 and float(high) + float(low) == pytest.approx(1)
+
+
+# -- one function per command ----------------------------------------------------------------------------------------------
+
+
+def merge_and_report(command, world, folder):  # noqa: F811
+    """`mergekit-yaml configs/monosoup.yml out/` and then the report that it wrote."""
+    run(local(ROOT / "configs" / "monosoup.yml", world, folder), folder)
+    result = CliRunner().invoke(main, ["report", str(folder / "monosoup-report.jsonl")])
+    assert result.exit_code == 0 and "model.layers.*.mlp.up_proj.weight" in result.output
+
+
+def own_script(command, world, folder):  # noqa: F811
+    words = shlex.split(command)[1:]
+    if words[0] == "check":
+        words[1] = str(local(ROOT / words[1], world, folder))
+    result = CliRunner().invoke(main, words)
+    assert result.exit_code == 0, result.output
+
+
+def ask_mergekit(command, world, folder):  # noqa: F811
+    done = subprocess.run([sys.executable, *shlex.split(command)[1:]], capture_output=True, text=True)
+    assert done.stdout == "MonoSoup\n", done.stderr
+
+
+def make(command, world, folder):  # noqa: F811
+    """Dry: this suite runs inside `make test`, and the demo's parts have tests of their own."""
+    done = subprocess.run(["make", "--dry-run", *command.split()[1:]], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert {"test": "pytest", "demo": "-m demo", "lint": "ruff"}[command.split()[1]] in done.stdout
+
+
+def installed(command, world, folder):  # noqa: F811
+    """test_install.py builds the wheel and installs it in a clean environment."""
+    assert command == "pip install ." and (ROOT / "tests" / "test_install.py").exists()
+
+
+RUN = {
+    "pip install .": installed,
+    "mergekit-yaml configs/monosoup.yml out/": merge_and_report,
+    "mergekit-monosoup report monosoup-report.jsonl": merge_and_report,
+    "mergekit-monosoup parameters": own_script,
+    "python -c \"from mergekit.merge_methods import get; print(get('monosoup').spec.pretty_name)\"": ask_mergekit,
+    "mergekit-monosoup check configs/monosoup.yml": own_script,
+    "make test": make,
+    "make demo": make,
+    "make lint": make,
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands(command, world, tmp_path):  # noqa: F811
+    RUN[command](command, world, tmp_path)
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\((?!http)([^)#]+)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_every_config_is_in_the_readme():
+    assert all(f"configs/{path.name}" in README for path in (ROOT / "configs").glob("*.yml"))
