@@ -44,7 +44,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            key = self.construct_object(key_node, deep=True)
             if isinstance(key, Hashable) and key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} appears twice", key_node.start_mark)
             if isinstance(key, Hashable):
@@ -81,7 +81,9 @@ def _stage_names(documents: list[Any], stages: list[str]) -> Iterator[Finding]:
             )  # fmt: skip
     reports = [report for d in documents if isinstance(d, dict) for report in set(_reports(d))]
     for report in {r for r in reports if reports.count(r) > 1}:
-        yield Finding("warning", "report", f"several stages write {report}: only the last is kept, give each its own file")
+        yield Finding(
+            "warning", "report", f"several stages write {report}: only the last is kept, give each its own file"
+        )
 
 
 def _strings(document: dict[str, Any]) -> set[str]:
@@ -160,7 +162,9 @@ class _Document:
             if config is not None:
                 yield from self._inputs(methods[name])
         elif name is not None:
-            yield Finding("error", self._at("merge_method"), f"{name!r} is not a merge method{_nearest(str(name), methods)}")
+            yield Finding(
+                "error", self._at("merge_method"), f"{name!r} is not a merge method{_nearest(str(name), methods)}"
+            )
         yield from self._dtypes()
         yield from self._shapes()
 
@@ -168,14 +172,20 @@ class _Document:
 
     def _is_raw(self) -> bool:
         models = [m.get("model") for m in self.data.get("models") or [] if isinstance(m, dict)]
-        return any(isinstance(m, str) and m.lower().endswith(FILE_SUFFIXES) for m in [*models, self.data.get("base_model")])
+        return any(
+            isinstance(m, str) and m.lower().endswith(FILE_SUFFIXES) for m in [*models, self.data.get("base_model")]
+        )
 
     def _unknown_keys(self, schema: type[BaseModel], data: Mapping[str, Any], place: str) -> Iterator[Finding]:
         for key, value in data.items():
             here = f"{place}.{key}" if place else str(key)
             if key not in schema.model_fields:
                 if not (place == "" and key == "name"):  # a stage of a mergekit-multi file
-                    yield Finding("error", self._at(here), f"unknown key, mergekit ignores it{_nearest(str(key), schema.model_fields)}")
+                    yield Finding(
+                        "error",
+                        self._at(here),
+                        f"unknown key, mergekit ignores it{_nearest(str(key), schema.model_fields)}",
+                    )
                 continue
             for nested in _nested_models(schema.model_fields[key].annotation):
                 for sub_place, sub in _mappings(value, here):
@@ -190,13 +200,19 @@ class _Document:
             for name, value in parameters.items():
                 here = self._at(f"{place}.{name}")
                 if name not in known:
-                    yield Finding("error", here, f"{method.spec.name} has no such parameter, mergekit ignores it{_nearest(str(name), known)}")
+                    yield Finding(
+                        "error",
+                        here,
+                        f"{method.spec.name} has no such parameter, mergekit ignores it{_nearest(str(name), known)}",
+                    )
                     continue
                 scope = known[name].scope
                 if model is not None and scope == ParameterScope.SHARED:
                     yield Finding("error", here, "is ignored under a model: write it under the top-level `parameters`")
                 if model is not None and model == str(base) and scope == ParameterScope.NON_BASE:
-                    yield Finding("error", here, "is ignored under base_model: write it under a fine-tuned model or top-level")
+                    yield Finding(
+                        "error", here, "is ignored under base_model: write it under a fine-tuned model or top-level"
+                    )
                 yield from self._values(here, known[name].validate, value)
         if method.spec.name == "monosoup":
             yield from self._agreement([p.name for p in method.spec.parameters if p.name != "weight"])
@@ -206,9 +222,15 @@ class _Document:
         for number, condition in enumerate(conditions):
             for key in condition:
                 if key not in ConditionalParameter.model_fields:
-                    yield Finding("error", here, f"unknown key `{key}` in a filter{_nearest(str(key), ConditionalParameter.model_fields)}")
+                    yield Finding(
+                        "error",
+                        here,
+                        f"unknown key `{key}` in a filter{_nearest(str(key), ConditionalParameter.model_fields)}",
+                    )
             if condition.get("filter") in (None, "*") and number < len(conditions) - 1:
-                yield Finding("error", here, "an entry without `filter` comes before others, which are never reached: put it last")
+                yield Finding(
+                    "error", here, "an entry without `filter` comes before others, which are never reached: put it last"
+                )
         if value is None:
             yield Finding("error", here, "has no value; leave the line out to get the default")
         for leaf in _leaves(value):
@@ -223,7 +245,11 @@ class _Document:
         for name in merge_wide:
             values = [(m.get("parameters") or {}).get(name, "unset") for m in tuned]
             if any(value != values[0] for value in values):
-                yield Finding("error", self._at(name), f"holds for the whole merge but the models disagree ({values}): write it under the top-level `parameters`")
+                yield Finding(
+                    "error",
+                    self._at(name),
+                    f"holds for the whole merge but the models disagree ({values}): write it under the top-level `parameters`",
+                )
 
     # -- models -------------------------------------------------------------------------------------------------------
 
@@ -236,7 +262,11 @@ class _Document:
             if base is not None and str(base) not in ids and not slices:
                 ids.append(str(base))
             try:
-                method.validate_inputs(ids, str(base) if base is not None else None, group_name=f"model.slices[{number}]" if slices else None)
+                method.validate_inputs(
+                    ids,
+                    str(base) if base is not None else None,
+                    group_name=f"model.slices[{number}]" if slices else None,
+                )
             except ValueError as error:
                 yield Finding("error", self._at("models"), str(error))
 
@@ -283,11 +313,19 @@ class _Document:
                 hint = ""
                 if found[first][tensor][1:] == found[other][tensor][1:] and ("embed" in tensor or "lm_head" in tensor):
                     hint = "; the vocabularies differ: add `tokenizer: {source: base}`"
-                yield Finding("error", self._at(tensor), f"{found[first][tensor]} in {first} but {found[other][tensor]} in {other}{hint}")
+                yield Finding(
+                    "error",
+                    self._at(tensor),
+                    f"{found[first][tensor]} in {first} but {found[other][tensor]} in {other}{hint}",
+                )
             if len(differing) > SHOWN:
-                yield Finding("error", self._at(other), f"{len(differing) - SHOWN} more tensors differ in shape from {first}")
+                yield Finding(
+                    "error", self._at(other), f"{len(differing) - SHOWN} more tensors differ in shape from {first}"
+                )
             if found[first] and found[other] and not set(found[first]) & set(found[other]):
-                yield Finding("error", self._at(other), f"has no tensor name in common with {first}: another architecture?")
+                yield Finding(
+                    "error", self._at(other), f"has no tensor name in common with {first}: another architecture?"
+                )
 
 
 class _NotThere(ValueError):
@@ -321,9 +359,12 @@ def _mappings(value: Any, place: str) -> Iterator[tuple[str, Mapping[str, Any]]]
 
 def _nested_models(annotation: Any) -> Iterator[type[BaseModel]]:
     """Pydantic models inside an annotation, but for references (plain strings in YAML) and parameter values."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        if annotation not in (ModelReference, ConditionalParameter):
-            yield annotation
+    if (
+        isinstance(annotation, type)
+        and issubclass(annotation, BaseModel)
+        and annotation not in (ModelReference, ConditionalParameter)
+    ):
+        yield annotation
     for argument in typing.get_args(annotation):
         yield from _nested_models(argument)
 

@@ -36,7 +36,9 @@ def check(config: Path, as_json: bool) -> None:
         for finding in findings:
             colour = "red" if finding.level == "error" else "yellow"
             click.echo(f"{click.style(finding.level, fg=colour)}  {finding.where}: {finding.message}")
-        click.echo(f"{config}: {errors} error(s), {len(findings) - errors} warning(s)" if findings else f"{config}: fine")
+        click.echo(
+            f"{config}: {errors} error(s), {len(findings) - errors} warning(s)" if findings else f"{config}: fine"
+        )
     raise SystemExit(1 if errors else 0)
 
 

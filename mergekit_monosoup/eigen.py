@@ -136,7 +136,8 @@ class Eigen:
                 return vectors
 
     def _climb(self) -> None:
-        for self._name, attempt in self._rungs:
+        for name, attempt in self._rungs:
+            self._name = name
             try:
                 self._solver = attempt()
                 _verify_values(self._lower, self._solver.values)
@@ -152,7 +153,7 @@ class Eigen:
 
 
 # What a solver may raise; anything else is a bug and must be seen.
-FAILURES = (SolverError, torch.linalg.LinAlgError, torch.OutOfMemoryError, MemoryError)
+FAILURES = (SolverError, torch.linalg.LinAlgError, torch.OutOfMemoryError, MemoryError)  # type: ignore[attr-defined]
 
 
 def _rungs(lower: Tensor) -> Iterator[tuple[str, Callable[[], Solver]]]:

@@ -46,7 +46,8 @@ _DEFAULT: dict[str, Any] = {p.name: p.default for p in inspect.signature(edit).p
 # Every parameter is declared per non-base model, also the merge-wide ones: mergekit accepts such a parameter globally
 # *and* under a model, while a shared one written under a model is dropped without a word.
 MEANING = {
-    "mode": "how the cut k is chosen: `freevariance` takes ceil(exp(entropy of σ/Σσ)), `variance` the smallest k with energy >= R",
+    "mode": "how the cut k is chosen: `freevariance` takes ceil(exp(entropy of σ/Σσ)), `variance` the smallest k "
+    "with energy >= R",
     "R": "energy threshold of `variance`; ignored in `freevariance`",
     "weight": "per model: weight of the average when several fine-tuned models are given (normalised)",
     "alpha": "Wise-FT: interpolates the edited model towards `base_model`, in the same pass (0: base, 1: the edit)",
@@ -116,7 +117,7 @@ def _monosoup(
         JOURNAL.add([_untouched(name, group.base.tensor, "only in the base model")])
         return group.base.tensor
 
-    settings = {
+    settings: dict[str, Any] = {
         "mode": _agreed("mode", mode),
         "R": _agreed("R", R),
         "alpha": _agreed("alpha", alpha),

@@ -163,10 +163,8 @@ def _edit(
         rel_update=delta_norm / base_norm if base_norm > 0 else None,
     )
     record.reason = _reason_to_skip(pretrained, record, min_rel_update)
-    if record.reason:
-        recombine = _Recombination(1.0, 1.0)
-    else:
-        recombine = _plan(task_vector, mode, R, coefficients, record)
+    untouched = _Recombination(1.0, 1.0)
+    recombine = untouched if record.reason else _plan(task_vector, mode, R, coefficients, record)
 
     if recombine.keeps and alpha == 1:
         record.action = "copied"
@@ -188,7 +186,11 @@ def _check_inputs(pretrained: Tensor, tuned: Sequence[Tensor]) -> None:
     if not tuned:
         raise ValueError("no fine-tuned weight was given")
     for w in (pretrained, *tuned):
-        if not w.is_floating_point() or (w.shape, w.dtype, w.device) != (pretrained.shape, pretrained.dtype, pretrained.device):
+        if not w.is_floating_point() or (w.shape, w.dtype, w.device) != (
+            pretrained.shape,
+            pretrained.dtype,
+            pretrained.device,
+        ):
             raise ValueError(
                 "weights must be floating point and agree in shape, dtype and device: the pretrained one is "
                 f"{tuple(pretrained.shape)} {pretrained.dtype} on {pretrained.device}, "
@@ -289,6 +291,8 @@ def _assemble(
         # In this order both differences of close numbers are exact.
         actual = (rounded.to(block.base.dtype) - block.base).sub_(block.delta)
         intended = change.sub_(block.delta).to(actual.dtype)
-        sums += torch.stack([torch.sum(x, dtype=torch.float64) for x in (actual * intended, intended.square(), actual.square())])
+        sums += torch.stack(
+            [torch.sum(x, dtype=torch.float64) for x in (actual * intended, intended.square(), actual.square())]
+        )
     survived, squared_intended, squared_actual = sums.tolist()
     return weight, math.sqrt(squared_actual), survived / squared_intended if squared_intended > 0 else None

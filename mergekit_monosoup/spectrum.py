@@ -120,7 +120,7 @@ class Spectrum:
                 device = block.device
                 triangle = torch.linalg.qr(torch.cat([triangle, block.double().cpu()]), mode="r").R
             _, sigma, vectors = torch.linalg.svd(triangle, full_matrices=False)
-        except torch.linalg.LinAlgError as error:
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
             raise SolverError(f"{reason}; float64 SVD failed: {error}") from error
         self.sigma, self._tail, self._open_from = sigma, vectors.T.to(device), 0
         self._eigen, self._last_rung = None, f"svd; {reason}"

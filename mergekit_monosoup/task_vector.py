@@ -22,7 +22,9 @@ class NonFiniteError(ValueError):
 
     def __init__(self, counts: Sequence[int]):
         self.counts = tuple(counts)
-        super().__init__(f"non-finite entries: {counts[0]} in the pretrained, {list(counts[1:])} in the fine-tuned inputs")
+        super().__init__(
+            f"non-finite entries: {counts[0]} in the pretrained, {list(counts[1:])} in the fine-tuned inputs"
+        )
 
 
 def normalise(weights: Sequence[float]) -> list[float]:
@@ -82,7 +84,7 @@ class TaskVector:
             first, *others = (tuned[index].to(self.dtype) - base for tuned in self._tuned)
             if others:
                 first.mul_(self._weights[0])
-                for weight, other in zip(self._weights[1:], others):
+                for weight, other in zip(self._weights[1:], others, strict=True):
                     first.add_(other, alpha=weight)
             yield Block(index, base, first)
 

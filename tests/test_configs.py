@@ -11,10 +11,11 @@ import pytest
 import torch
 from click.testing import CliRunner
 from mergekit.scripts import merge_raw_pytorch, multimerge, run_yaml
-from mergekit_monosoup import edit, report
-from mergekit_monosoup.check import check
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
+
+from mergekit_monosoup import edit, report
+from mergekit_monosoup.check import check
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yml"))
 HUB = {

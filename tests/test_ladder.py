@@ -8,6 +8,7 @@ import pytest
 import torch
 import zoo
 from mergekit.merge_methods import merge_tensors
+
 from mergekit_monosoup import eigen, monosoup
 from mergekit_monosoup.eigen import Eigen, SolverError
 from mergekit_monosoup.monosoup import edit
@@ -108,7 +109,9 @@ def test_nothing_works_names_the_tensor(monkeypatch):
         raise torch.linalg.LinAlgError("injected too")
 
     monkeypatch.setattr(torch.linalg, "svd", svd)
-    with pytest.raises(RuntimeError, match=r"layers\.3\.w \(96, 144\): its spectrum could not be computed.*injected too"):
+    with pytest.raises(
+        RuntimeError, match=r"layers\.3\.w \(96, 144\): its spectrum could not be computed.*injected too"
+    ):
         merge_tensors(list(pair()), "monosoup", base_index=0, name="layers.3.w")
 
 

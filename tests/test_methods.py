@@ -6,7 +6,6 @@ import logging
 import threading
 
 import checkpoints
-import mergekit_monosoup.methods as methods
 import oracle
 import pytest
 import torch
@@ -16,15 +15,17 @@ from mergekit.merge import run_merge
 from mergekit.merge_methods import get, merge_state_dicts, merge_tensors
 from mergekit.options import MergeOptions
 from mergekit.scripts.merge_raw_pytorch import RawPyTorchMergeConfig, plan_flat_merge
-from mergekit_monosoup import edit, report
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+
+import mergekit_monosoup.methods as methods
+from mergekit_monosoup import edit, report
 
 
 def merge(base, tuned, out, *, parameters=None, per_model=None, options=None, **top):
     """run_merge; returns the merged state dict."""
     models = [{"model": str(path)} for path in tuned]
-    for model, own in zip(models, per_model or []):
+    for model, own in zip(models, per_model or [], strict=False):
         model["parameters"] = own
     config = {"merge_method": "monosoup", "base_model": str(base), "models": models, **top}
     if parameters:
@@ -149,7 +150,10 @@ def test_tensors_that_the_base_lacks_are_kept(tmp_path):
 def test_several_models_equal_linear_then_monosoup(tmp_path, qwen3):
     base, tuned = qwen3
     both = merge(base, tuned, tmp_path / "both", per_model=[{"weight": 3}, {"weight": 1}])
-    average = {"merge_method": "linear", "models": [{"model": str(p), "parameters": {"weight": w}} for p, w in zip(tuned, (3, 1))]}
+    average = {
+        "merge_method": "linear",
+        "models": [{"model": str(p), "parameters": {"weight": w}} for p, w in zip(tuned, (3, 1), strict=True)],
+    }
     run_merge(MergeConfiguration.model_validate(average), str(tmp_path / "avg"), MergeOptions(quiet=True))
     staged = merge(base, [tmp_path / "avg"], tmp_path / "staged")
     for name, weight in both.items():
@@ -160,6 +164,7 @@ def test_several_models_equal_linear_then_monosoup(tmp_path, qwen3):
 def test_lora_reference(tmp_path):
     """base+adapter: mergekit merges the adapter, ΔW has the adapter's rank plus float32 rounding."""
     import peft
+
     base, _ = checkpoints.pair(tmp_path)
     torch.manual_seed(5)
     adapted = peft.get_peft_model(
@@ -199,8 +204,8 @@ def test_filters_gradients_and_model_parameters(tmp_path, qwen3):
     merge(base, tuned[:1], tmp_path / "a", parameters={"mode": "variance", "report": path}, per_model=[filtered])
     found = {r.name: r for r in report.read(path)}
     assert found["model.layers.1.self_attn.q_proj.weight"].R == 0.5
-    assert found["model.layers.0.mlp.up_proj.weight"].R == pytest.approx(0.6)
-    assert found["model.layers.1.mlp.up_proj.weight"].R == pytest.approx(0.9)
+    assert pytest.approx(0.6) == found["model.layers.0.mlp.up_proj.weight"].R
+    assert pytest.approx(0.9) == found["model.layers.1.mlp.up_proj.weight"].R
     assert found["lm_head.weight"].R == 0.7
     assert found["model.embed_tokens.weight"].action == "copied"
 
@@ -285,7 +290,7 @@ def test_non_finite_names_tensor_model_and_count(tmp_path, where):
     state = load_file(folder / "model.safetensors")
     state[name].view(-1)[:3] = float("nan")
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match="is not finite") as caught:
         merge(base, [tuned], tmp_path / "out")
     message = str(caught.value)
     assert f"{name} is not finite: 3 of {state[name].numel()} entries in {folder}" in message

@@ -15,6 +15,7 @@ import oracle
 import pytest
 import torch
 import zoo
+
 from mergekit_monosoup import task_vector
 from mergekit_monosoup.monosoup import Split, edit, split_rank
 from mergekit_monosoup.spectrum import Spectrum, effective_rank
@@ -140,7 +141,9 @@ def test_no_promoted_copy_of_a_whole_embedding(monkeypatch):
 
 
 def test_split_by_hand():
-    sigma = torch.tensor([4.0, 2.0, 1.0, 1.0], dtype=torch.float64)  # energies 16, 4, 1, 1 of 22; p = 1/2, 1/4, 1/8, 1/8
+    sigma = torch.tensor(
+        [4.0, 2.0, 1.0, 1.0], dtype=torch.float64
+    )  # energies 16, 4, 1, 1 of 22; p = 1/2, 1/4, 1/8, 1/8
     assert effective_rank(sigma) == pytest.approx(2**1.75)  # H = 7/4 bits
     assert split_rank(sigma, "freevariance", 0.8) == 4
     assert [split_rank(sigma, "variance", R) for R in (0.7, 0.8, 20 / 22, 0.95, 1.0)] == [1, 2, 2, 3, 4]

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from test_configs import local, run, world  # noqa: F401 - world is a fixture
+
 from mergekit_monosoup import report
 from mergekit_monosoup.cli import main
 from mergekit_monosoup.methods import parameter_table
-from test_configs import local, run, world  # noqa: F401 - world is a fixture
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -32,7 +33,9 @@ def test_parameter_table_is_the_one_that_the_code_prints():
 
 def test_report_fields_are_all_explained():
     table = README.split("## What happened to my weights?")[1].split("Look at")[0]
-    assert set(re.findall(r"`(\w+)`", table.split("|---|---|")[1])) - {"edited", "copied"} == set(report.Record.__dataclass_fields__)
+    assert set(re.findall(r"`(\w+)`", table.split("|---|---|")[1])) - {"edited", "copied"} == set(
+        report.Record.__dataclass_fields__
+    )
 
 
 @pytest.mark.parametrize("body", [body for language, body in BLOCKS if language == "yaml"])
