@@ -61,7 +61,7 @@ def report(file: Path, as_json: bool) -> None:
     console = Console()
     if not console.is_terminal:  # a pipe has no width; 80 columns would fold every number
         console = Console(width=160)
-    console.print(reports.table(records))
+    console.print(reports.table(records, console.width))
 
 
 @main.command()

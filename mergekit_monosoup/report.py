@@ -9,7 +9,7 @@ import os
 import re
 import threading
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -200,30 +200,49 @@ def _row(group: str, records: Sequence[Record]) -> Row:
     )
 
 
-def table(records: Iterable[Record]) -> Table:
-    """The summary as a rich table."""
+# (header, value of a row, shown in a terminal of 80 columns too). λ_high is 1 − λ_low but for the rule `scalar`.
+COLUMNS: list[tuple[str, Callable[[Row], str], bool]] = [
+    ("edited", lambda row: f"{row.edited}/{row.edited + row.copied}", True),
+    ("params", lambda row: f"{row.parameters:,}", False),
+    ("k/rank", lambda row: _number(row.rank_share), True),
+    ("P_k", lambda row: _number(row.P_k), False),
+    ("λ_high", lambda row: _number(row.lambda_high), False),
+    ("λ_low", lambda row: _number(row.lambda_low), True),
+    ("‖ΔW‖/‖W0‖", lambda row: _number(row.rel_update, ".1e"), True),
+    ("realised", lambda row: _number(row.realised, ".2f"), True),
+    ("seconds", lambda row: f"{row.seconds:.1f}", False),
+]
+
+
+def _number(value: float | None, form: str = ".3f") -> str:
+    return "" if value is None else format(value, form)
+
+
+def table(records: Iterable[Record], width: int = 160) -> Table:
+    """The summary as a rich table for a terminal of ``width`` columns."""
+    from rich import box
     from rich.table import Table
 
-    def number(value: float | None, form: str = ".3f") -> str:
-        return "" if value is None else format(value, form)
-
-    out = Table(title="MonoSoup, by layer group (means over edited matrices)", title_justify="left")
-    out.add_column("layer group", overflow="fold")
-    for header in ("edited", "copied", "params", "k/rank", "P_k", "λ_high", "λ_low", "‖ΔW‖/‖W0‖", "realised", "s"):
+    columns = [(header, value) for header, value, narrow in COLUMNS if narrow or width >= 110]
+    out = Table(title="MonoSoup by layer group: means over edited matrices", title_justify="left", box=box.SIMPLE_HEAD)
+    out.padding, out.pad_edge = (0, 1, 0, 0), False
+    out.add_column("layer group", overflow="fold", min_width=30)
+    for header, _ in columns:
         out.add_column(header, justify="right", no_wrap=True)
     rows = summarise(records)
     for row in rows:
         if row is rows[-1]:
             out.add_section()
-        out.add_row(
-            row.group, str(row.edited), str(row.copied), f"{row.parameters:,}", number(row.rank_share),
-            number(row.P_k), number(row.lambda_high), number(row.lambda_low), number(row.rel_update, ".2e"),
-            number(row.realised, ".2f"), number(row.seconds, ".1f"),
-        )  # fmt: skip
+        out.add_row(_short(row.group), *(value(row) for _, value in columns))
     remarks: dict[str, list[str]] = defaultdict(list)
     for row in rows[:-1]:
         for reason in row.reasons:
-            remarks[reason].append(row.group)
+            remarks[reason].append(_short(row.group))
     out.caption = "\n".join(f"{reason}: {', '.join(groups)}" for reason, groups in remarks.items()) or None
     out.caption_justify = "left"
     return out
+
+
+def _short(group: str) -> str:
+    """What tells layer groups apart; `model.` and `.weight` are in nearly every name."""
+    return group.removeprefix("model.").removesuffix(".weight")

@@ -94,6 +94,10 @@ def test_the_table_shows_groups_totals_and_reasons(tmp_path):
     result = CliRunner().invoke(main, ["report", str(path)])
     assert result.exit_code == 0
     assert "layers.*.w" in result.output and "total" in result.output and "no update: frozen.w" in result.output
+    narrow = CliRunner(env={"FORCE_COLOR": "1", "TTY_COMPATIBLE": "1", "COLUMNS": "80"}).invoke(
+        main, ["report", str(path)]
+    )
+    assert "layers.*.w" in narrow.output and "realised" in narrow.output and "…" not in narrow.output
     rows = json.loads(CliRunner().invoke(main, ["report", str(path), "--json"]).output)
     assert [(r["group"], r["edited"], r["copied"]) for r in rows] == [
         ("layers.*.w", 3, 0), ("frozen.w", 0, 1), ("total", 3, 1),

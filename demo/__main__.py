@@ -1,0 +1,157 @@
+"""Train a pair of models, soup them with mergekit, compare: `python -m demo [--out FOLDER] [--seed N] [--fresh]`."""
+
+import argparse
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import platform
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+from tqdm import tqdm
+from transformers import AutoTokenizer, Qwen3ForCausalLM
+
+from demo import merge, summary, train
+from demo.score import Estimate, Values, grade, mean_over_skills, paired_difference
+from demo.world import OTHER_SKILLS, SKILLS, TUNED_SKILL, Item, build_world
+
+MARK = ".monosoup-demo"
+RESULTS = "results.json"
+PACKAGES = ("mergekit-monosoup", "mergekit", "torch", "transformers", "tokenizers", "numpy", "scipy")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m demo", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("demo-out"), help="output folder (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of world and training (default: %(default)s)")
+    parser.add_argument("--fresh", action="store_true", help="train anew even if the checkpoints are there")
+    options = parser.parse_args(arguments)
+    # Rich takes a file or a pipe to be 80 columns wide, which folds the table. Paths may hold what looks like markup.
+    console = Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 120)
+    try:
+        run(options.out, options.seed, options.fresh, console)
+    except merge.CommandError as error:
+        console.print(str(error), style="red")
+        return 1
+    return 0
+
+
+def run(folder: Path, seed: int, fresh: bool, console: Console) -> None:
+    started = time.perf_counter()
+    torch.set_num_threads(1)  # fastest for a model this small, and the same sums in the same order every time
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    _claim(folder)
+    for needed in ("mergekit-yaml", "mergekit-monosoup"):
+        merge.tool(needed)  # found missing now, not after the training
+
+    (folder / RESULTS).unlink(missing_ok=True)  # an earlier run's, should this one stop half-way
+
+    console.print("1. Train a small Qwen3 on six skills, then fine-tune it on a seventh", style="bold")
+    world = build_world(seed)
+    console.print(summary.skills(world))
+    recipe = train.Recipe(seed=seed)
+    if train.train_pair(recipe, world, folder, fresh=fresh):
+        console.print(f"Checkpoints: {folder / train.PRETRAINED}, {folder / train.FINETUNED}")
+    else:
+        console.print(f"Finished checkpoints of the same settings found in {folder} (--fresh trains anew)")
+
+    console.print(f"\n2. Soup the two checkpoints, without data (in {folder})", style="bold")
+    for soup in merge.SOUPS:
+        console.print(f"$ {merge.merge(soup, folder)}")
+
+    console.print("\n3. See what MonoSoup did to each layer", style="bold")
+    for soup in merge.SOUPS:
+        if soup.reports:
+            console.print(f"$ mergekit-monosoup report {soup.report.as_posix()}")
+            merge.print_report(soup, folder)
+
+    console.print("\n4. Ask every model every test question", style="bold")
+    places = {summary.PRETRAINED: Path(train.PRETRAINED), summary.FINETUNED: Path(train.FINETUNED)}
+    places |= {soup.title: soup.merged for soup in merge.SOUPS}
+    grades = {
+        name: grade_checkpoint(folder / place, world.test)
+        for name, place in tqdm(places.items(), desc="models", unit="model")
+    }
+    console.print(summary.table(grades, world.test))
+    said = summary.sentences(grades, world.test)
+    for sentence in said:
+        console.print(f"* {sentence}")
+
+    results = {
+        "seed": seed,
+        "recipe": dataclasses.asdict(recipe),
+        "fingerprint": train.fingerprint(recipe, world),
+        "versions": {"python": platform.python_version()}
+        | {package: importlib.metadata.version(package) for package in PACKAGES},
+        "id": [TUNED_SKILL],
+        "ood": list(OTHER_SKILLS),
+        "models": {
+            name: {"folder": place.as_posix(), "weights_sha256": _digest(folder / place)}
+            | _numbers(grades[name], grades, world.test)
+            for name, place in places.items()
+        },
+        "notes": summary.NOTES,
+        "sentences": said,
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+    (folder / RESULTS).write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    items = [dataclasses.asdict(item) for skill in SKILLS for item in world.test[skill]]
+    (folder / "test-items.jsonl").write_text(
+        "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items), encoding="utf-8"
+    )
+    console.print(f"\nAll numbers: {folder / RESULTS} ({results['seconds']:.0f} s)")
+
+
+def _claim(folder: Path) -> None:
+    """Refuse a folder with other people's files: this program deletes and rewrites what is in its own."""
+    if folder.exists() and any(folder.iterdir()) and not (folder / MARK).exists():
+        raise merge.CommandError(f"{folder} holds files that are not from this demo; name another folder with --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MARK).write_text("Written by `python -m demo`, which may delete and rewrite everything here.\n")
+
+
+def grade_checkpoint(checkpoint: Path, items: Mapping[str, Sequence[Item]]) -> Values:
+    model = Qwen3ForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    return grade(model, AutoTokenizer.from_pretrained(checkpoint), items)
+
+
+def _numbers(values: Values, grades: Mapping[str, Values], items: Mapping[str, Sequence[Item]]) -> dict[str, Any]:
+    """One model's part of results.json. Accuracies are fractions; `right` has a digit per line of test-items.jsonl."""
+    accuracy = summary.both(values, items)
+    gains = {
+        f"minus {reference}": summary.both(paired_difference(values, grades[reference]), items)
+        for reference in (summary.FINETUNED, merge.WISE.title)
+    }
+    return {
+        "id": _estimate(accuracy.id),
+        "ood": _estimate(accuracy.ood),
+        **{name: {"id": _estimate(gain.id, True), "ood": _estimate(gain.ood, True)} for name, gain in gains.items()},
+        "skills": {
+            skill: _estimate(mean_over_skills(values, items, [skill]))
+            | {"items": len(values[skill]), "right": "".join(str(int(value)) for value in values[skill])}
+            for skill in SKILLS
+        },
+    }
+
+
+def _estimate(estimate: Estimate, interval: bool = False) -> dict[str, Any]:
+    return dataclasses.asdict(estimate) | ({"interval_95": estimate.interval()} if interval else {})
+
+
+def _digest(checkpoint: Path) -> str:
+    digest = hashlib.sha256()
+    for file in sorted(checkpoint.glob("*.safetensors")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,117 @@
+"""The soups, made as any user would make them: a YAML file and the unmodified `mergekit-yaml` command."""
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+# Paths are relative to the output folder, in which mergekit runs: the folder can be moved and the files still hold.
+# Without the "./", mergekit takes a name for a possible repository and asks the hub about it, which fails offline.
+WISE_FT = """\
+merge_method: task_arithmetic
+base_model: ./pretrained
+models:
+  - model: ./finetuned
+    parameters:
+      weight: 0.5
+dtype: float32
+"""
+FREEVARIANCE = """\
+merge_method: monosoup
+base_model: ./pretrained
+models:
+  - model: ./finetuned
+parameters:
+  mode: freevariance
+  report: reports/freevariance.jsonl
+dtype: float32
+"""
+VARIANCE = """\
+merge_method: monosoup
+base_model: ./pretrained
+models:
+  - model: ./finetuned
+parameters:
+  mode: variance
+  R: 0.8
+  report: reports/variance.jsonl
+dtype: float32
+"""
+
+
+@dataclass(frozen=True)
+class Soup:
+    """One merge: `file` names its YAML file, its folder and its report; `title` is what tables say."""
+
+    title: str
+    file: str
+    yaml: str
+    reports: bool
+
+    @property
+    def merged(self) -> Path:
+        return Path("merged", self.file)
+
+    @property
+    def report(self) -> Path:
+        return Path("reports", f"{self.file}.jsonl")
+
+
+WISE = Soup("Wise-FT 0.5", "wise-ft", WISE_FT, reports=False)
+FREE = Soup("MonoSoup freevariance", "freevariance", FREEVARIANCE, reports=True)
+VARIED = Soup("MonoSoup variance R=0.8", "variance", VARIANCE, reports=True)
+SOUPS = (WISE, FREE, VARIED)
+
+
+class CommandError(Exception):
+    """A command line tool is missing or failed; the message holds what it said."""
+
+
+def merge(soup: Soup, folder: Path) -> str:
+    """Write the YAML file, run mergekit-yaml in `folder`, keep what it said in logs/; returns the command line."""
+    config = Path("configs", f"{soup.file}.yml")
+    for file in (config, soup.merged, soup.report, log := Path("logs", f"{soup.file}.log")):
+        (folder / file).parent.mkdir(exist_ok=True)
+    (folder / config).write_text(soup.yaml, encoding="utf-8")
+    # An earlier run's weights and report must not pass for this one's.
+    shutil.rmtree(folder / soup.merged, ignore_errors=True)
+    (folder / soup.report).unlink(missing_ok=True)
+
+    command = [tool("mergekit-yaml"), config.as_posix(), soup.merged.as_posix()]
+    done = subprocess.run(
+        command, cwd=folder, env=_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    (folder / log).write_text(done.stdout, encoding="utf-8")
+    shown = " ".join(["mergekit-yaml", *command[1:]])
+    if done.returncode != 0:
+        last = "\n".join(done.stdout.splitlines()[-5:])  # of a traceback, these say what was wrong
+        raise CommandError(f"`{shown}` failed with exit code {done.returncode}, see {folder / log}:\n{last}")
+    return shown
+
+
+def print_report(soup: Soup, folder: Path) -> None:
+    """Let `mergekit-monosoup report` print its table."""
+    sys.stdout.flush()  # or the table of the other process lands above what was printed before
+    done = subprocess.run(
+        [tool("mergekit-monosoup"), "report", soup.report.as_posix()],
+        cwd=folder,
+        env=_environment(),
+    )
+    if done.returncode != 0:
+        raise CommandError(f"`mergekit-monosoup report {soup.report}` failed with exit code {done.returncode}")
+
+
+def tool(name: str) -> str:
+    """The console script beside this Python: another one on the PATH could belong to another environment."""
+    folder = str(Path(sys.executable).parent)
+    found = shutil.which(name, path=folder)
+    if found is None:
+        raise CommandError(f"{name} is not in {folder}; install this package: {sys.executable} -m pip install .")
+    return found
+
+
+def _environment() -> dict[str, str]:
+    # Matrices this small lose time to threads. A user's own setting wins.
+    return {"OMP_NUM_THREADS": "1", **os.environ}
