@@ -297,6 +297,13 @@ class _Document:
                 continue  # does not exist yet
             try:
                 reference = ModelReference.model_validate(name)
+                path = reference.model.path
+                if os.path.exists(path) and not path.startswith((".", "/")) and path.count("/") <= 1:
+                    yield Finding(
+                        "warning",
+                        self._at(name),
+                        f"looks like a hub name to mergekit's model card: write ./{path}, or an offline merge fails at its end",
+                    )
                 found[name] = shapes(reference)
                 if reference.lora:
                     yield Finding("warning", self._at(name), "the LoRA adapter's own shapes are not checked")

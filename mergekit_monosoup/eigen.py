@@ -69,13 +69,15 @@ class Lapack:
     def _tridiagonal_vectors(self, start: int, stop: int) -> np.ndarray:
         """(s, stop − start), column-major. Few by inverse iteration, many by divide and conquer, which gives all of them.
 
-        Measured at order 2048: dstevd 0.54 s; dstein 0.03 s for 5 %, 0.09 s for 10 %, 0.35 s for 20 %.
+        dstein orthogonalises within clusters, so its time grows with the square of the count, dstevd's with the cube of the
+        order. Measured: order 1024, dstevd 0.09 s, dstein 0.02-0.04 s for 20 % and 0.05-0.08 s for 50 %; order 2048, dstevd
+        0.54 s, dstein 0.09 s for 10 %, 0.13-0.36 s for 20 %, 0.4-3.6 s for 50 %.
         """
         order, count = len(self.values), stop - start
         d, e = self._diagonal, self._off
         # dstein must be told where a matrix falls apart; where one does, dstevd needs no telling.
         splits = np.abs(e) <= EPS * (np.abs(d[:-1]) + np.abs(d[1:]))
-        if count <= order // 8 and not splits.any():
+        if count**2 <= 128 * order and not splits.any():
             block, ends = np.ones(order, np.int32), np.full(order, order, np.int32)
             vectors, info = lapack.dstein(d, e, self.values[start:stop].numpy(), block, ends)
             if info == 0:

@@ -21,7 +21,7 @@ from torch import Tensor
 from mergekit_monosoup.eigen import LOG
 from mergekit_monosoup.report import Record
 from mergekit_monosoup.spectrum import Spectrum, effective_rank
-from mergekit_monosoup.task_vector import TaskVector
+from mergekit_monosoup.task_vector import TaskVector, flat
 
 Mode = Literal["freevariance", "variance"]
 Rule = Literal["monosoup", "rho", "cos", "uniform", "high", "low", "scalar"]
@@ -260,6 +260,7 @@ def _plan(task_vector: TaskVector, mode: Mode, R: float, rule: Rule, record: Rec
     record.k, record.rank, record.effective_rank = k, found.rank, effective_rank(found.sigma)
     record.P_k, record.rho, record.cos_alpha = split.energy_high, split.rho, split.cos_alpha
     record.lambda_high, record.lambda_low = high, low
+    record.solver = found.solver
     if k == found.rank:  # nothing below the cut: λ_low multiplies zero
         record.reason = "k = rank, no low-energy part"
         return _Recombination(high, high)
@@ -268,7 +269,7 @@ def _plan(task_vector: TaskVector, mode: Mode, R: float, rule: Rule, record: Rec
     # float32 errs by about 1e-7·‖ΔW‖. Where little of ΔW survives (`low` on a spiked spectrum) that shows; float64 then.
     kept = math.sqrt(high**2 * split.energy_high + low**2 * split.energy_low)
     recombine = _Recombination(high, low, *found.projection(k, task_vector.dtype if kept > 2**-4 else torch.float64))
-    record.solver = found.solver
+    record.solver = found.solver  # the vectors may have needed another one
     return recombine
 
 
@@ -291,8 +292,8 @@ def _assemble(
         # In this order both differences of close numbers are exact.
         actual = (rounded.to(block.base.dtype) - block.base).sub_(block.delta)
         intended = change.sub_(block.delta).to(actual.dtype)
-        sums += torch.stack(
-            [torch.sum(x, dtype=torch.float64) for x in (actual * intended, intended.square(), actual.square())]
-        )
+        actual, intended = flat(actual), flat(intended)
+        products = [torch.dot(a, b) for a, b in ((actual, intended), (intended, intended), (actual, actual))]
+        sums += torch.stack(products).double()
     survived, squared_intended, squared_actual = sums.tolist()
     return weight, math.sqrt(squared_actual), survived / squared_intended if squared_intended > 0 else None

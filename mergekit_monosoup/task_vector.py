@@ -94,18 +94,24 @@ class TaskVector:
         Raises:
             NonFiniteError: an input has NaN or infinite entries (they would pass arithmetic in silence).
         """
-        squares = torch.zeros(2, dtype=torch.float64, device=self.device)
-        for block in self.blocks():
-            squares[0] += sum_of_squares(block.delta)
-            squares[1] += sum_of_squares(block.base)
-        delta, base = squares.sqrt().tolist()
+        delta, base = self._norms(self.dtype)
         if not (math.isfinite(delta) and math.isfinite(base)):
             counts = [int((~torch.isfinite(w)).sum()) for w in (self._base, *self._tuned)]
             if any(counts):
                 raise NonFiniteError(counts)
+        if not all(0 < norm < math.inf for norm in (delta, base)):
+            delta, base = self._norms(torch.float64)  # squares may leave the range of float32; eight times slower
+        return delta, base
+
+    def _norms(self, dtype: torch.dtype) -> tuple[float, float]:
+        squares = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for block in self.blocks():
+            norms = [torch.linalg.vector_norm(flat(x), dtype=dtype) for x in (block.delta, block.base)]
+            squares += torch.stack(norms).double().square()
+        delta, base = squares.sqrt().tolist()
         return delta, base
 
 
-def sum_of_squares(block: Tensor) -> Tensor:
-    """Σ x² as float64."""
-    return torch.linalg.vector_norm(block, dtype=torch.float64).square()
+def flat(block: Tensor) -> Tensor:
+    """All entries of a block in the order of memory, where blocks of wide matrices are column-major: no copy."""
+    return (block.T if block.stride(0) == 1 else block).reshape(-1)

@@ -154,3 +154,12 @@ def test_json_output(write):
     result = CliRunner().invoke(main, ["check", str(write(parameters={"R": 7})), "--json"])
     (finding,) = json.loads(result.output)
     assert finding["level"] == "error" and finding["where"] == "parameters.R"
+
+
+def test_a_local_folder_that_looks_like_a_hub_name(write, models, tmp_path, monkeypatch):
+    """mergekit asks the hub about it when it writes the model card, and offline that fails after the merge."""
+    base, tuned = models
+    (tmp_path / "tuned").symlink_to(tuned[0])
+    monkeypatch.chdir(tmp_path)
+    assert "write ./tuned" in messages(write(models=[{"model": "tuned"}]), "warning")[0]
+    assert check(write(models=[{"model": "./tuned"}])) == []

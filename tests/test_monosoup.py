@@ -51,8 +51,9 @@ def test_edited_delta_matches_float64_svd(kind, shape, mode):
     expected, _, numbers = oracle.monosoup(W0, W1, mode=mode)
     assert record.k == numbers["k"]
     assert record.rank == numbers["rank"]
-    for key in ("effective_rank", "P_k", "rho", "cos_alpha", "lambda_high", "lambda_low", "delta_norm"):
+    for key in ("effective_rank", "P_k", "rho", "cos_alpha", "lambda_high", "lambda_low"):
         assert getattr(record, key) == pytest.approx(numbers[key], rel=1e-7, abs=1e-9), key
+    assert record.delta_norm == pytest.approx(numbers["delta_norm"], rel=1e-6)  # a sum of float32 squares
     assert float(weight.norm()) == pytest.approx(np.linalg.norm(expected), rel=1e-5)
     if kind not in NOT_UNIQUE:
         assert error(weight, W0, expected) < 1e-5
@@ -361,3 +362,14 @@ def test_inputs_that_do_not_fit():
         edit(torch.zeros(3, 3), torch.ones(3, 3).double())
     with pytest.raises(ValueError, match="no fine-tuned"):
         edit(torch.zeros(3, 3), [])
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_squares_beyond_float32(scale):
+    """The norm of a tiny update must not underflow to "no update", nor that of a huge one look infinite."""
+    W0 = torch.zeros(64, 48)
+    delta = torch.randn(64, 48, dtype=torch.float64)
+    weight, record = edit(W0, (scale * delta).float(), mode="variance")
+    expected, other = edit(W0, delta.float(), mode="variance")
+    assert record.action == "edited" and record.k == other.k
+    assert torch.allclose(weight.double() / scale, expected.double(), rtol=1e-4, atol=1e-6)
