@@ -1,6 +1,7 @@
 """MonoSoup (arXiv 2602.09689) for mergekit: edits one fine-tuned checkpoint against its pretrained base.
 
-In YAML: `merge_method: monosoup`. In Python: :func:`edit` for one weight matrix.
+In YAML: `merge_method: monosoup`, and `svc` for its neighbour, Singular Value Calibration. In Python: :func:`edit` and
+:func:`calibrate` for one weight matrix.
 """
 
 from importlib import import_module
@@ -11,12 +12,17 @@ import _mergekit_monosoup_autoload
 if TYPE_CHECKING:
     from mergekit_monosoup.monosoup import edit
     from mergekit_monosoup.report import Record
+    from mergekit_monosoup.svc import calibrate
 
 __version__ = "0.1.0"
-__all__ = ["Record", "__version__", "edit"]
+__all__ = ["Record", "__version__", "calibrate", "edit"]
 
 # Looked up on first use: importing the package must not import torch, which takes seconds.
-_HOMES = {"Record": "mergekit_monosoup.report", "edit": "mergekit_monosoup.monosoup"}
+_HOMES = {
+    "Record": "mergekit_monosoup.report",
+    "calibrate": "mergekit_monosoup.svc",
+    "edit": "mergekit_monosoup.monosoup",
+}
 
 
 def __getattr__(name: str) -> Any:

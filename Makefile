@@ -1,0 +1,42 @@
+# Each target sets itself up in .venv; all it needs is make and Python >= 3.10. Another interpreter: make PYTHON=python3.12 test
+.DELETE_ON_ERROR:
+.PHONY: demo test lint clean
+
+VENV := .venv
+NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 10))'
+CANDIDATES := python3 python3.14 python3.13 python3.12 python3.11 python3.10
+# Each is run, not looked up: a shim on the PATH may stand for a version that is not installed.
+PYTHON ?= $(shell for p in $(CANDIDATES); do if $$p $(NEW_ENOUGH) 2>/dev/null; then echo $$p; break; fi; done)
+
+# Editable installs see changes to the package at once, but for what is copied to site-packages or recorded at install time.
+COPIED := pyproject.toml constraints.txt Makefile mergekit_monosoup/__init__.py _mergekit_monosoup_autoload.py \
+	$(wildcard startup/*)
+INSTALL := $(VENV)/bin/python -m pip install --disable-pip-version-check --constraint constraints.txt
+
+demo: $(VENV)/ready-plots
+	$(VENV)/bin/python -m demo $(ARGS)
+
+test: $(VENV)/ready-test
+	$(VENV)/bin/python -m pytest $(ARGS)
+
+lint: $(VENV)/ready-lint
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+# ready-X: the extra X is installed. `unfinished` lies in the environment while pip works, so that one interrupted half-way
+# is thrown away instead of being trusted.
+$(VENV)/ready-%: $(COPIED)
+	@test -n "$(PYTHON)" || { echo "make: no Python >= 3.10 found; name one: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) $(NEW_ENOUGH) || { echo "make: $(PYTHON) is not Python >= 3.10; name one: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@if test -e $(VENV)/unfinished; then echo "An earlier set-up did not finish: starting over."; rm -rf $(VENV); fi
+	$(PYTHON) -m venv $(VENV)
+	@touch $(VENV)/unfinished
+	$(INSTALL) hatchling
+	$(INSTALL) --no-build-isolation --editable '.[$*]'
+	@rm $(VENV)/unfinished
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist demo-out .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

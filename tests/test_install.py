@@ -1,0 +1,648 @@
+"""The built wheel, installed: an unmodified mergekit finds the method, and nothing else notices.
+
+Each check is a process of a virtual environment that holds the wheel, started in an empty folder, so that neither the
+checkout nor its editable install can answer in the wheel's place. torch, mergekit and the rest are borrowed from the
+running environment by a line in a .pth file; Python does not read the .pth files of a folder added that way.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+import zipfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.metadata import distribution
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import checkpoints
+import pytest
+import torch
+import yaml
+
+import mergekit_monosoup
+
+ROOT = Path(__file__).parent.parent
+HOOK = "_mergekit_monosoup_autoload.py"
+PTH = "mergekit_monosoup_autoload.pth"
+START = "mergekit_monosoup_autoload.start"
+SWITCHED_OFF = {"MERGEKIT_MONOSOUP_AUTOLOAD": "0"}
+Pair = tuple[Path, Path]  # pretrained and fine-tuned
+TIMEOUT = 300  # seconds; a deadlock must fail the test, not hang the suite
+
+
+# -- environments --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Environment:
+    """A virtual environment, and an empty folder to run it in."""
+
+    folder: Path
+    workdir: Path
+
+    @property
+    def python(self) -> Path:
+        return self.folder / "bin" / "python"
+
+    @property
+    def site(self) -> Path:
+        (site,) = (self.folder / "lib").glob("python*/site-packages")
+        return site
+
+    def run(self, *arguments: object, fails: bool | None = False, **variables: str) -> subprocess.CompletedProcess[str]:
+        """``fails``: whether a failure is what is wanted; None: the caller will judge."""
+        # Without the variables that change what Python imports or switch the hook.
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "MERGEKIT_", "COV_", "PIP_TARGET"))}
+        kept["HF_HUB_OFFLINE"] = "1"
+        done = subprocess.run(
+            [str(self.python), *map(str, arguments)], cwd=self.workdir, env={**kept, **variables},
+            capture_output=True, text=True, timeout=TIMEOUT,
+        )  # fmt: skip
+        assert fails in (None, done.returncode != 0), f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+        return done
+
+    def code(self, source: str, *flags: str, **variables: str) -> Any:
+        """Runs the source, which prints JSON as its last line, and returns that."""
+        done = self.run(*flags, "-c", textwrap.dedent(source), **variables)
+        return json.loads(done.stdout.splitlines()[-1])
+
+    def pip(self, *arguments: object) -> None:
+        self.run("-m", "pip", "--quiet", "--disable-pip-version-check", *arguments)
+
+    def files(self) -> set[str]:
+        """Everything in site-packages and bin, without the bytecode of others, which appears as they run."""
+        places = [path for folder in (self.site, self.python.parent) for path in folder.rglob("*")]
+        return {str(path) for path in places if "monosoup" in path.name or "__pycache__" not in path.parts}
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built as a release is: the sdist, and the wheel from the sdist."""
+    out = tmp_path_factory.mktemp("dist")
+    subprocess.run(
+        [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(ROOT)],
+        check=True, timeout=TIMEOUT, stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    (built,) = out.glob("*.whl")
+    return built
+
+
+def create(folder: Path, borrow: bool = True) -> Environment:
+    # pip is borrowed as well where there is one, for installing it takes five seconds.
+    options = ["--without-pip"] if find_spec("pip") or not borrow else []
+    subprocess.run([sys.executable, "-m", "venv", *options, str(folder / "env")], check=True, timeout=TIMEOUT)
+    (folder / "workdir").mkdir()
+    environment = Environment(folder / "env", folder / "workdir")
+    if borrow:
+        lenders = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
+        (environment.site / "borrowed.pth").write_text("\n".join(lenders) + "\n")
+    return environment
+
+
+@pytest.fixture(scope="session")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Environment:
+    """An environment with the wheel."""
+    environment = create(tmp_path_factory.mktemp("installed"))
+    environment.pip("install", "--no-index", "--no-deps", wheel)
+    home = environment.code("import json, mergekit_monosoup as m; print(json.dumps([m.__file__, m.__version__]))")
+    assert home == [str(environment.site / "mergekit_monosoup" / "__init__.py"), mergekit_monosoup.__version__]
+    return environment
+
+
+@pytest.fixture(scope="session")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> Environment:
+    """An environment without it. Whoever installs here uninstalls."""
+    return create(tmp_path_factory.mktemp("bare"))
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    base, (tuned,) = checkpoints.pair(tmp_path_factory.mktemp("models"))
+    return base, tuned
+
+
+def config(models: Pair, file: Path, suffix: str = "") -> Path:
+    base, tuned = (f"{folder}{suffix}" for folder in models)
+    file.write_text(yaml.safe_dump({"merge_method": "monosoup", "base_model": base, "models": [{"model": tuned}]}))
+    return file
+
+
+def script(name: str) -> Path:
+    """A console script of the running environment, unmodified: in `python SCRIPT` the shebang line is a comment."""
+    path = Path(sys.executable).parent / name
+    assert path.is_file(), f"{path} is missing: is mergekit installed in the running environment?"
+    return path
+
+
+def assert_edited(out: Path, models: Pair) -> None:
+    W0, W1, W = (checkpoints.state_dict(folder) for folder in (*models, out))
+    assert W.keys() == W1.keys()
+    matrices = [name for name in W if W[name].ndim == 2]
+    assert len(matrices) > 10
+    for name in W:
+        if name in matrices:
+            assert not torch.equal(W[name], W1[name]) and not torch.equal(W[name], W0[name]), name
+        else:
+            assert torch.equal(W[name], W1[name]), name
+
+
+# -- what is shipped -----------------------------------------------------------------------------------------------
+
+
+def test_wheel_contents(wheel: Path) -> None:
+    info = f"mergekit_monosoup-{mergekit_monosoup.__version__}.dist-info"
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        text = {name: archive.read(name).decode() for name in names if not name.endswith("/")}
+    assert {name.split("/")[0] for name in names} == {"mergekit_monosoup", info, HOOK, PTH, START}
+    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "mergekit_monosoup").rglob("*.py")}
+    assert {name for name in names if name.startswith("mergekit_monosoup/") and name.endswith(".py")} == sources
+    assert text[PTH] == "import _mergekit_monosoup_autoload; _mergekit_monosoup_autoload.install()\n"
+    assert text[START] == "_mergekit_monosoup_autoload:install\n"
+    assert text[HOOK] == (ROOT / HOOK).read_text()
+    recorded = {line.rsplit(",", 2)[0] for line in text[f"{info}/RECORD"].splitlines()}
+    assert recorded == names  # what is not recorded stays behind on uninstall
+    metadata = text[f"{info}/METADATA"]
+    assert "License-Expression: Apache-2.0" in metadata and "Requires-Dist: mergekit<0.2,>=0.1.5" in metadata
+    assert "TERMS AND CONDITIONS" in text[f"{info}/licenses/LICENSE"]
+    assert "mergekit-monosoup = mergekit_monosoup.cli:main" in text[f"{info}/entry_points.txt"]
+
+
+def test_the_hook_runs_first_in_no_ones_way() -> None:
+    # Startup files run in sorted order; ours comes after those that put editable installs on the path.
+    assert sorted([PTH, "__editable__.any-1.0.pth", "_mergekit_monosoup.pth"])[-1] == PTH
+
+
+# -- the start of Python -------------------------------------------------------------------------------------------
+
+SHOW_START = """
+import json, sys
+finders = [type(finder).__module__ for finder in sys.meta_path if type(finder).__name__ == "MonosoupFinder"]
+print(json.dumps([finders, sorted(sys.modules)]))
+"""
+
+
+@pytest.mark.parametrize("flags", [[], ["-I"], ["-E", "-s"], ["-W", "error"]], ids=" ".join)
+def test_start_imports_only_the_hook(installed: Environment, flags: list[str]) -> None:
+    done = installed.run(*flags, "-c", SHOW_START)
+    finders, modules = json.loads(done.stdout)
+    assert finders == ["_mergekit_monosoup_autoload"]
+    assert done.stderr == ""
+    assert not {"torch", "mergekit", "mergekit_monosoup"} & set(modules)
+    # json, for printing, is imported by both; the difference to a start without the package is the hook's own module.
+    without = json.loads(installed.run(*flags, "-S", "-c", SHOW_START).stdout)[1]
+    assert not {"logging", "threading", "typing", "importlib.util"} & (set(modules) - set(without))
+
+
+def test_the_switch(installed: Environment) -> None:
+    on, off = installed.code(SHOW_START), installed.code(SHOW_START, **SWITCHED_OFF)
+    assert off[0] == []
+    assert off[1] == on[1]  # so the hook imports nothing that Python had not
+    source = """
+        import json, mergekit.merge_methods as m
+        before = [x.spec.name for x in m.registered_methods()]
+        import mergekit_monosoup  # importing the package is no order to hook in either; importing its methods is
+        between = [x.spec.name for x in m.registered_methods()]
+        import mergekit_monosoup.methods
+        print(json.dumps([["monosoup" in names for names in (before, between)], m.get("monosoup").spec.name]))
+    """
+    assert installed.code(source, **SWITCHED_OFF) == [[False, False], "monosoup"]
+
+
+def test_startup_twice_makes_one_finder(installed: Environment) -> None:
+    again = """
+import site, sys
+site.main()
+import mergekit_monosoup
+for name in ("mergekit_monosoup", "_mergekit_monosoup_autoload"): del sys.modules[name]
+import mergekit_monosoup
+"""
+    finders, _ = installed.code(again + SHOW_START)
+    assert finders == ["_mergekit_monosoup_autoload"]
+
+
+def test_start_file_of_python_3_15(installed: Environment) -> None:
+    entry = (installed.site / START).read_text().strip()
+    source = f"import pkgutil; pkgutil.resolve_name({entry!r})()\n" + SHOW_START
+    assert installed.code(source)[0] == ["_mergekit_monosoup_autoload"]
+
+
+def test_without_mergekit_python_starts_and_the_package_imports(wheel: Path, bare: Environment, tmp_path: Path) -> None:
+    alone = create(tmp_path, borrow=False)
+    bare.pip("install", "--no-index", "--no-deps", "--target", alone.site, wheel)
+    done = alone.run(
+        "-c", "import mergekit_monosoup; print(mergekit_monosoup.__version__); import mergekit", fails=True
+    )
+    assert done.stdout.strip() == mergekit_monosoup.__version__
+    assert done.stderr.splitlines()[-1] == "ModuleNotFoundError: No module named 'mergekit'"
+    assert alone.run("-c", "pass").stderr == ""
+
+
+# -- mergekit, unmodified ------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    done: subprocess.CompletedProcess[str]
+    out: Path
+
+
+@pytest.fixture(scope="module")
+def runs(installed: Environment, models: Pair, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
+    """The slow processes, two at a time: importing torch, transformers and peft takes each of them seconds."""
+    folder = tmp_path_factory.mktemp("runs")
+    yml = config(models, folder / "monosoup.yml")
+    raw = config(models, folder / "raw.yml", suffix="/model.safetensors")
+    stages = folder / "stages.yml"
+    halves = [{"model": model, "parameters": {"weight": 1}} for model in ("edited", str(models[1]))]
+    second = yaml.safe_dump({"merge_method": "linear", "models": halves})
+    stages.write_text(f"name: edited\n{yml.read_text()}---\n{second}")
+    out = {name: folder / name for name in ("yaml", "isolated", "multi", "pytorch", "api")}
+    commands: dict[str, list[object]] = {
+        "yaml": [script("mergekit-yaml"), yml, out["yaml"]],
+        "isolated": ["-I", "-m", "mergekit.scripts.run_yaml", yml, out["isolated"]],
+        "multi": ["-E", "-s", script("mergekit-multi"), stages, "--out-path", out["multi"], "-I", folder / "between"],
+        "pytorch": [script("mergekit-pytorch"), raw, out["pytorch"]],
+        "api": ["-c", API, yml, out["api"]],
+    }
+    with ThreadPoolExecutor(2) as pool:
+        ends = {name: pool.submit(installed.run, *command, fails=None) for name, command in commands.items()}
+    return {name: Run(end.result(), out[name]) for name, end in ends.items()}
+
+
+@pytest.mark.parametrize("command", ["yaml", "isolated", "pytorch"])
+def test_command(runs: dict[str, Run], models: Pair, command: str) -> None:
+    assert runs[command].done.returncode == 0, runs[command].done.stderr
+    assert_edited(runs[command].out, models)
+
+
+def test_two_stages(runs: dict[str, Run], models: Pair) -> None:
+    assert runs["multi"].done.returncode == 0, runs["multi"].done.stderr
+    between = runs["multi"].out.parent / "between" / "edited"
+    assert_edited(between, models)
+    edited, tuned, final = (checkpoints.state_dict(folder) for folder in (between, models[1], runs["multi"].out))
+    for name in final:
+        torch.testing.assert_close(final[name], (edited[name] + tuned[name]) / 2)
+
+
+# What Python code meets, in the order in which it would first meet it.
+API = """
+import json, sys
+from mergekit.merge_methods.registry import get  # the first import of mergekit, past the package's own names
+facts = {"registry": get("monosoup").spec.name}
+
+import mergekit.merge_methods as merge_methods
+facts["loaders"] = [type(x).__name__ for x in (merge_methods.__spec__.loader, merge_methods.__loader__)]
+
+import torch
+torch.manual_seed(0)
+base, tuned = torch.randn(24, 16), torch.randn(24, 16)
+merged = merge_methods.merge_tensors([base, tuned], "monosoup", base_index=0)
+facts["merge_tensors"] = [float((merged - w).norm() / (base - tuned).norm()) for w in (base, tuned)]
+
+from mergekit.config import MergeConfiguration
+from mergekit.merge import run_merge
+from mergekit.options import MergeOptions
+import yaml
+config, out = sys.argv[1:]
+run_merge(MergeConfiguration.model_validate(yaml.safe_load(open(config))), out, MergeOptions(quiet=True))
+
+from mergekit.evo.genome import METHOD_PARAM_MAPS, ModelGenomeDefinition
+facts["evolve"] = METHOD_PARAM_MAPS["monosoup"]
+facts["genome"] = ModelGenomeDefinition(models=["a"], merge_method="monosoup", base_model="b").merge_method
+
+import importlib
+importlib.reload(merge_methods)
+facts["reloaded"] = merge_methods.get("monosoup").spec.name
+for name in [name for name in sys.modules if name.split(".")[0] == "mergekit"]:
+    del sys.modules[name]
+import mergekit.merge_methods as anew
+facts["anew"] = [anew is not merge_methods, isinstance(anew.get("monosoup"), anew.MergeMethod)]
+
+import mergekit_monosoup
+facts["home"] = mergekit_monosoup.__file__
+print(json.dumps(facts))
+"""
+
+
+@pytest.fixture(scope="module")
+def facts(runs: dict[str, Run]) -> dict[str, Any]:
+    done = runs["api"].done
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def test_registry_imported_directly(facts: dict[str, Any]) -> None:
+    assert facts["registry"] == "monosoup"
+
+
+def test_it_is_the_wheel_that_answers(facts: dict[str, Any], installed: Environment) -> None:
+    assert Path(facts["home"]).parent.parent == installed.site
+
+
+def test_no_trace_in_the_module(facts: dict[str, Any], runs: dict[str, Run]) -> None:
+    assert facts["loaders"] == ["SourceFileLoader"] * 2
+    assert not ours(runs["api"].done.stderr)
+
+
+def test_merge_tensors(facts: dict[str, Any]) -> None:
+    from_base, from_tuned = facts["merge_tensors"]
+    assert from_base > 0.1 and from_tuned > 0.01
+
+
+def test_run_merge(facts: dict[str, Any], runs: dict[str, Run], models: Pair) -> None:
+    assert_edited(runs["api"].out, models)
+
+
+def test_evolve_accepts_the_method(facts: dict[str, Any]) -> None:
+    assert facts["evolve"] == ["weight"] and facts["genome"] == "monosoup"
+
+
+def test_mergekit_reloaded_or_imported_anew(facts: dict[str, Any]) -> None:
+    assert facts["reloaded"] == "monosoup" and facts["anew"] == [True, True]
+
+
+WORKER = """
+def method():
+    import os
+    from mergekit.merge_methods import get
+    return [os.getpid(), get("monosoup").spec.name]
+"""
+
+
+def test_spawned_process(installed: Environment) -> None:
+    (installed.workdir / "worker.py").write_text(WORKER)
+    main = installed.workdir / "spawn.py"
+    main.write_text(
+        "import json, multiprocessing, os, worker\n"
+        "if __name__ == '__main__':\n"
+        "    with multiprocessing.get_context('spawn').Pool(1) as pool:\n"
+        "        print(json.dumps([os.getpid(), *pool.apply(worker.method)]))\n"
+    )
+    parent, child, name = json.loads(installed.run(main).stdout)
+    assert parent != child and name == "monosoup"
+
+
+def test_ray_worker(installed: Environment) -> None:
+    pytest.importorskip("ray", reason="ray has no wheel for this Python, or the extra `test` is not installed")
+    source = """
+        import json, os, ray
+        ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, configure_logging=False)
+        print(json.dumps([os.getpid(), *ray.get(ray.remote(method).remote())]))
+    """
+    parent, child, name = installed.code(
+        WORKER + textwrap.dedent(source), RAY_USAGE_STATS_ENABLED="0", RAY_ENABLE_UV_RUN_RUNTIME_ENV="0"
+    )
+    assert parent != child and name == "monosoup"
+
+
+# -- when something is wrong ---------------------------------------------------------------------------------------
+
+
+def write(folder: Path, modules: dict[str, str]) -> str:
+    """Modules by dotted name, each package on the way with an __init__.py; returns the folder for PYTHONPATH."""
+    for name, source in modules.items():
+        path = folder.joinpath(*name.split(".")).with_suffix(".py")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for parent in path.relative_to(folder).parents[:-1]:
+            (folder / parent / "__init__.py").touch()
+        path.write_text(textwrap.dedent(source))
+    return str(folder)
+
+
+def ours(stderr: str) -> list[str]:
+    """Log records of ours, printed bare; a traceback's lines are indented."""
+    return [line for line in stderr.splitlines() if line.startswith("mergekit") and "mergekit-monosoup" in line]
+
+
+def test_a_method_of_mergekit_itself_wins(installed: Environment, tmp_path: Path) -> None:
+    home = Path(distribution("mergekit").locate_file("mergekit"))
+    shutil.copytree(home, tmp_path / "mergekit", ignore=shutil.ignore_patterns("__pycache__"))
+    with (tmp_path / "mergekit" / "merge_methods" / "__init__.py").open("a") as file:
+        file.write(
+            "\nregister(GeneralizedTaskArithmeticMerge(consensus_method=None, sparsification_method=None,"
+            "default_normalize=False, default_rescale=False, method_name='monosoup', method_pretty_name='Theirs',"
+            "method_reference_url=None))\n"
+        )
+    source = "import mergekit.merge_methods as m; print(m.get('monosoup').spec.pretty_name)"
+    done = installed.run("-c", source, PYTHONPATH=str(tmp_path))
+    assert done.stdout.strip() == "Theirs"
+    assert len(ours(done.stderr)) == 1 and "already has a merge method 'monosoup'" in done.stderr
+
+
+def test_broken_methods_leave_mergekit_working(installed: Environment, tmp_path: Path) -> None:
+    broken = write(tmp_path, {"mergekit_monosoup.methods": "raise OSError('the disk is on fire')"})
+    source = """
+        import torch, mergekit.merge_methods as m
+        merged = m.merge_tensors([torch.zeros(2), torch.ones(2)], "linear", parameters={"weight": 0.5})
+        print(merged.tolist())
+    """
+    done = installed.run("-c", textwrap.dedent(source), PYTHONPATH=broken)
+    assert json.loads(done.stdout) == [0.5, 0.5]
+    (warning,) = ours(done.stderr)
+    assert "OSError: the disk is on fire" in warning and "MERGEKIT_MONOSOUP_AUTOLOAD=0" in warning
+
+
+# Stands in for mergekit where only the import system is at issue, at a hundredth of the time.
+FAKE_MERGEKIT = {
+    "mergekit.merge_methods.registry": """
+        from types import SimpleNamespace
+        names = []
+        def registered_methods():
+            return [SimpleNamespace(spec=SimpleNamespace(name=name)) for name in names]
+    """,
+    "mergekit.merge_methods.__init__": "from mergekit.merge_methods.registry import names, registered_methods",
+}
+FAKE_METHODS = {
+    "mergekit_monosoup.__init__": "import _mergekit_monosoup_autoload; _mergekit_monosoup_autoload.install()",
+    "mergekit_monosoup.methods": "from mergekit.merge_methods import names; names.append('monosoup')",
+}
+
+
+@pytest.mark.parametrize("entangled", [False, True], ids=["", "mergekit imports the package"])
+@pytest.mark.parametrize(
+    "first",
+    ["mergekit.merge_methods", "mergekit.merge_methods.registry", "mergekit_monosoup", "mergekit_monosoup.methods"],
+)
+def test_registered_once_whatever_comes_first(
+    installed: Environment, tmp_path: Path, first: str, entangled: bool
+) -> None:
+    fake = {**FAKE_MERGEKIT, **FAKE_METHODS}
+    if entangled:  # half-way through its own import
+        fake["mergekit.merge_methods.__init__"] = "import mergekit_monosoup\n" + fake["mergekit.merge_methods.__init__"]
+    source = f"import {first}, mergekit.merge_methods as m, mergekit_monosoup.methods; print(*m.names)"
+    done = installed.run("-c", source, PYTHONPATH=write(tmp_path, fake))
+    assert (done.stdout.split(), done.stderr) == (["monosoup"], "")
+
+
+def test_one_warning_however_often(installed: Environment, tmp_path: Path) -> None:
+    """Also under -W error, where a Python warning would become an exception in mergekit's import."""
+    fake = write(tmp_path, {**FAKE_MERGEKIT, "mergekit_monosoup.methods": "1 / 0"})
+    source = """
+        import importlib, _mergekit_monosoup_autoload
+        import mergekit.merge_methods
+        importlib.reload(mergekit.merge_methods)
+        _mergekit_monosoup_autoload.install()
+    """
+    done = installed.run("-W", "error", "-c", textwrap.dedent(source), PYTHONPATH=fake)
+    assert len(ours(done.stderr)) == 1 and "ZeroDivisionError" in done.stderr
+
+
+def test_an_older_mergekit(installed: Environment, tmp_path: Path) -> None:
+    """Such as 0.1.4, whose registry has neither register() nor registered_methods()."""
+    fake = write(tmp_path, {**FAKE_MERGEKIT, "mergekit.evo.genome": ""})
+    source = "import mergekit.merge_methods, mergekit.evo.genome; print('survived')"
+    done = installed.run("-c", source, PYTHONPATH=fake)
+    assert done.stdout.strip() == "survived"
+    first, second = ours(done.stderr)
+    assert "into mergekit.merge_methods: ModuleNotFoundError" in first and "pip check" in first
+    assert "into mergekit.evo.genome: AttributeError" in second
+
+
+def test_mergekit_that_fails_to_import_fails_as_ever(installed: Environment, tmp_path: Path) -> None:
+    fake = write(tmp_path, {"mergekit.merge_methods.__init__": "raise KeyError('theirs')"})
+    done = installed.run("-c", "import mergekit.merge_methods", fails=True, PYTHONPATH=fake)
+    assert done.stderr.splitlines()[-1] == "KeyError: 'theirs'" and not ours(done.stderr)
+    assert "fails without mergekit-monosoup too" in done.stderr  # beside the one frame of ours
+
+
+@pytest.mark.parametrize("place", [0, 1], ids=["before ours", "after ours"])
+def test_another_finder_that_asks_all_finders(installed: Environment, tmp_path: Path, place: int) -> None:
+    source = """
+        import json, sys
+        class Other:
+            asked = 0
+            def find_spec(self, name, path=None, target=None):
+                if name == "mergekit.merge_methods":
+                    Other.asked += 1
+                    specs = (f.find_spec(name, path, target) for f in sys.meta_path if f is not self)
+                    return next(filter(None, specs), None)
+        sys.meta_path.insert(int(sys.argv[1]), Other())
+        from mergekit.merge_methods import names
+        print(json.dumps([names, Other.asked > 0]))
+    """
+    fake = write(tmp_path, {**FAKE_MERGEKIT, **FAKE_METHODS})
+    done = installed.run("-c", textwrap.dedent(source), place, PYTHONPATH=fake)
+    assert json.loads(done.stdout) == [["monosoup"], True]
+
+
+def test_two_threads(installed: Environment, tmp_path: Path) -> None:
+    """One imports mergekit, which imports our methods; the other our package or its methods, which import mergekit.
+
+    A grid of starting times, so that each meets the other before, in and after each of its imports.
+    """
+    slow = "import time; time.sleep(0.01)\n"
+    modules = {name: textwrap.dedent(source) for name, source in {**FAKE_MERGEKIT, **FAKE_METHODS}.items()}
+    fake = write(tmp_path, {name: f"{slow}{source}\n{slow}" for name, source in modules.items()})
+    source = """
+        import itertools, json, sys, threading, time
+        def load(delay, name):
+            time.sleep(delay)
+            try:
+                exec(f"import {name}")
+            except BaseException as error:
+                wrong.append([name, repr(error)])
+        wrong = []
+        delays = [0, 0.005, 0.015, 0.03]
+        names = ["mergekit_monosoup", "mergekit_monosoup.methods"]
+        for theirs, ours, name, hooked in itertools.product(delays, delays, names, [True, False]):
+            if not hooked:  # as in an install whose startup files do not run
+                sys.meta_path[:] = [f for f in sys.meta_path if type(f).__name__ != "MonosoupFinder"]
+            for module in [m for m in sys.modules if m.split(".")[0] in ("mergekit", "mergekit_monosoup")]:
+                del sys.modules[module]
+            pairs = (theirs, "mergekit.merge_methods"), (ours, name)
+            threads = [threading.Thread(target=load, args=pair, daemon=True) for pair in pairs]
+            for thread in threads: thread.start()
+            for thread in threads: thread.join(20)
+            if any(thread.is_alive() for thread in threads):
+                sys.exit(f"deadlock at {theirs}, {ours}, {name}, {hooked}")
+            known = sys.modules["mergekit.merge_methods"].names
+            if known != ["monosoup"]:
+                wrong.append([theirs, ours, name, hooked, known])
+        print(json.dumps(wrong))
+    """
+    done = installed.run("-c", textwrap.dedent(source), PYTHONPATH=fake)
+    assert json.loads(done.stdout) == []
+    assert done.stderr == ""
+
+
+# -- other ways to install -----------------------------------------------------------------------------------------
+
+HOME = """
+import json, sys, mergekit.merge_methods as m
+known = "monosoup" in [method.spec.name for method in m.registered_methods()]
+print(json.dumps(sys.modules["mergekit_monosoup"].__file__ if known else None))
+"""
+
+
+def round_trip(
+    environment: Environment, install: Callable[[], object], uninstall: Callable[[], object], leaves: str = ""
+) -> Path:
+    """Installs, looks, uninstalls; then every file is as before. Returns where the methods came from."""
+    before = environment.files()
+    install()
+    try:
+        home = environment.code(HOME)
+        new = environment.files() - before
+        assert {HOOK, PTH, START, "mergekit-monosoup"} <= {Path(path).name for path in new}
+    finally:
+        uninstall()
+    changed = environment.files() ^ before
+    assert {path for path in changed if not (leaves and Path(path).match(leaves))} == set()
+    return Path(home).parent
+
+
+def test_uninstall_leaves_nothing(bare: Environment, wheel: Path) -> None:
+    home = round_trip(
+        bare,
+        lambda: bare.pip("install", "--no-index", "--no-deps", wheel),
+        lambda: bare.pip("uninstall", "--yes", "mergekit-monosoup"),
+    )
+    assert home == bare.site / "mergekit_monosoup"
+
+
+def test_editable_install(bare: Environment) -> None:
+    home = round_trip(
+        bare,
+        lambda: bare.pip("install", "--no-index", "--no-deps", "--no-build-isolation", "--editable", ROOT),
+        lambda: bare.pip("uninstall", "--yes", "mergekit-monosoup"),
+    )
+    assert home == ROOT / "mergekit_monosoup"
+
+
+@pytest.mark.skipif(shutil.which("uv") is None, reason="no `uv` on the PATH")
+def test_uv_install(bare: Environment, wheel: Path) -> None:
+    def uv(*arguments: object) -> None:
+        command = ["uv", "pip", *map(str, arguments), "--offline", "--python", str(bare.python)]
+        subprocess.run(command, check=True, timeout=TIMEOUT)
+
+    home = round_trip(
+        bare,
+        lambda: uv("install", "--no-deps", wheel),
+        lambda: uv("uninstall", "mergekit-monosoup"),
+        # uv forgets the bytecode of modules outside packages; without its source Python ignores it.
+        leaves="__pycache__/_mergekit_monosoup_autoload.*.pyc",
+    )
+    assert home == bare.site / "mergekit_monosoup"
+
+
+def test_pip_target_needs_an_import(bare: Environment, wheel: Path, tmp_path: Path) -> None:
+    """Python runs no startup files there. The first half also shows that mergekit knows nothing by itself."""
+    bare.pip("install", "--no-index", "--no-deps", "--target", tmp_path / "target", wheel)
+    source = HOME + "import mergekit_monosoup; print(m.get('monosoup').spec.name)"
+    done = bare.run("-c", source, PYTHONPATH=str(tmp_path / "target"))
+    assert done.stdout.split() == ["null", "monosoup"]
+
+
+def test_own_command(installed: Environment) -> None:
+    done = installed.run(installed.python.parent / "mergekit-monosoup", "--version")
+    assert mergekit_monosoup.__version__ in done.stdout
