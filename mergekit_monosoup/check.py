@@ -23,8 +23,10 @@ from mergekit.merge_methods.base import MergeMethod, ParameterScope
 from mergekit.scripts.merge_raw_pytorch import RawPyTorchMergeConfig
 from pydantic import BaseModel, ValidationError
 
-FILE_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
-SHOWN = 5  # differing tensors listed by name; the rest are counted
+from mergekit_monosoup.pair import FILE_SUFFIXES, SHOWN, NotThereError, check_path
+
+# This package's methods and which of their parameters may differ between models; the others hold for the whole merge.
+PER_MODEL = {"monosoup": {"weight"}, "svc": {"weight", "merged"}}
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -214,8 +216,10 @@ class _Document:
                         "error", here, "is ignored under base_model: write it under a fine-tuned model or top-level"
                     )
                 yield from self._values(here, known[name].validate, value)
-        if method.spec.name == "monosoup":
-            yield from self._agreement([p.name for p in method.spec.parameters if p.name != "weight"])
+        if (per_model := PER_MODEL.get(method.spec.name)) is not None:
+            yield from self._agreement([name for name in known if name not in per_model])
+        if "merged" in known:
+            yield from self._merged()
 
     def _values(self, here: str, validate: Any, value: Any) -> Iterator[Finding]:
         conditions = [c for c in (value if isinstance(value, list) else [value]) if isinstance(c, dict)]
@@ -251,6 +255,20 @@ class _Document:
                     f"holds for the whole merge but the models disagree ({values}): write it under the top-level `parameters`",
                 )
 
+    def _merged(self) -> Iterator[Finding]:
+        """`svc`: at most one model is the merge of the others, and those are two or more."""
+        base = str(self.data.get("base_model"))
+        tuned = [m for m in self.data.get("models") or [] if isinstance(m, dict) and str(m.get("model")) != base]
+        flagged = [str(m.get("model")) for m in tuned if (m.get("parameters") or {}).get("merged") is True]
+        if len(flagged) > 1:
+            yield Finding(
+                "error", self._at("merged"), f"is true for {', '.join(flagged)}; at most one can be the merge"
+            )
+        elif flagged and len(tuned) < 3:
+            yield Finding(
+                "error", self._at("models"), f"svc needs two task models beside {flagged[0]}, which is `merged`"
+            )
+
     # -- models -------------------------------------------------------------------------------------------------------
 
     def _inputs(self, method: MergeMethod) -> Iterator[Finding]:
@@ -280,7 +298,7 @@ class _Document:
                     yield Finding("error", self._at(key), f"{name!r} is not a dtype ({error})")
                 else:
                     sizes[key] = dtype.itemsize if dtype else 0
-        if self.data.get("merge_method") == "monosoup" and sizes.get("out_dtype", 9) < sizes.get("dtype", 0):
+        if self.data.get("merge_method") in PER_MODEL and sizes.get("out_dtype", 9) < sizes.get("dtype", 0):
             yield Finding(
                 "warning", self._at("out_dtype"), "mergekit rounds to it after the method: `realised` in the report is that "
                 "of `dtype`, what is stored may be less",
@@ -307,7 +325,7 @@ class _Document:
                 found[name] = shapes(reference)
                 if reference.lora:
                     yield Finding("warning", self._at(name), "the LoRA adapter's own shapes are not checked")
-            except _NotThere as error:
+            except NotThereError as error:
                 yield Finding("error", self._at(name), str(error))
             except Exception as error:  # a hub that does not answer, a damaged header: said, never fatal
                 yield Finding("warning", self._at(name), f"shapes not checked: {type(error).__name__}: {error}")
@@ -333,10 +351,6 @@ class _Document:
                 yield Finding(
                     "error", self._at(other), f"has no tensor name in common with {first}: another architecture?"
                 )
-
-
-class _NotThere(ValueError):
-    """A path that cannot be a model."""
 
 
 def _models(data: Any) -> Iterator[Mapping[str, Any]]:
@@ -380,7 +394,7 @@ def shapes(model: ModelReference) -> Shapes:
     """Shapes of a model's tensors from file headers: a local folder or file, or a hub repository of safetensors.
 
     Raises:
-        _NotThere: the path looks local but does not exist.
+        NotThereError: the path looks local but does not exist.
     """
     path = model.model.path
     if os.path.isdir(path):
@@ -389,8 +403,7 @@ def shapes(model: ModelReference) -> Shapes:
         return {name: shape for file in files for name, shape in _file_shapes(file).items()}
     if os.path.isfile(path):
         return _file_shapes(path)
-    if path.startswith((".", "/", "~")) or path.count("/") != 1 or path.lower().endswith(FILE_SUFFIXES):
-        raise _NotThere("no such file or folder (and not the name of a hub repository, ORGANISATION/MODEL)")
+    check_path(path)
     from huggingface_hub import get_safetensors_metadata
 
     metadata = get_safetensors_metadata(path, revision=model.model.revision)

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import functools
 import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from mergekit_monosoup import __version__
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from mergekit_monosoup.pair import Storage
+
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="mergekit-monosoup")
 def main() -> None:
-    """Companion of the merge method `monosoup`. Merge with mergekit-yaml; check and read reports here."""
+    """Companion of the merge methods `monosoup` and `svc`. Merge with mergekit-yaml; check and read reports here."""
 
 
 @main.command()
@@ -49,27 +58,190 @@ def report(file: Path, as_json: bool) -> None:
     """Print what happened to each layer group, from a report FILE written by `parameters: {report: FILE}`."""
     from mergekit_monosoup import report as reports
 
-    try:
+    with _errors():
         records = reports.read(file)
-    except ValueError as error:
-        raise click.ClickException(str(error)) from error
+        inspected = all(record.action == "inspected" for record in records)
+        if inspected and as_json:
+            raise ValueError(f"{file} holds an inspection, not a merge: its lines are JSON already")
     if as_json:
         click.echo(json.dumps([asdict(row) for row in reports.summarise(records)], indent=2))
         return
-    from rich.console import Console
+    console = _console()
+    if inspected:
+        from mergekit_monosoup import inspection
 
-    console = Console()
-    if not console.is_terminal:  # a pipe has no width; 80 columns would fold every number
-        console = Console(width=160)
+        console.print(inspection.table(records, console.width))
+        return
     console.print(reports.table(records, console.width))
 
 
+def _loading(command: Callable[..., None]) -> Callable[..., None]:
+    """Options under mergekit's names for where models come from, handed on as one ``storage``."""
+
+    @click.option("--transformers-cache", type=click.Path(), help="Override storage path for downloaded models.")
+    @click.option("--lora-merge-cache", type=click.Path(), help="Path to store merged LoRA models (for BASE+ADAPTER).")
+    @click.option("--trust-remote-code", is_flag=True, help="Trust remote code when an adapter is merged (danger).")
+    @functools.wraps(command)
+    def with_storage(
+        transformers_cache: str | None, lora_merge_cache: str | None, trust_remote_code: bool, **rest: Any
+    ) -> None:
+        from mergekit_monosoup.pair import Storage
+
+        command(storage=Storage(transformers_cache, lora_merge_cache, trust_remote_code), **rest)
+
+    return with_storage
+
+
 @main.command()
-def parameters() -> None:
-    """Print the parameters of `monosoup` as a Markdown table."""
+@click.argument("base")
+@click.argument("tuned")
+@click.option("--R", "R", type=float, default=0.8, show_default=True, help="Energy threshold of `variance`.")
+@click.option(
+    "--cosine", "others", multiple=True, metavar="OTHER", help="Another fine-tune to compare directions with."
+)
+@click.option("--spectra", is_flag=True, help="Store each spectrum as a short curve, for `plot`.")
+@click.option("--layers", is_flag=True, help="A row for every matrix instead of means over layers.")
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Write the records, as a merge's report.")
+@_loading
+def inspect(
+    base: str, tuned: str, R: float, others: tuple[str, ...], spectra: bool, layers: bool, out: Path | None,
+    storage: Storage,
+) -> None:  # fmt: skip
+    """Show the spectrum of TUNED − BASE and what MonoSoup would make of it, in both modes; merges nothing.
+
+    Models as in mergekit: a folder, a hub name, BASE+ADAPTER. One tensor is in memory at a time.
+    """
+    from mergekit_monosoup import inspection
+    from mergekit_monosoup.pair import Checkpoints
+    from mergekit_monosoup.report import Journal, Record
+
+    with _errors():
+        checkpoints, journal = Checkpoints([base, tuned, *others], storage), Journal()
+        records: list[Record] = []
+        unedited = 0
+        for name in _progress(checkpoints.names, "inspecting"):
+            found = inspection.inspect_tensor(checkpoints, name, R=R, spectra=spectra)
+            if found and out is not None:
+                journal.add(found, str(out))
+            records += found
+            unedited += not found
+        if not records:
+            raise ValueError(f"{base} and {tuned} share no matrix of floating point: there is nothing to inspect")
+    console = _console()
+    console.print(inspection.table(records, console.width, every_layer=layers))
+    rest = [f"{unedited} tensors hold no matrix (norms, biases): they stay as fine-tuned."] if unedited else []
+    for line in [*checkpoints.remarks, *rest, *inspection.reading(records)]:
+        console.print(line, highlight=False, markup=False)
+
+
+@main.command()
+@click.argument("files", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--out", required=True, type=click.Path(dir_okay=False, path_type=Path), help="PNG, SVG or PDF file.")
+@click.option("--mode", type=click.Choice(["freevariance", "variance"]), help="Draw only this mode of an inspection.")
+def plot(files: Sequence[Path], out: Path, mode: str | None) -> None:
+    """Draw reports, of merges or of `inspect`: λ_high and λ_low by depth, effective ranks, spectra, cosines."""
+    from mergekit_monosoup import plots
+    from mergekit_monosoup import report as reports
+
+    with _errors():
+        plots.check_suffix(out)
+        short = len({file.name for file in files}) == len(files)
+        labelled = {file.name if short else str(file): reports.read(file) for file in files}
+        figure = plots.draw(labelled, mode=mode)
+        plots.save(figure, out)
+    click.echo(f"{out}: {len(figure.axes)} panels")
+
+
+@main.command()
+@click.argument("models", nargs=-1, required=True, metavar="MODEL...")
+@click.option("--base", required=True, help="The pretrained model of all of them.")
+@click.option("--threshold", required=True, type=float, help="A candidate joins when its cosine exceeds it.")
+@click.option(
+    "--scores", type=click.Path(dir_okay=False, path_type=Path), help="JSON or YAML: a number for each MODEL."
+)
+@click.option(
+    "--order", type=click.Choice(["given", "scores", "similarity"]),
+    help="Of the candidates; `similarity` takes the nearest to the soup next. Default: scores if given, else as listed.",
+)  # fmt: skip
+@click.option("--count", type=click.Choice(["matrices", "all"]), default="matrices", show_default=True,
+              help="Which tensors are compared.")  # fmt: skip
+@click.option("--similarity", "how", type=click.Choice(["mean", "whole"]), default="mean", show_default=True,
+              help="Mean of the matrices' cosines, or one cosine of the whole update.")  # fmt: skip
+@click.option("--edit", is_flag=True, help="MonoSoup of the soup instead of the plain average.")
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), default="soup.yml", show_default=True)
+@click.option("--force", is_flag=True, help="Overwrite --out.")
+@_loading
+def soup(
+    models: tuple[str, ...], base: str, threshold: float, scores: Path | None, order: Any, count: Any, how: Any, edit: bool,
+    out: Path, force: bool, storage: Storage,
+) -> None:  # fmt: skip
+    """Choose from MODEL... by the similarity of their updates (paper, §3) and write the merge for mergekit-yaml.
+
+    The first MODEL is the best in distribution, unless --scores says which is. No data is needed; one pass over the files.
+    """
+    from mergekit_monosoup import soup as soups
+    from mergekit_monosoup.pair import Checkpoints
+
+    with _errors():
+        if out.exists() and not force:
+            raise ValueError(f"{out} exists; --force overwrites it")
+        if not out.parent.is_dir():
+            raise ValueError(f"{out.parent}: no such folder to write {out.name} to")
+        soups.check_models(base, models)
+        soups.check_choice(threshold, order, scores is not None)
+        marks = soups.read_scores(scores, models) if scores else None
+        order = order or ("scores" if scores else "given")
+        checkpoints = Checkpoints([base, *models], storage)
+        gram = soups.products(checkpoints, _progress(checkpoints.names, "comparing"), count)
+        decisions = soups.select(models, gram, threshold, order=order, how=how, scores=marks)
+        out.write_text(soups.configuration(base, decisions, threshold, edit=edit), encoding="utf-8")
+    console = _console()
+    for part in soups.similarity_tables(models, soups.pairwise(gram, how), console.width):
+        console.print(part)
+    for line in checkpoints.remarks:
+        console.print(line, highlight=False, markup=False)
+    for decision in decisions:
+        click.echo(soups.describe(decision))
+    click.echo(
+        f"{out}: {sum(d.taken for d in decisions)} of {len(models)} models; merge with `mergekit-yaml {out} DIR`"
+    )
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """A wrong input is a message, not a traceback; a bug keeps its traceback."""
+    from mergekit_monosoup.eigen import SolverError
+
+    try:
+        yield
+    except (ValueError, OSError, ImportError, SolverError) as error:
+        raise click.ClickException(str(error)) from error
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    console = Console()
+    # A pipe has no width; 80 columns would fold every number.
+    return console if console.is_terminal else Console(width=160)
+
+
+def _progress(names: Sequence[str], label: str) -> Iterator[str]:
+    """``names`` with a bar on stderr, in a terminal."""
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console(stderr=True)
+    return iter(track(names, label, console=console, transient=True, disable=not console.is_terminal))
+
+
+@main.command()
+@click.argument("method", type=click.Choice(["monosoup", "svc"]), default="monosoup")
+def parameters(method: str) -> None:
+    """Print the parameters of METHOD (monosoup if none is given) as a Markdown table."""
     from mergekit_monosoup.methods import parameter_table
 
-    click.echo(parameter_table())
+    click.echo(parameter_table(method))
 
 
 if __name__ == "__main__":

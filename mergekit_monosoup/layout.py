@@ -39,3 +39,26 @@ def matrices(name: str, shape: Sequence[int]) -> list[tuple[str, Index]]:
     half = shape[axis] // 2
     halves = (("gate", slice(0, half)), ("up", slice(half, 2 * half)))
     return [(f"[{e}].{part}", (e, *[slice(None)] * (axis - 1), rows)) for e in experts for part, rows in halves]
+
+
+# `layers.12`, `stages.2.blocks.5`; an expert is a matrix of its layer, not a layer, and `downsample.1.weight` is a matrix.
+_LAYER = re.compile(r"(?:^|\.)(?!experts\.)\w+\.\d+(?:\.(?!experts\.)\w+\.\d+)*(?=\.(?!weight$|bias$))")
+
+
+def layer(name: str) -> tuple[int, ...]:
+    """Numbers of the layer that a tensor belongs to, (12,) or (2, 5); () where there is none (embeddings, heads)."""
+    found = _LAYER.search(name)
+    return tuple(int(number) for number in re.findall(r"\.(\d+)", found[0])) if found else ()
+
+
+def projection(name: str) -> str:
+    """What a matrix does within its layer, ``mlp.up_proj``; for tensors outside of layers their name without `model.`."""
+    found = _LAYER.search(name)
+    rest = name[found.end() + 1 :] if found else name
+    # One type for all experts of a layer, but fc1 and fc2 stay two.
+    return re.sub(r"\b\d+\b", "*", rest.removeprefix("model.").removesuffix(".weight")) or "(unnamed)"
+
+
+def natural(name: str) -> tuple[int | str, ...]:
+    """Sort key by which layer 10 comes after layer 9."""
+    return tuple(int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name))

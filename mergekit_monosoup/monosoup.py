@@ -12,16 +12,16 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from mergekit_monosoup.eigen import LOG
 from mergekit_monosoup.report import Record
-from mergekit_monosoup.spectrum import Spectrum, effective_rank
-from mergekit_monosoup.task_vector import TaskVector, flat
+from mergekit_monosoup.spectrum import Spectrum, effective_rank, quantile_curve
+from mergekit_monosoup.task_vector import TaskVector
+from mergekit_monosoup.weight import assemble, check_inputs, new_record, or_on_cpu, predict, spectrum_of
 
 Mode = Literal["freevariance", "variance"]
 Rule = Literal["monosoup", "rho", "cos", "uniform", "high", "low", "scalar"]
@@ -136,16 +136,12 @@ def edit(
         SolverError: no eigensolver succeeded, and a float64 SVD did not either.
     """
     tuned = [finetuned] if isinstance(finetuned, Tensor) else list(finetuned)
-    _check_inputs(pretrained, tuned)
+    check_inputs(pretrained, tuned)
     _check_parameters(mode, coefficients, R=R, alpha=alpha, min_rel_update=min_rel_update)
-    settings = (weights, mode, R, alpha, coefficients, min_rel_update, name)
-    try:
-        return _edit(pretrained, tuned, *settings)
-    except torch.OutOfMemoryError:
-        LOG.warning("%s: out of memory on %s, continuing on the CPU", name or "a tensor", pretrained.device)
-    weight, record = _edit(pretrained.cpu(), [w.cpu() for w in tuned], *settings)
-    record.solver = f"{record.solver or 'none'}; out of memory on {pretrained.device}"
-    return weight.to(pretrained.device), record
+    return or_on_cpu(
+        lambda base, others: _edit(base, others, weights, mode, R, alpha, coefficients, min_rel_update, name),
+        pretrained, tuned, name,
+    )  # fmt: skip
 
 
 def _edit(
@@ -154,48 +150,70 @@ def _edit(
 ) -> tuple[Tensor, Record]:  # fmt: skip
     started = time.perf_counter()
     task_vector = TaskVector(pretrained, tuned, weights)
-    delta_norm, base_norm = task_vector.norms()
-    record = Record(
-        name=name,
-        shape=tuple(pretrained.shape),
-        dtype=str(pretrained.dtype).removeprefix("torch."),
-        delta_norm=delta_norm,
-        rel_update=delta_norm / base_norm if base_norm > 0 else None,
-    )
+    record = new_record(name, pretrained, task_vector)
     record.reason = _reason_to_skip(pretrained, record, min_rel_update)
     untouched = _Recombination(1.0, 1.0)
-    recombine = untouched if record.reason else _plan(task_vector, mode, R, coefficients, record)
+    recombine = untouched
+    if not record.reason:
+        recombine = _plan(spectrum_of(task_vector), task_vector.dtype, mode, R, coefficients, record)
 
     if recombine.keeps and alpha == 1:
         record.action = "copied"
         if len(tuned) == 1:
             weight, record.edit_norm = tuned[0], 0.0
         else:
-            weight, record.edit_norm, _ = _assemble(pretrained, task_vector, recombine, alpha)
+            weight, record.edit_norm, _ = assemble(pretrained, task_vector, recombine, alpha)
             record.reason += f"; average of {len(tuned)} models"
     else:
         record.action = "edited"
         if recombine.keeps:
             record.reason += f"; interpolated towards the pretrained weight with alpha = {alpha:g}"
-        weight, record.edit_norm, record.realised = _assemble(pretrained, task_vector, recombine, alpha)
+        weight, record.edit_norm, record.realised = assemble(pretrained, task_vector, recombine, alpha)
     record.seconds = time.perf_counter() - started
     return weight, record
 
 
-def _check_inputs(pretrained: Tensor, tuned: Sequence[Tensor]) -> None:
-    if not tuned:
-        raise ValueError("no fine-tuned weight was given")
-    for w in (pretrained, *tuned):
-        if not w.is_floating_point() or (w.shape, w.dtype, w.device) != (
-            pretrained.shape,
-            pretrained.dtype,
-            pretrained.device,
-        ):
-            raise ValueError(
-                "weights must be floating point and agree in shape, dtype and device: the pretrained one is "
-                f"{tuple(pretrained.shape)} {pretrained.dtype} on {pretrained.device}, "
-                f"a fine-tuned one {tuple(w.shape)} {w.dtype} on {w.device}"
-            )
+def preview(
+    pretrained: Tensor,
+    finetuned: Tensor,
+    *,
+    R: float = 0.8,
+    min_rel_update: float = 1e-6,
+    dtype: torch.dtype = torch.bfloat16,
+    points: int = 0,
+    name: str = "",
+) -> list[Record]:
+    """What :func:`edit` would do to one weight in each mode, read off one spectrum; nothing is edited.
+
+    Args:
+        pretrained, finetuned, R, min_rel_update, name: as in :func:`edit`.
+        dtype: of the output for which ``edit_norm`` and ``realised`` are predicted, see :func:`weight.predict`.
+        points: length of the quantile curve stored as ``spectrum``; 0 stores none.
+
+    Returns:
+        A record for each :data:`Mode`, ``action`` "inspected".
+    """
+    check_inputs(pretrained, [finetuned])
+    _check_parameters("freevariance", "monosoup", R=R, min_rel_update=min_rel_update)
+    started = time.perf_counter()
+    task_vector = TaskVector(pretrained, [finetuned])
+    common = new_record(name, pretrained, task_vector)
+    common.action, common.reason = "inspected", _reason_to_skip(pretrained, common, min_rel_update)
+    found = None if common.reason else spectrum_of(task_vector)
+    if found is not None and points:
+        common.spectrum = quantile_curve(found.sigma[: found.rank], points)
+    records = []
+    modes: tuple[Mode, ...] = get_args(Mode)
+    for mode in modes:
+        record = replace(common, mode=mode, R=R if mode == "variance" else None, edit_norm=0.0)
+        if found is not None:
+            recombine = _plan(found, task_vector.dtype, mode, R, "monosoup", record)
+            if not recombine.keeps:
+                record.edit_norm, record.realised = predict(pretrained, task_vector, recombine, dtype)
+        # The spectrum is on the first one's account.
+        record.seconds, started = time.perf_counter() - started, time.perf_counter()
+        records.append(record)
+    return records
 
 
 def _check_parameters(mode: str, coefficients: str, **numbers: float) -> None:
@@ -248,11 +266,8 @@ class _Recombination:
         return torch.addmm(x, x @ q, q.T, beta=outside, alpha=inside - outside)
 
 
-def _plan(task_vector: TaskVector, mode: Mode, R: float, rule: Rule, record: Record) -> _Recombination:
-    """Spectrum, k and coefficients of one matrix, written into ``record``, and how to recombine its parts."""
-    found = Spectrum(
-        lambda: (block.delta for block in task_vector.blocks()), task_vector.rows, task_vector.width, task_vector.device
-    )
+def _plan(found: Spectrum, dtype: torch.dtype, mode: Mode, R: float, rule: Rule, record: Record) -> _Recombination:
+    """k and coefficients of one matrix, written into ``record``, and how to recombine its parts, given in ``dtype``."""
     k = split_rank(found.sigma, mode, R)
     split = Split.at(found.sigma, k)
     high, low = split.coefficients(rule)
@@ -268,32 +283,6 @@ def _plan(task_vector: TaskVector, mode: Mode, R: float, rule: Rule, record: Rec
         return _Recombination(high, high)
     # float32 errs by about 1e-7·‖ΔW‖. Where little of ΔW survives (`low` on a spiked spectrum) that shows; float64 then.
     kept = math.sqrt(high**2 * split.energy_high + low**2 * split.energy_low)
-    recombine = _Recombination(high, low, *found.projection(k, task_vector.dtype if kept > 2**-4 else torch.float64))
+    recombine = _Recombination(high, low, *found.projection(k, dtype if kept > 2**-4 else torch.float64))
     record.solver = found.solver  # the vectors may have needed another one
     return recombine
-
-
-def _assemble(
-    pretrained: Tensor, task_vector: TaskVector, recombine: _Recombination, alpha: float
-) -> tuple[Tensor, float, float | None]:
-    """W0 + alpha·recombined ΔW, rounded once to the input dtype.
-
-    Returns:
-        The weight; ‖W − W1‖_F of the rounded weight; and the share of the intended edit that survived the rounding,
-        ⟨W − W1, W_exact − W1⟩/‖W_exact − W1‖² (None when no edit was intended).
-    """
-    weight = torch.empty(pretrained.shape, dtype=pretrained.dtype, device=pretrained.device)
-    out = TaskVector.tall(weight)
-    sums = torch.zeros(3, dtype=torch.float64, device=pretrained.device)
-    for block in task_vector.blocks():
-        change = recombine(block.delta).mul_(alpha)
-        rounded = (block.base + change).to(pretrained.dtype)
-        out[block.index] = rounded
-        # In this order both differences of close numbers are exact.
-        actual = (rounded.to(block.base.dtype) - block.base).sub_(block.delta)
-        intended = change.sub_(block.delta).to(actual.dtype)
-        actual, intended = flat(actual), flat(intended)
-        products = [torch.dot(a, b) for a, b in ((actual, intended), (intended, intended), (actual, actual))]
-        sums += torch.stack(products).double()
-    survived, squared_intended, squared_actual = sums.tolist()
-    return weight, math.sqrt(squared_actual), survived / squared_intended if squared_intended > 0 else None

@@ -10,9 +10,11 @@ import re
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from mergekit_monosoup.layout import layer, natural
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -22,6 +24,9 @@ LOG = logging.getLogger("mergekit_monosoup")
 # Below this share of the edit surviving the rounding to the output dtype, the merge mostly did nothing.
 REALISED_WARNING = 0.5
 
+# Marks fields that a line has only when they were asked for.
+ON_REQUEST = {"on_request": True}
+
 
 @dataclass
 class Record:
@@ -30,17 +35,23 @@ class Record:
     Attributes:
         name: tensor name; matrices of an expert stack have their index appended, ``…down_proj[3]``.
         shape, dtype: of the matrix as stored in the checkpoint; dtype is the one that the edit was rounded to.
-        action: ``edited`` or ``copied`` (stays as fine-tuned, or as averaged).
+        action: ``edited`` or ``copied`` (stays as fine-tuned, or as averaged); ``inspected``: no merge, a prediction.
         reason: why it was copied, or what limits an edit; empty for a plain edit.
         mode, R: how k was chosen (R only in ``variance``).
         k, rank, effective_rank: cut, number of non-zero singular values of ΔW, exp(entropy of σ/Σσ).
         P_k, rho, cos_alpha, lambda_high, lambda_low: paper, Eqs. 6-8.
-        delta_norm: ‖ΔW‖_F.
+        gamma_min, gamma_median, gamma_max, amplified: `svc` only: γ_r over the non-zero singular values, and the share of
+            them with γ_r > 1.
+        delta_norm: ‖ΔW‖_F; in `svc` ΔW is the merged update.
         rel_update: ‖ΔW‖_F/‖W0‖_F; None when W0 is zero.
-        edit_norm: ‖W − W1‖_F of the weight as stored.
+        edit_norm: ‖W − W1‖_F of the weight as stored; in `svc` W1 is the merge without calibration.
         realised: share of the intended edit that survives rounding to dtype; 1 is all of it.
         solver: what computed the spectrum, and which solvers failed before it.
         seconds: wall time spent on the matrix.
+        spectrum: σ/σ₁ at equally spaced places from the first to the last non-zero singular value, of `inspect --spectra`.
+        cosine: cosine of the task vectors of each two fine-tunes, of `inspect --cosine`; None where one of them is zero.
+
+    An inspected matrix has a record for each mode; its edit_norm and realised are those of an output in bfloat16.
     """
 
     name: str
@@ -58,15 +69,22 @@ class Record:
     cos_alpha: float | None = None
     lambda_high: float | None = None
     lambda_low: float | None = None
+    gamma_min: float | None = None
+    gamma_median: float | None = None
+    gamma_max: float | None = None
+    amplified: float | None = None
     delta_norm: float | None = None
     rel_update: float | None = None
     edit_norm: float | None = None
     realised: float | None = None
     solver: str | None = None
     seconds: float = 0.0
+    spectrum: list[float] | None = field(default=None, metadata=ON_REQUEST)
+    cosine: dict[str, float | None] | None = field(default=None, metadata=ON_REQUEST)
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), allow_nan=False)
+        unasked = [f.name for f in fields(self) if f.metadata == ON_REQUEST and getattr(self, f.name) is None]
+        return json.dumps({k: v for k, v in asdict(self).items() if k not in unasked}, allow_nan=False)
 
 
 class Journal:
@@ -82,7 +100,7 @@ class Journal:
         self._seen: dict[str | None, set[str]] = defaultdict(set)
         self._warned: set[str | None] = set()
 
-    def add(self, records: Sequence[Record], path: str | None = None) -> None:
+    def add(self, records: Sequence[Record], path: str | None = None, method: str = "monosoup") -> None:
         """Append ``records`` (all of one tensor) to ``path``; the first of a merge starts the file anew.
 
         A report of an earlier merge is kept once, as ``path + ".old"``.
@@ -98,7 +116,7 @@ class Journal:
             seen.update(record.name for record in records)
             if key:
                 self._write(key, records, starts)
-            self._warn(key, records)
+            self._warn(key, records, method)
 
     @staticmethod
     def _write(path: str, records: Sequence[Record], starts: bool) -> None:
@@ -109,15 +127,15 @@ class Journal:
         with open(path, "a", encoding="utf-8") as file:
             file.write("".join(record.to_json() + "\n" for record in records))
 
-    def _warn(self, key: str | None, records: Sequence[Record]) -> None:
-        lost = [r for r in records if r.realised is not None and r.realised < REALISED_WARNING]
+    def _warn(self, key: str | None, records: Sequence[Record], method: str) -> None:
+        lost = [r for r in records if r.action == "edited" and r.realised is not None and r.realised < REALISED_WARNING]
         if lost and key not in self._warned:
             self._warned.add(key)
             LOG.warning(
-                "monosoup: rounding to %s keeps only %.0f %% of the intended edit of %s, and may of other tensors (said once "
+                "%s: rounding to %s keeps only %.0f %% of the intended edit of %s, and may of other tensors (said once "
                 "per merge; a `report` lists `realised` for all). The update is small against the spacing of %s numbers: "
                 "set `dtype: float32` and `out_dtype: float32` to keep the edit.",
-                lost[0].dtype, 100 * max(lost[0].realised or 0.0, 0.0), lost[0].name or "a tensor", lost[0].dtype,
+                method, lost[0].dtype, 100 * max(lost[0].realised or 0.0, 0.0), lost[0].name or "a tensor", lost[0].dtype,
             )  # fmt: skip
 
 
@@ -143,6 +161,21 @@ def read(path: str | Path) -> list[Record]:
     return records
 
 
+def by_depth(records: Iterable[Record]) -> list[Record]:
+    """In the order of the network, as far as names tell: what stands outside of layers first, but for heads."""
+
+    def key(record: Record) -> tuple[object, ...]:
+        numbers = layer(record.name)
+        place = 1 if numbers else 0 if "embed" in record.name or "stem" in record.name else 2
+        return place, numbers, natural(record.name)
+
+    return sorted(records, key=key)
+
+
+def rank_share(record: Record) -> float | None:
+    return record.effective_rank / record.rank if record.effective_rank and record.rank else None
+
+
 def layer_group(name: str) -> str:
     """Tensors that differ only in their numbers, e.g. ``model.layers.*.mlp.up_proj.weight``."""
     return re.sub(r"\d+", "*", name) or "(unnamed)"
@@ -150,7 +183,10 @@ def layer_group(name: str) -> str:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: means over the edited matrices of a layer group, None where there are none."""
+    """One line of the table: means over the edited matrices of a layer group, None where there are none.
+
+    ``gamma_min`` and ``gamma_max`` are the extremes of the group, not means.
+    """
 
     group: str
     edited: int
@@ -160,6 +196,10 @@ class Row:
     P_k: float | None
     lambda_high: float | None
     lambda_low: float | None
+    gamma_min: float | None
+    gamma_median: float | None
+    gamma_max: float | None
+    amplified: float | None
     rel_update: float | None
     realised: float | None
     seconds: float
@@ -193,6 +233,10 @@ def _row(group: str, records: Sequence[Record]) -> Row:
         P_k=mean(r.P_k for r in edited),
         lambda_high=mean(r.lambda_high for r in edited),
         lambda_low=mean(r.lambda_low for r in edited),
+        gamma_min=min((r.gamma_min for r in edited if r.gamma_min is not None), default=None),
+        gamma_median=mean(r.gamma_median for r in edited),
+        gamma_max=max((r.gamma_max for r in edited if r.gamma_max is not None), default=None),
+        amplified=mean(r.amplified for r in edited),
         rel_update=mean(r.rel_update for r in records),
         realised=sum(weight * share for weight, share in wanted) / total if total else mean(s for _, s in wanted),
         seconds=sum(r.seconds for r in records),
@@ -201,13 +245,24 @@ def _row(group: str, records: Sequence[Record]) -> Row:
 
 
 # (header, value of a row, shown in a terminal of 80 columns too). λ_high is 1 − λ_low but for the rule `scalar`.
-COLUMNS: list[tuple[str, Callable[[Row], str], bool]] = [
+Columns = list[tuple[str, Callable[["Row"], str], bool]]
+_FIRST: Columns = [
     ("edited", lambda row: f"{row.edited}/{row.edited + row.copied}", True),
     ("params", lambda row: f"{row.parameters:,}", False),
+]
+_SPLIT: Columns = [
     ("k/rank", lambda row: _number(row.rank_share), True),
     ("P_k", lambda row: _number(row.P_k), False),
     ("λ_high", lambda row: _number(row.lambda_high), False),
     ("λ_low", lambda row: _number(row.lambda_low), True),
+]
+_CALIBRATION: Columns = [
+    ("γ min", lambda row: _number(row.gamma_min), False),
+    ("γ median", lambda row: _number(row.gamma_median), True),
+    ("γ max", lambda row: _number(row.gamma_max), False),
+    ("γ > 1", lambda row: _number(row.amplified, ".2f"), True),
+]
+_LAST: Columns = [
     ("‖ΔW‖/‖W0‖", lambda row: _number(row.rel_update, ".1e"), True),
     ("realised", lambda row: _number(row.realised, ".2f"), True),
     ("seconds", lambda row: f"{row.seconds:.1f}", False),
@@ -223,13 +278,16 @@ def table(records: Iterable[Record], width: int = 160) -> Table:
     from rich import box
     from rich.table import Table
 
-    columns = [(header, value) for header, value, narrow in COLUMNS if narrow or width >= 110]
-    out = Table(title="MonoSoup by layer group: means over edited matrices", title_justify="left", box=box.SIMPLE_HEAD)
+    rows = summarise(records)
+    calibrated = rows[-1].gamma_max is not None
+    chosen = [*_FIRST, *(_CALIBRATION if calibrated else _SPLIT), *_LAST]
+    columns = [(header, value) for header, value, narrow in chosen if narrow or width >= 110]
+    title = f"{'SVC' if calibrated else 'MonoSoup'} by layer group: means over edited matrices"
+    out = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     out.padding, out.pad_edge = (0, 1, 0, 0), False
     out.add_column("layer group", overflow="fold", min_width=30)
     for header, _ in columns:
         out.add_column(header, justify="right", no_wrap=True)
-    rows = summarise(records)
     for row in rows:
         if row is rows[-1]:
             out.add_section()

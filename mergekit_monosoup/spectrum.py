@@ -51,6 +51,15 @@ def effective_rank(sigma: Tensor) -> float:
     return float(torch.special.entr(sigma / sigma.sum()).sum().exp())
 
 
+def quantile_curve(sigma: Tensor, points: int) -> list[float]:
+    """σ/σ₁ at ``points`` equally spaced places of the spectrum, interpolated; its shape, whatever its length."""
+    where = torch.linspace(0, len(sigma) - 1, points, dtype=torch.float64)
+    below = where.long()
+    above = (below + 1).clamp(max=len(sigma) - 1)
+    curve = torch.lerp(sigma[below], sigma[above], where - below) / sigma[0]
+    return [float(f"{value:.4g}") for value in curve.tolist()]  # a drawing needs no more; a third of the bytes
+
+
 class Spectrum:
     """Singular values, and on demand right singular vectors, of a tall X (rows, s).
 
@@ -95,14 +104,26 @@ class Spectrum:
         """
         leading = 2 * k <= self._width
         start, stop = (0, k) if leading else (k, self._width)
+        return self._found(start, stop).to(dtype), leading
+
+    def vectors(self) -> Tensor:
+        """Right singular vectors (s, rank) of the singular values that are not 0, in their order, float64."""
+        vectors = self._found(0, self.rank)
+        if self._eigen is not None:  # eigenvectors come in ascending order
+            resolved = min(self.rank, self._open_from)
+            vectors[:, :resolved] = vectors[:, :resolved].flip(1)
+        return vectors
+
+    def _found(self, start: int, stop: int) -> Tensor:
+        """:meth:`_vectors`, from the last rung where the others fail."""
         try:
-            return self._vectors(start, stop).to(dtype), leading
+            return self._vectors(start, stop)
         except SolverError as error:
             self._decompose(str(error))
-            return self._vectors(start, stop).to(dtype), leading
+            return self._vectors(start, stop)
 
     def _vectors(self, start: int, stop: int) -> Tensor:
-        """Right singular vectors of ``sigma[start:stop]``."""
+        """Right singular vectors of ``sigma[start:stop]``, a new tensor; those that G resolves in ascending order."""
         parts = []
         if self._eigen is not None and start < (end := min(stop, self._open_from)):
             parts.append(self._eigen.vectors(self._width - end, self._width - start))

@@ -54,17 +54,27 @@ class TaskVector:
         pretrained: W0, any floating dtype; [out, rest...] is read as [out, rest], fewer than two dimensions as a column.
         finetuned: one or more W1 of the same shape; several are averaged (paper, appendix B: "avg. of FT 1&2").
         weights: their weights, normalised here; equal when not given.
+        average: False takes the weights as they are: ΔW = Σ weight·(W1 − W0).
     """
 
-    def __init__(self, pretrained: Tensor, finetuned: Sequence[Tensor], weights: Sequence[float] | None = None):
-        self._weights = normalise(weights if weights is not None else [1.0] * len(finetuned))
+    def __init__(
+        self,
+        pretrained: Tensor,
+        finetuned: Sequence[Tensor],
+        weights: Sequence[float] | None = None,
+        *,
+        average: bool = True,
+    ):
+        weights = weights if weights is not None else [1.0] * len(finetuned)
+        self._weights = normalise(weights) if average else list(weights)
         self._base = self.tall(pretrained)
         self._tuned = [self.tall(w) for w in finetuned]
         self.rows, self.width = self._base.shape
         self.device = pretrained.device
         # The difference of two bf16 or fp16 numbers is exact in float32, but for entries 2^16 apart; of two close float32
-        # numbers it is exact too (Sterbenz). A sum of several differences is not, hence float64 for averages.
-        self.dtype = torch.float64 if pretrained.dtype == torch.float64 or len(self._tuned) > 1 else torch.float32
+        # numbers it is exact too (Sterbenz). A weighted sum of differences is not, hence float64 for averages.
+        exact = pretrained.dtype != torch.float64 and self._weights == [1.0]
+        self.dtype = torch.float32 if exact else torch.float64
 
     @staticmethod
     def tall(weight: Tensor) -> Tensor:
@@ -74,19 +84,29 @@ class TaskVector:
         matrix = weight.reshape(weight.shape[0], -1)
         return matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T
 
-    def blocks(self) -> Iterator[Block]:
-        """ΔW and W0 in row blocks, both in ``self.dtype``."""
+    def parts(self) -> Iterator[tuple[slice, Tensor, list[Tensor]]]:
+        """(rows, W0, the update of each fine-tuned input) in row blocks, all in ``self.dtype``."""
         step = max(1, BLOCK_ELEMENTS // max(1, self.width))
         for start in range(0, self.rows, step):
             index = slice(start, min(start + step, self.rows))
             base = self._base[index].to(self.dtype)
             # Not in place: .to() of an input that has the dtype already is that input, which is only borrowed.
-            first, *others = (tuned[index].to(self.dtype) - base for tuned in self._tuned)
-            if others:
-                first.mul_(self._weights[0])
-                for weight, other in zip(self._weights[1:], others, strict=True):
-                    first.add_(other, alpha=weight)
-            yield Block(index, base, first)
+            yield index, base, [tuned[index].to(self.dtype) - base for tuned in self._tuned]
+
+    def combine(self, deltas: Sequence[Tensor]) -> Tensor:
+        """ΔW of a block from the update of each input; a single one of weight 1 is returned as it is."""
+        first, *others = deltas
+        if self._weights == [1.0]:
+            return first
+        combined = first * self._weights[0]
+        for weight, other in zip(self._weights[1:], others, strict=True):
+            combined.add_(other, alpha=weight)
+        return combined
+
+    def blocks(self) -> Iterator[Block]:
+        """ΔW and W0 in row blocks, both in ``self.dtype``."""
+        for index, base, deltas in self.parts():
+            yield Block(index, base, self.combine(deltas))
 
     def norms(self) -> tuple[float, float]:
         """(‖ΔW‖_F, ‖W0‖_F), summed over blocks in float64.
@@ -115,3 +135,25 @@ class TaskVector:
 def flat(block: Tensor) -> Tensor:
     """All entries of a block in the order of memory, where blocks of wide matrices are column-major: no copy."""
     return (block.T if block.stride(0) == 1 else block).reshape(-1)
+
+
+def inner_products(pretrained: Tensor, finetuned: Sequence[Tensor]) -> Tensor:
+    """G (m, m) float64 on the CPU, G_ij = ⟨ΔW_i, ΔW_j⟩_F of m fine-tuned weights; summed over blocks in float64.
+
+    Raises:
+        NonFiniteError: an input has NaN or infinite entries.
+    """
+    step = max(1, BLOCK_ELEMENTS // len(finetuned))  # seventy models must not need seventy blocks
+    base, tuned = pretrained.reshape(-1), [w.reshape(-1) for w in finetuned]
+    total = torch.zeros(len(tuned), len(tuned), dtype=torch.float64, device=base.device)
+    for start in range(0, len(base), step):
+        rows = torch.stack([w[start : start + step].double() for w in tuned]) - base[start : start + step].double()
+        total += rows @ rows.T
+    if not torch.isfinite(total).all():
+        raise NonFiniteError([int((~torch.isfinite(w)).sum()) for w in (base, *tuned)])
+    return total.cpu()
+
+
+def cosine(inner: float, left: float, right: float) -> float | None:
+    """inner/√(left·right) of squared norms ``left`` and ``right``; None where one is zero, for zero has no direction."""
+    return max(-1.0, min(1.0, inner / math.sqrt(left) / math.sqrt(right))) if left > 0 and right > 0 else None

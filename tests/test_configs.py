@@ -8,6 +8,7 @@ from pathlib import Path
 import checkpoints
 import peft
 import pytest
+import svc_oracle
 import torch
 from click.testing import CliRunner
 from mergekit.scripts import merge_raw_pytorch, multimerge, run_yaml
@@ -188,6 +189,43 @@ def neighbour_model_stock(merged, world, folder):
     cos = float((a * b).sum() / (a.norm() * b.norm()))
     t = 2 * cos / (1 + cos)
     assert torch.allclose(merged[UP].float(), W0 + t * (a + b) / 2, atol=2e-3)
+
+
+def calibrated(found: torch.Tensor, base: torch.Tensor, tasks, **settings) -> bool:
+    """The tensor is the oracle's, rounded once, in all but the few entries that lie at a tie."""
+    W0, *others = (w.double() for w in (base, *tasks))
+    update, _, gamma = svc_oracle.svc(W0, others, **settings)
+    expected = (W0 + torch.tensor(update)).to(found.dtype)
+    return abs(gamma - 1).max() > 0.1 and float((found == expected).double().mean()) > 0.999
+
+
+def svc_average(merged, world, folder):
+    W0, *tuned = inputs(world, UP)
+    assert calibrated(merged[UP], W0, tuned, normalize=True)
+    assert all(r.gamma_min <= r.gamma_max <= 10 for r in report.read(folder / "svc-average-report.jsonl") if r.rank)
+
+
+def svc_task_arithmetic(merged, world, folder):
+    for name in (UP, EMBEDDING):
+        W0, *tuned = inputs(world, name)
+        assert calibrated(merged[name], W0, tuned, weights=[1, 0.5], scaling=0.3)
+    norm = "model.norm.weight"
+    W0, *tuned = (w.double() for w in inputs(world, norm))
+    assert torch.equal(merged[norm], (W0 + 0.3 * (tuned[0] - W0) + 0.15 * (tuned[1] - W0)).bfloat16())
+
+
+def svc_after_ties(merged, world, folder):
+    W0, *tuned = inputs(world, UP)
+    ties = checkpoints.state_dict(folder / "stages" / "math-and-code")[UP]
+    assert ties.dtype == torch.float32
+    assert calibrated(merged[UP], W0, tuned, merged=ties.double())
+
+
+def svc_after_monosoup(merged, world, folder):
+    W0, *tuned = inputs(world, UP)
+    edited = [checkpoints.state_dict(folder / "stages" / f"{stage}-edited")[UP] for stage in ("math", "code")]
+    assert not torch.equal(edited[0], tuned[0].float())
+    assert calibrated(merged[UP], W0, edited, normalize=True)
 
 
 EXPECTED = {name: function for name, function in globals().items() if name in {path.stem for path in CONFIGS}}

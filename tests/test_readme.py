@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from test_configs import local, run, world  # noqa: F401 - world is a fixture
+from test_configs import HUB, local, run, world  # noqa: F401 - world is a fixture
 
 from mergekit_monosoup import report
 from mergekit_monosoup.cli import main
@@ -27,8 +27,9 @@ def test_every_block_has_a_test():
     assert set(COMMANDS) == set(RUN), "a command was added to README.md: say below how it is run"
 
 
-def test_parameter_table_is_the_one_that_the_code_prints():
-    assert f"test -->\n{parameter_table()}\n<!--" in README
+@pytest.mark.parametrize("method", ["monosoup", "svc"])
+def test_parameter_table_is_the_one_that_the_code_prints(method):
+    assert f"test -->\n{parameter_table(method)}\n<!--" in README
 
 
 def test_report_fields_are_all_explained():
@@ -74,6 +75,33 @@ def own_script(command, world, folder):  # noqa: F811
     assert result.exit_code == 0, result.output
 
 
+def on_small_checkpoints(command, world):  # noqa: F811
+    """Runs a command of ours in the current folder, with the hub's models replaced."""
+    for name, place in HUB.items():
+        command = re.sub(rf"{re.escape(name)}(?![-\w])", str(world / place), command)
+    result = CliRunner().invoke(main, shlex.split(command)[1:])
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def inspect_and_plot(command, world, folder):  # noqa: F811
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        output = on_small_checkpoints(INSPECT, world)
+        assert "mlp.up_proj" in output and "freevariance: " in output
+        assert {record.action for record in report.read("inspect.jsonl")} == {"inspected"}
+        assert "inspect.png: 5 panels" in on_small_checkpoints(PLOT, world)
+
+
+def soup_and_merge(command, world, folder):  # noqa: F811
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        output = on_small_checkpoints(SOUP, world)
+        assert "similarity " in output and "mergekit-yaml soup.yml" in output
+        assert CliRunner().invoke(main, ["check", "soup.yml"]).exit_code == 0
+        assert run(folder / "soup.yml", folder)
+
+
 def ask_mergekit(command, world, folder):  # noqa: F811
     done = subprocess.run([sys.executable, *shlex.split(command)[1:]], capture_output=True, text=True)
     assert done.stdout == "MonoSoup\n", done.stderr
@@ -91,7 +119,14 @@ def installed(command, world, folder):  # noqa: F811
     assert command == "pip install ." and (ROOT / "tests" / "test_install.py").exists()
 
 
+INSPECT, PLOT = [c for c in COMMANDS if c.startswith(("mergekit-monosoup inspect", "mergekit-monosoup plot"))]
+SOUP, MERGE_OF_SOUP = [c for c in COMMANDS if c.startswith("mergekit-monosoup soup") or "soup.yml soup/" in c]
+
 RUN = {
+    INSPECT: inspect_and_plot,
+    PLOT: inspect_and_plot,
+    SOUP: soup_and_merge,
+    MERGE_OF_SOUP: soup_and_merge,
     "pip install .": installed,
     "mergekit-yaml configs/monosoup.yml out/": merge_and_report,
     "mergekit-monosoup report monosoup-report.jsonl": merge_and_report,

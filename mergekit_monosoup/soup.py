@@ -1,0 +1,241 @@
+"""Similarity-filtered greedy soup (paper, §3): which of several fine-tunes to average, without data.
+
+Starting with the best model in distribution, candidate j joins the soup S when the cosine between its task vector τ_j and
+the soup's, τ_S = mean of τ_i over S, averaged over layers, exceeds a threshold. All of it follows from the inner products
+G_ij = ⟨τ_i, τ_j⟩ of each tensor, ⟨τ_S, τ_j⟩ = mean_{i∈S} G_ij and ‖τ_S‖² = mean_{i,i'∈S} G_ii', so the files are read once.
+
+The paper gives neither threshold nor order, nor which tensors count; they are options here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+import yaml
+from torch import Tensor
+
+from mergekit_monosoup.layout import matrices
+from mergekit_monosoup.pair import Checkpoints, local_reference, named_errors
+from mergekit_monosoup.task_vector import cosine, inner_products
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+Order = Literal["given", "scores", "similarity"]
+Count = Literal["matrices", "all"]
+Similarity = Literal["mean", "whole"]
+
+# Squared norm of a soup relative to its members' under which they cancel, as τ and −τ do: what is left is rounding, and
+# its direction means nothing. Sums of float64 products err by about 1e-15.
+CANCELLED = 1e-12
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A candidate, its similarity to the soup when it was looked at, and whether it joined (None: the first model)."""
+
+    model: str
+    similarity: float | None
+    taken: bool
+
+
+def products(checkpoints: Checkpoints, names: Iterable[str], count: Count = "matrices") -> Tensor:
+    """G (n, m, m) float64 of the n tensors that count; the first of the checkpoints is the base of the m others.
+
+    Args:
+        names: tensors to read, of ``checkpoints.names``.
+        count: ``matrices`` leaves out norms and biases; stacked experts are one matrix each. ``all`` counts everything.
+
+    Raises:
+        ValueError: an input is not finite, nothing counts, or a model is no different from the base.
+    """
+    found = []
+    for name in names:
+        found += _products(checkpoints, name, count)
+    if not found:
+        raise ValueError(f"no tensor counts: {checkpoints.models[0]} and the models share no matrix of floating point")
+    gram = torch.stack(found)
+    for model, square in zip(checkpoints.models[1:], gram.sum(0).diagonal().tolist(), strict=True):
+        if square == 0:
+            raise ValueError(f"{model} is no different from {checkpoints.models[0]}: it has no direction to compare")
+    return gram
+
+
+def _products(checkpoints: Checkpoints, name: str, count: Count) -> list[Tensor]:
+    tensors = checkpoints.load(name)
+    if not all(tensor.is_floating_point() for tensor in tensors):
+        return []
+    parts = matrices(name, tensors[0].shape) or ([("", ())] if count == "all" else [])
+    with named_errors(name, checkpoints.models):
+        return [inner_products(tensors[0][index], [t[index] for t in tensors[1:]]) for _, index in parts]
+
+
+def similarity(gram: Tensor, soup: Sequence[int], candidate: int, how: Similarity = "mean") -> float:
+    """Cosine between the soup's task vector and a candidate's: the mean of the tensors', or that of the whole vector.
+
+    Tensors in which either does not move have no cosine and are left out of the mean.
+
+    Raises:
+        ValueError: there is no tensor in which both move.
+    """
+    inner = gram[:, soup, candidate].mean(1)
+    square = gram[:, soup][:, :, soup].mean((1, 2))
+    members = gram.diagonal(dim1=1, dim2=2)[:, soup].mean(1)
+    own = gram[:, candidate, candidate]
+    if how == "whole":
+        inner, square, members, own = (x.sum(0, keepdim=True) for x in (inner, square, members, own))
+    square = torch.where(square > CANCELLED * members, square, 0.0)
+    cosines = [cosine(*values) for values in zip(inner.tolist(), square.tolist(), own.tolist(), strict=True)]
+    defined = [value for value in cosines if value is not None]
+    if not defined:
+        raise ValueError("there is no tensor in which the soup and the candidate both differ from the base")
+    return sum(defined) / len(defined)
+
+
+def pairwise(gram: Tensor, how: Similarity = "mean") -> list[list[float | None]]:
+    """Similarity of each two models; None where there is none."""
+
+    def one(i: int, j: int) -> float | None:
+        try:
+            return similarity(gram, [i], j, how)
+        except ValueError:
+            return None
+
+    models = range(gram.shape[1])
+    return [[one(i, j) for j in models] for i in models]
+
+
+def select(
+    models: Sequence[str],
+    gram: Tensor,
+    threshold: float,
+    *,
+    order: Order = "given",
+    how: Similarity = "mean",
+    scores: Mapping[str, float] | None = None,
+) -> list[Decision]:
+    """The greedy pass, one decision per model in the order in which they were looked at.
+
+    Args:
+        models: names, in the order of ``gram``; the soup starts with the first, or with the best score.
+        gram: see :func:`products`.
+        threshold: a candidate joins when its similarity *exceeds* it.
+        order: of the candidates: as given, by falling score, or always the most similar one next.
+        how: see :func:`similarity`.
+        scores: held-out accuracy, or anything of which more is better, of each model.
+
+    Raises:
+        ValueError: the threshold is no cosine, or ``order`` needs scores; two models have nothing to compare.
+    """
+    check_choice(threshold, order, scores is not None)
+    ranking = list(range(len(models)))
+    if scores is not None:
+        best = sorted(ranking, key=lambda i: -scores[models[i]])  # stable: ties stay as given
+        ranking = best if order == "scores" else [best[0], *(i for i in ranking if i != best[0])]
+    first, *candidates = ranking
+    soup, decisions = [first], [Decision(models[first], None, True)]
+    while candidates:
+        if order == "similarity":
+            candidates.sort(key=lambda i: -_compared(models, gram, soup, i, how))
+        candidate = candidates.pop(0)
+        found = _compared(models, gram, soup, candidate, how)
+        decisions.append(Decision(models[candidate], found, found > threshold))
+        if found > threshold:
+            soup.append(candidate)
+    return decisions
+
+
+def _compared(models: Sequence[str], gram: Tensor, soup: Sequence[int], candidate: int, how: Similarity) -> float:
+    try:
+        return similarity(gram, soup, candidate, how)
+    except ValueError as error:
+        raise ValueError(f"{models[candidate]}: {error} ({', '.join(models[i] for i in soup)} so far)") from error
+
+
+def read_scores(path: Path, models: Sequence[str]) -> dict[str, float]:
+    """Scores from a JSON or YAML file that maps each model, named as on the command line, to a number.
+
+    Raises:
+        ValueError: names file and model.
+    """
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path}: cannot be read as JSON or YAML: {error}") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"{path}: must map each model to its score, is a {type(data).__name__}")
+    scores = {}
+    for model in models:
+        if model not in data:
+            raise ValueError(f"{path}: no score for {model}; it has some for {', '.join(map(str, data)) or 'none'}")
+        score = data[model]
+        if isinstance(score, bool) or not isinstance(score, (int, float)) or not math.isfinite(score):
+            raise ValueError(f"{path}: the score of {model} must be a finite number, got {score!r}")
+        scores[model] = float(score)
+    return scores
+
+
+def check_choice(threshold: float, order: Order | None, scored: bool) -> None:
+    """Raises ValueError: the threshold is no cosine, or there are no scores to order by."""
+    if not -1 <= threshold <= 1:
+        raise ValueError(f"the threshold is a cosine, in [-1, 1]; got {threshold!r}")
+    if order == "scores" and not scored:
+        raise ValueError("the order `scores` needs --scores FILE")
+
+
+def check_models(base: str, models: Sequence[str]) -> None:
+    """Raises ValueError where there is nothing to choose from; said before the files are read."""
+    if len(models) < 2:
+        raise ValueError("give at least two fine-tuned models, the best in distribution first")
+    for model in models:
+        if model == base:
+            raise ValueError(f"{model} is the base model; list the fine-tuned ones only")
+        if models.count(model) > 1:
+            raise ValueError(f"{model} is listed {models.count(model)} times")
+
+
+def configuration(base: str, decisions: Sequence[Decision], threshold: float, *, edit: bool = False) -> str:
+    """YAML for mergekit: the uniform average of the chosen models, or MonoSoup of that average."""
+    chosen = [{"model": local_reference(d.model), "parameters": {"weight": 1.0}} for d in decisions if d.taken]
+    merge: dict[str, object] = {"merge_method": "linear", "models": chosen}
+    if edit:
+        merge = {"merge_method": "monosoup", "base_model": local_reference(base), "models": chosen}
+    lines = [f"Similarity-filtered greedy soup against {base}: candidates join above {threshold:g}."]
+    lines += [describe(decision) for decision in decisions]
+    if any("+" in str(entry["model"]) for entry in chosen):
+        lines.append("Run with --lora-merge-cache DIR.")
+    # A name with a line break would end the comment.
+    header = "".join("# " + " ".join(line.split()) + "\n" for line in lines)
+    return header + yaml.safe_dump(merge, sort_keys=False, allow_unicode=True)
+
+
+def similarity_tables(models: Sequence[str], values: Sequence[Sequence[float | None]], width: int) -> Iterator[Table]:
+    """The pairwise matrix, in as many tables as ``width`` columns of text need."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    per_table = max(4, (width - 40) // 6)
+    for start in range(0, len(models), per_table):
+        columns = range(start, min(start + per_table, len(models)))
+        out = Table(title="Similarity of the updates", title_justify="left", box=box.SIMPLE_HEAD)
+        out.padding, out.pad_edge = (0, 1, 0, 0), False
+        out.add_column("", justify="right", no_wrap=True)
+        out.add_column("model", overflow="fold")
+        for j in columns:
+            out.add_column(str(j + 1), justify="right", no_wrap=True)
+        for i, model in enumerate(models):
+            row = [values[i][j] for j in columns]
+            out.add_row(str(i + 1), Text(model), *("" if value is None else f"{value:.2f}" for value in row))
+        yield out
+
+
+def describe(decision: Decision) -> str:
+    if decision.similarity is None:
+        return f"{decision.model}: first"
+    return f"{decision.model}: similarity {decision.similarity:.3f}, {'joins' if decision.taken else 'left out'}"

@@ -1,0 +1,125 @@
+"""One weight in, one weight and its record out: what the kernels of all methods share around their mathematics."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from mergekit_monosoup.eigen import LOG
+from mergekit_monosoup.report import Record
+from mergekit_monosoup.spectrum import Spectrum
+from mergekit_monosoup.task_vector import TaskVector, flat
+
+
+def check_inputs(pretrained: Tensor, tuned: Sequence[Tensor]) -> None:
+    """Raises ValueError unless all are floating point and agree in shape, dtype and device."""
+    if not tuned:
+        raise ValueError("no fine-tuned weight was given")
+    for w in (pretrained, *tuned):
+        if not w.is_floating_point() or (w.shape, w.dtype, w.device) != (
+            pretrained.shape,
+            pretrained.dtype,
+            pretrained.device,
+        ):
+            raise ValueError(
+                "weights must be floating point and agree in shape, dtype and device: the pretrained one is "
+                f"{tuple(pretrained.shape)} {pretrained.dtype} on {pretrained.device}, "
+                f"a fine-tuned one {tuple(w.shape)} {w.dtype} on {w.device}"
+            )
+
+
+def or_on_cpu(
+    work: Callable[[Tensor, Sequence[Tensor]], tuple[Tensor, Record]],
+    pretrained: Tensor,
+    tuned: Sequence[Tensor],
+    name: str,
+) -> tuple[Tensor, Record]:
+    """``work(pretrained, tuned)``, on the CPU when the accelerator has too little memory for it."""
+    try:
+        return work(pretrained, tuned)
+    except torch.OutOfMemoryError:
+        LOG.warning("%s: out of memory on %s, continuing on the CPU", name or "a tensor", pretrained.device)
+    weight, record = work(pretrained.cpu(), [w.cpu() for w in tuned])
+    record.solver = f"{record.solver or 'none'}; out of memory on {pretrained.device}"
+    return weight.to(pretrained.device), record
+
+
+def new_record(name: str, pretrained: Tensor, task_vector: TaskVector) -> Record:
+    """A record with what is known before any spectrum.
+
+    Raises:
+        NonFiniteError: an input has NaN or infinite entries.
+    """
+    delta_norm, base_norm = task_vector.norms()
+    return Record(
+        name=name,
+        shape=tuple(pretrained.shape),
+        dtype=str(pretrained.dtype).removeprefix("torch."),
+        delta_norm=delta_norm,
+        rel_update=delta_norm / base_norm if base_norm > 0 else None,
+    )
+
+
+def spectrum_of(task_vector: TaskVector) -> Spectrum:
+    """Singular values of ΔW, as the tall view has it."""
+    return Spectrum(
+        lambda: (block.delta for block in task_vector.blocks()), task_vector.rows, task_vector.width, task_vector.device
+    )
+
+
+def assemble(
+    pretrained: Tensor, task_vector: TaskVector, recombine: Callable[[Tensor], Tensor], alpha: float = 1.0
+) -> tuple[Tensor, float, float | None]:
+    """W0 + alpha·recombined ΔW, rounded once to the input dtype.
+
+    ``recombine`` takes row blocks of ΔW in the tall view and returns new tensors of the same shape *and memory order*.
+
+    Returns:
+        The weight; ‖W − W1‖_F of the rounded weight, W1 = W0 + ΔW; and the share of the intended edit that survived the
+        rounding, ⟨W − W1, W_exact − W1⟩/‖W_exact − W1‖² (None when no edit was intended).
+    """
+    weight = torch.empty(pretrained.shape, dtype=pretrained.dtype, device=pretrained.device)
+    return weight, *_rounded(task_vector, recombine, alpha, pretrained.dtype, out=TaskVector.tall(weight))
+
+
+def predict(
+    pretrained: Tensor, task_vector: TaskVector, recombine: Callable[[Tensor], Tensor], dtype: torch.dtype
+) -> tuple[float, float | None]:
+    """The numbers of :func:`assemble` for an output in ``dtype``, without the output.
+
+    Inputs stored in ``dtype``: exactly those of the merge. Others: W is compared with W1 rounded to ``dtype``, which is what
+    would be stored without the edit: ‖W − W1‖_F of the two as stored, and ⟨W − W1, W_exact − W1_exact⟩/‖W_exact − W1_exact‖².
+    The entries of such a W1 lie anywhere between two numbers of ``dtype``, so a small edit moves few of them but by a
+    whole step, and the share stays near 1 on average: nothing is eaten, but noise of that spacing is added.
+    """
+    return _rounded(task_vector, recombine, 1.0, dtype, also_tuned=pretrained.dtype != dtype)
+
+
+def _rounded(
+    task_vector: TaskVector, recombine: Callable[[Tensor], Tensor], alpha: float, dtype: torch.dtype,
+    *, out: Tensor | None = None, also_tuned: bool = False,
+) -> tuple[float, float | None]:  # fmt: skip
+    """‖W − W1‖_F and the share that survived, of W in ``dtype``, which is written to the tall view ``out`` if there is one.
+
+    ``also_tuned`` rounds W1 too.
+    """
+    sums = torch.zeros(3, dtype=torch.float64, device=task_vector.device)
+    for block in task_vector.blocks():
+        change = recombine(block.delta).mul_(alpha)
+        rounded = (block.base + change).to(dtype)
+        if out is not None:
+            out[block.index] = rounded
+        # In this order both differences of close numbers are exact.
+        actual = (rounded.to(block.base.dtype) - block.base).sub_(block.delta)
+        if also_tuned:
+            tuned = block.base + block.delta
+            actual.sub_(tuned.to(dtype).to(tuned.dtype).sub_(tuned))
+        intended = change.sub_(block.delta).to(actual.dtype)
+        actual, intended = flat(actual), flat(intended)
+        products = [torch.dot(a, b) for a, b in ((actual, intended), (intended, intended), (actual, actual))]
+        sums += torch.stack(products).double()
+    survived, squared_intended, squared_actual = sums.tolist()
+    return math.sqrt(squared_actual), survived / squared_intended if squared_intended > 0 else None
