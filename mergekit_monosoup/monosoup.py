@@ -283,6 +283,8 @@ def _plan(found: Spectrum, dtype: torch.dtype, mode: Mode, R: float, rule: Rule,
         return _Recombination(high, high)
     # float32 errs by about 1e-7·‖ΔW‖. Where little of ΔW survives (`low` on a spiked spectrum) that shows; float64 then.
     kept = math.sqrt(high**2 * split.energy_high + low**2 * split.energy_low)
-    recombine = _Recombination(high, low, *found.projection(k, dtype if kept > 2**-4 else torch.float64))
+    # A user who allowed TF32 (or bf16 on the CPU) for training did not allow errors of 1e-3 here.
+    enough = kept > 2**-4 and torch.get_float32_matmul_precision() == "highest"
+    recombine = _Recombination(high, low, *found.projection(k, dtype if enough else torch.float64))
     record.solver = found.solver  # the vectors may have needed another one
     return recombine

@@ -37,13 +37,16 @@ def or_on_cpu(
     tuned: Sequence[Tensor],
     name: str,
 ) -> tuple[Tensor, Record]:
-    """``work(pretrained, tuned)``, on the CPU when the accelerator has too little memory for it."""
-    try:
-        return work(pretrained, tuned)
-    except torch.OutOfMemoryError:
-        LOG.warning("%s: out of memory on %s, continuing on the CPU", name or "a tensor", pretrained.device)
+    """``work(pretrained, tuned)``, on the CPU when the accelerator has too little memory for it, or no float64 (MPS)."""
+    reason = f"no float64 on {pretrained.device}"
+    if pretrained.device.type != "mps":
+        try:
+            return work(pretrained, tuned)
+        except torch.OutOfMemoryError:
+            reason = f"out of memory on {pretrained.device}"
+            LOG.warning("%s: %s, continuing on the CPU", name or "a tensor", reason)
     weight, record = work(pretrained.cpu(), [w.cpu() for w in tuned])
-    record.solver = f"{record.solver or 'none'}; out of memory on {pretrained.device}"
+    record.solver = f"{record.solver or 'none'}; {reason}"
     return weight.to(pretrained.device), record
 
 

@@ -373,3 +373,14 @@ def test_squares_beyond_float32(scale):
     expected, other = edit(W0, delta.float(), mode="variance")
     assert record.action == "edited" and record.k == other.k
     assert torch.allclose(weight.double() / scale, expected.double(), rtol=1e-4, atol=1e-6)
+
+
+def test_reduced_matmul_precision_is_not_inherited():
+    """torch.set_float32_matmul_precision("medium") rounds float32 products to bf16 where the hardware has it."""
+    W0, W1 = tensors(np.zeros((192, 320)), zoo.deltas(192, 320)["random"], torch.float32)
+    expected, _, _ = oracle.monosoup(W0, W1)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert error(edit(W0, W1)[0], W0, expected) < 1e-7  # float64: only the output is rounded
+    finally:
+        torch.set_float32_matmul_precision("highest")
