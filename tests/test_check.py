@@ -158,7 +158,7 @@ def test_json_output(write):
 
 def test_a_local_folder_that_looks_like_a_hub_name(write, models, tmp_path, monkeypatch):
     """mergekit asks the hub about it when it writes the model card, and offline that fails after the merge."""
-    base, tuned = models
+    _, tuned = models
     (tmp_path / "tuned").symlink_to(tuned[0])
     monkeypatch.chdir(tmp_path)
     assert "write ./tuned" in messages(write(models=[{"model": "tuned"}]), "warning")[0]

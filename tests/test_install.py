@@ -33,6 +33,8 @@ ROOT = Path(__file__).parent.parent
 HOOK = "_mergekit_monosoup_autoload.py"
 PTH = "mergekit_monosoup_autoload.pth"
 START = "mergekit_monosoup_autoload.start"
+# --ignore-installed: a regular install in the running environment would count as "already satisfied".
+OFFLINE = ("--no-index", "--no-deps", "--ignore-installed")
 SWITCHED_OFF = {"MERGEKIT_MONOSOUP_AUTOLOAD": "0"}
 Pair = tuple[Path, Path]  # pretrained and fine-tuned
 TIMEOUT = 300  # seconds; a deadlock must fail the test, not hang the suite
@@ -111,7 +113,7 @@ def create(folder: Path, borrow: bool = True) -> Environment:
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Environment:
     """An environment with the wheel."""
     environment = create(tmp_path_factory.mktemp("installed"))
-    environment.pip("install", "--no-index", "--no-deps", wheel)
+    environment.pip("install", *OFFLINE, wheel)
     home = environment.code("import json, mergekit_monosoup as m; print(json.dumps([m.__file__, m.__version__]))")
     assert home == [str(environment.site / "mergekit_monosoup" / "__init__.py"), mergekit_monosoup.__version__]
     return environment
@@ -237,7 +239,7 @@ def test_start_file_of_python_3_15(installed: Environment) -> None:
 
 def test_without_mergekit_python_starts_and_the_package_imports(wheel: Path, bare: Environment, tmp_path: Path) -> None:
     alone = create(tmp_path, borrow=False)
-    bare.pip("install", "--no-index", "--no-deps", "--target", alone.site, wheel)
+    bare.pip("install", *OFFLINE, "--target", alone.site, wheel)
     done = alone.run(
         "-c", "import mergekit_monosoup; print(mergekit_monosoup.__version__); import mergekit", fails=True
     )
@@ -604,7 +606,7 @@ def round_trip(
 def test_uninstall_leaves_nothing(bare: Environment, wheel: Path) -> None:
     home = round_trip(
         bare,
-        lambda: bare.pip("install", "--no-index", "--no-deps", wheel),
+        lambda: bare.pip("install", *OFFLINE, wheel),
         lambda: bare.pip("uninstall", "--yes", "mergekit-monosoup"),
     )
     assert home == bare.site / "mergekit_monosoup"
@@ -613,7 +615,7 @@ def test_uninstall_leaves_nothing(bare: Environment, wheel: Path) -> None:
 def test_editable_install(bare: Environment) -> None:
     home = round_trip(
         bare,
-        lambda: bare.pip("install", "--no-index", "--no-deps", "--no-build-isolation", "--editable", ROOT),
+        lambda: bare.pip("install", *OFFLINE, "--no-build-isolation", "--editable", ROOT),
         lambda: bare.pip("uninstall", "--yes", "mergekit-monosoup"),
     )
     assert home == ROOT / "mergekit_monosoup"
@@ -637,7 +639,7 @@ def test_uv_install(bare: Environment, wheel: Path) -> None:
 
 def test_pip_target_needs_an_import(bare: Environment, wheel: Path, tmp_path: Path) -> None:
     """Python runs no startup files there. The first half also shows that mergekit knows nothing by itself."""
-    bare.pip("install", "--no-index", "--no-deps", "--target", tmp_path / "target", wheel)
+    bare.pip("install", *OFFLINE, "--target", tmp_path / "target", wheel)
     source = HOME + "import mergekit_monosoup; print(m.get('monosoup').spec.name)"
     done = bare.run("-c", source, PYTHONPATH=str(tmp_path / "target"))
     assert done.stdout.split() == ["null", "monosoup"]

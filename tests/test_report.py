@@ -14,8 +14,9 @@ from mergekit_monosoup.cli import main
 from mergekit_monosoup.report import Journal, Record, layer_group, read, summarise
 
 FIELDS = [
-    "name", "shape", "dtype", "action", "reason", "mode", "R", "k", "rank", "effective_rank", "P_k", "rho", "cos_alpha",
-    "lambda_high", "lambda_low", "gamma_min", "gamma_median", "gamma_max", "amplified", "delta_norm", "rel_update", "edit_norm", "realised", "solver", "seconds",
+    "name", "shape", "dtype", "action", "reason", "mode", "R", "k", "rank", "effective_rank", "P_k", "rho",
+    "cos_alpha", "lambda_high", "lambda_low", "gamma_min", "gamma_median", "gamma_max", "amplified", "delta_norm",
+    "rel_update", "edit_norm", "realised", "solver", "seconds",
 ]  # fmt: skip
 
 
