@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 SWITCH = "MERGEKIT_MONOSOUP_AUTOLOAD"
 METHODS = "mergekit_monosoup.methods"
-METHOD = "monosoup"
+NAMES = ("monosoup", "svc")  # of the methods that METHODS registers
 
 _lock = _thread.allocate_lock()
 
@@ -101,9 +101,9 @@ class MonosoupFinder:
 
             logging.getLogger("mergekit_monosoup").warning(
                 "mergekit-monosoup could not hook into %s: %s: %s. mergekit itself is unaffected, but does not know "
-                "the method `%s`. See the whole error with `python -c 'import %s'`, check versions with `pip check`, "
+                "the methods %s. See the whole error with `python -c 'import %s'`, check versions with `pip check`, "
                 "or turn this off with %s=0.",
-                name, type(error).__name__, error, METHOD, METHODS, SWITCH,
+                name, type(error).__name__, error, ", ".join(NAMES), METHODS, SWITCH,
             )  # fmt: skip
 
 
@@ -142,14 +142,15 @@ def _register_methods(merge_methods: "ModuleType") -> None:
         return
     # Asked, not remembered: mergekit may have been dropped from sys.modules and imported anew, with an empty registry.
     # Then methods.py is executed anew as well, for it holds on to the classes of the mergekit that is gone.
-    if METHODS in sys.modules and all(method.spec.name != METHOD for method in merge_methods.registered_methods()):
+    if METHODS in sys.modules and all(method.spec.name not in NAMES for method in merge_methods.registered_methods()):
         del sys.modules[METHODS]
     __import__(METHODS)  # registers at its end
 
 
 def _allow_in_evolve(genome: "ModuleType") -> None:
     """mergekit-evolve accepts only the methods in this table; its values are the parameters it searches over."""
-    genome.METHOD_PARAM_MAPS.setdefault(METHOD, ["weight"])
+    for name in NAMES:
+        genome.METHOD_PARAM_MAPS.setdefault(name, ["weight"])
 
 
 TARGETS: "dict[str, Callable[[ModuleType], None]]" = {

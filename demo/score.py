@@ -10,6 +10,7 @@ from scipy.stats import norm
 from transformers import GenerationConfig, PreTrainedTokenizerBase, Qwen3ForCausalLM
 
 from demo.world import Item
+from evaluation.statistics import estimate
 
 BATCH = 256
 ANSWER_TOKENS = 8  # longest answer seen, with its end token: 4
@@ -77,13 +78,10 @@ def mean_over_skills(values: Values, items: Mapping[str, Sequence[Item]], skills
     they are squared, because the four languages ask about the same pairs of numbers: counted as independent they would
     promise more precision than there is. With one item per cluster and one skill this is the binomial √(p(1−p)/n).
     """
-    moves: dict[str, float] = {}
-    for skill in skills:
-        centred = (values[skill] - values[skill].mean()) / (len(skills) * len(values[skill]))
-        for item, move in zip(items[skill], centred, strict=True):
-            moves[item.cluster] = moves.get(item.cluster, 0.0) + float(move)
-    mean = float(np.mean([values[skill].mean() for skill in skills]))
-    return Estimate(mean, float(np.sqrt(sum(move**2 for move in moves.values()))))
+    found = estimate(
+        {skill: values[skill] for skill in skills}, {skill: [item.cluster for item in items[skill]] for skill in skills}
+    )
+    return Estimate(found.mean, found.standard_error)
 
 
 def paired_difference(model: Values, reference: Values) -> dict[str, NDArray[np.float64]]:

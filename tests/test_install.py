@@ -59,7 +59,7 @@ class Environment:
         (site,) = (self.folder / "lib").glob("python*/site-packages")
         return site
 
-    def run(self, *arguments: object, fails: bool | None = False, **variables: str) -> subprocess.CompletedProcess[str]:
+    def run(self, *arguments: object, fails: bool | None = False, **variables: Any) -> subprocess.CompletedProcess[str]:
         """``fails``: whether a failure is what is wanted; None: the caller will judge."""
         # Without the variables that change what Python imports or switch the hook.
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "MERGEKIT_", "COV_", "PIP_TARGET"))}
@@ -318,7 +318,8 @@ config, out = sys.argv[1:]
 run_merge(MergeConfiguration.model_validate(yaml.safe_load(open(config))), out, MergeOptions(quiet=True))
 
 from mergekit.evo.genome import METHOD_PARAM_MAPS, ModelGenomeDefinition
-facts["evolve"] = METHOD_PARAM_MAPS["monosoup"]
+from mergekit_monosoup.methods import METHODS
+facts["evolve"] = {method.spec.name: METHOD_PARAM_MAPS.get(method.spec.name) for method in METHODS}
 facts["genome"] = ModelGenomeDefinition(models=["a"], merge_method="monosoup", base_model="b").merge_method
 
 import importlib
@@ -366,7 +367,8 @@ def test_run_merge(facts: dict[str, Any], runs: dict[str, Run], models: Pair) ->
 
 
 def test_evolve_accepts_the_method(facts: dict[str, Any]) -> None:
-    assert facts["evolve"] == ["weight"] and facts["genome"] == "monosoup"
+    assert facts["evolve"] == {"monosoup": ["weight"], "svc": ["weight"]}  # every method, under its own name
+    assert facts["genome"] == "monosoup"
 
 
 def test_mergekit_reloaded_or_imported_anew(facts: dict[str, Any]) -> None:
@@ -427,7 +429,7 @@ def ours(stderr: str) -> list[str]:
 
 
 def test_a_method_of_mergekit_itself_wins(installed: Environment, tmp_path: Path) -> None:
-    home = Path(distribution("mergekit").locate_file("mergekit"))
+    home = Path(str(distribution("mergekit").locate_file("mergekit")))
     shutil.copytree(home, tmp_path / "mergekit", ignore=shutil.ignore_patterns("__pycache__"))
     with (tmp_path / "mergekit" / "merge_methods" / "__init__.py").open("a") as file:
         file.write(

@@ -12,6 +12,9 @@ import pytest
 from click.testing import CliRunner
 from test_configs import HUB, local, run, world  # noqa: F401 - world is a fixture
 
+from demo import merge, train
+from evaluation.run import _parser as evaluation_options
+from evaluation.suite import load as load_suite
 from mergekit_monosoup import report
 from mergekit_monosoup.cli import main
 from mergekit_monosoup.methods import parameter_table
@@ -122,6 +125,20 @@ def installed(command, world, folder):  # noqa: F811
 INSPECT, PLOT = [c for c in COMMANDS if c.startswith(("mergekit-monosoup inspect", "mergekit-monosoup plot"))]
 SOUP, MERGE_OF_SOUP = [c for c in COMMANDS if c.startswith("mergekit-monosoup soup") or "soup.yml soup/" in c]
 
+
+def evaluate(command, world, folder):  # noqa: F811
+    """Read, not run: test_evaluation_run.py runs such commands, on models that it has."""
+    words = shlex.split(command)
+    if words[2] == "evaluation.run":
+        options = evaluation_options().parse_args(words[3:])
+        assert load_suite(options.suite).tasks
+        left_by_the_demo = {train.PRETRAINED, train.FINETUNED, merge.FREE.merged.as_posix()}
+        for _, place in options.model:
+            assert place in HUB or (ROOT / place).is_file() or place.removeprefix("demo-out/") in left_by_the_demo
+    else:
+        assert words[2] == "evaluation.tables" and words[3] == "results/tiny"
+
+
 RUN = {
     INSPECT: inspect_and_plot,
     PLOT: inspect_and_plot,
@@ -133,6 +150,11 @@ RUN = {
     "mergekit-monosoup parameters": own_script,
     "python -c \"from mergekit.merge_methods import get; print(get('monosoup').spec.pretty_name)\"": ask_mergekit,
     "mergekit-monosoup check configs/monosoup.yml": own_script,
+    "python -m evaluation.run tiny --model pretrained=demo-out/pretrained --model finetuned=demo-out/finetuned "
+    "--model monosoup=demo-out/merged/freevariance": evaluate,
+    "python -m evaluation.run qwen-mgsm --model pretrained=Qwen/Qwen3-0.6B --model finetuned=suayptalha/Qwen3-0.6B-Math-Expert "
+    "--model monosoup=configs/monosoup.yml": evaluate,
+    "python -m evaluation.tables results/tiny": evaluate,
     "make test": make,
     "make demo": make,
     "make lint": make,

@@ -1,0 +1,89 @@
+"""What a result depends on, as digests: model files, this repository, library versions."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+WEIGHTS = ("*.safetensors", "*.bin", "*.pt")  # the first kind that a folder has is what gets loaded
+TOKENIZER = (
+    "tokenizer*.json", "tokenizer.model", "vocab.*", "merges.txt", "added_tokens.json", "special_tokens_map.json",
+    "chat_template*",
+)  # fmt: skip
+PACKAGES = ("lm-eval", "transformers", "torch", "tokenizers", "datasets", "numpy", "mergekit", "mergekit-monosoup")
+ROOT = Path(__file__).parents[1]
+
+
+def digest(value: Any) -> str:
+    """Of anything that JSON can hold."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def of_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _chunked(file)
+
+
+def _chunked(file: Any) -> str:  # Python 3.10 has no hashlib.file_digest
+    state = hashlib.sha256()
+    while chunk := file.read(1 << 20):
+        state.update(chunk)
+    return state.hexdigest()
+
+
+def of_files(folder: Path, patterns: tuple[str, ...]) -> str:
+    """Of names and contents. Contents are read in full: equal headers and sizes are what two merges have in common."""
+    names = sorted({path.name for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
+    return digest({name: of_file(folder / name) for name in names})
+
+
+def of_model(folder: Path) -> dict[str, str]:
+    """Digests of weights, configuration and tokenizer of a checkpoint.
+
+    generation_config.json is left out on purpose: no run uses it, see `engine`.
+    """
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} is not a checkpoint: it has no config.json")
+    for pattern in WEIGHTS:
+        if any(folder.glob(pattern)):
+            return {
+                "weights": of_files(folder, (pattern,)),
+                "config": of_files(folder, ("config.json",)),
+                "tokenizer": of_files(folder, TOKENIZER),
+            }
+    raise FileNotFoundError(f"{folder} is not a checkpoint: it has none of {', '.join(WEIGHTS)}")
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def that_matter(found: Mapping[str, str]) -> dict[str, str]:
+    """The versions that decide what a model is asked and answers: a result of others is not reused."""
+    return {package: found[package] for package in ("lm-eval", "transformers", "torch")}
+
+
+def git_hash() -> str | None:
+    """The commit of this repository, with `-dirty` if files differ from it; None outside of git."""
+    try:
+        head, changes = (
+            subprocess.run(
+                ["git", "-C", str(ROOT), *command], capture_output=True, text=True, check=True
+            ).stdout.strip()
+            for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return f"{head}-dirty" if changes else head

@@ -1,0 +1,123 @@
+"""What is asked, and how: a suite is a YAML file with two groups of lm-eval tasks, in and out of distribution."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+SHIPPED = Path(__file__).parent / "suites"
+GroupName = Literal["ID", "OOD"]
+
+Value = bool | int | float | str | list[str]
+
+
+class SuiteError(ValueError):
+    """A suite cannot be used; the message names file and key."""
+
+
+class _Strict(BaseModel):
+    # A misspelt key would otherwise be dropped without a word, and the default used in its place.
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Task(_Strict):
+    """One lm-eval task or group of tasks, and which of its metrics counts."""
+
+    task: str
+    label: str = ""  # column header; the task's name if empty
+    metric: str
+    filter: str = "none"
+    num_fewshot: Annotated[int, Field(ge=0)] | None = None  # none: the task's own number
+    generation: dict[str, Value] = {}
+    cluster: str | None = None
+    """Which items are about the same thing and count together in standard errors: the name of a document field, or
+    `doc_id` for tasks that ask the same questions in the same order (MGSM's languages). None: each item by itself."""
+
+    @property
+    def header(self) -> str:
+        return self.label or self.task
+
+    @property
+    def key(self) -> str:
+        """The name of the score in lm-eval's results and in ours."""
+        return f"{self.metric},{self.filter}"
+
+    @model_validator(mode="after")
+    def _sampling_is_on_when_it_is_configured(self) -> Task:
+        sampled = {"temperature", "top_p", "top_k"} & set(self.generation)
+        if sampled and self.generation.get("do_sample") is not True:
+            # lm-eval's tasks are greedy by default and would ignore the rest.
+            raise ValueError(f"generation sets {', '.join(sorted(sampled))}: add `do_sample: true`")
+        return self
+
+
+class Suite(_Strict):
+    """The whole comparison. Every field reaches the key of a result: a changed suite never reuses an old one."""
+
+    name: str  # the file's name, not a key of the file
+    title: str
+    version: int
+    public: bool  # its items are a public test set: choosing R or alpha by it would tune on that test set
+    seed: int = 1234
+    chat_template: bool = False
+    enable_thinking: bool | None = None
+    batch_size: Annotated[int, Field(ge=1)] = 16
+    world: int | None = None  # seed of the demo's world, whose test items become local tasks
+    ID: Annotated[tuple[Task, ...], Field(min_length=1, strict=False)]
+    OOD: Annotated[tuple[Task, ...], Field(min_length=1, strict=False)]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Suite:
+        names = [task.task for task in self.tasks]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"listed twice: {', '.join(twice)}")
+        if self.enable_thinking is not None and not self.chat_template:
+            raise ValueError("enable_thinking has no effect without `chat_template: true`")
+        if self.enable_thinking:
+            raise ValueError("enable_thinking: true is not supported: log-likelihood tasks cannot think")
+        return self
+
+    @property
+    def tasks(self) -> tuple[Task, ...]:
+        return self.ID + self.OOD
+
+    def grouped(self) -> Iterator[tuple[GroupName, tuple[Task, ...]]]:
+        yield "ID", self.ID
+        yield "OOD", self.OOD
+
+    def digest(self) -> str:
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+
+
+def shipped() -> list[str]:
+    return sorted(path.stem for path in SHIPPED.glob("*.yml"))
+
+
+def load(name_or_path: str) -> Suite:
+    """The suite of that name, or of that YAML file."""
+    path = SHIPPED / f"{name_or_path}.yml" if name_or_path in shipped() else Path(name_or_path)
+    try:
+        data: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SuiteError(
+            f"suite {name_or_path}: {error.strerror or error}; shipped suites: {', '.join(shipped())}"
+        ) from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise SuiteError(f"{path}: not YAML: {error}") from error
+    if not isinstance(data, dict):
+        raise SuiteError(f"{path}: must be a mapping, not {type(data).__name__}")
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", path.stem):
+        raise SuiteError(f"{path}: the file's name becomes part of result files: use letters, digits, - and _")
+    if "name" in data:
+        raise SuiteError(f"{path}: name: not a key; a suite has the name of its file")
+    try:
+        return Suite.model_validate({**data, "name": path.stem})
+    except ValidationError as error:
+        lines = [f"{path}: {'.'.join(map(str, item['loc'])) or 'suite'}: {item['msg']}" for item in error.errors()]
+        raise SuiteError("\n".join(lines)) from error
