@@ -81,7 +81,7 @@ def _stage_names(documents: list[Any], stages: list[str]) -> Iterator[Finding]:
                 "error", f"stage {stage}", f"mergekit-multi also replaces the option value or method {stage!r} by a path: "
                 "rename the stage",
             )  # fmt: skip
-    reports = [report for d in documents if isinstance(d, dict) for report in set(_reports(d))]
+    reports = [path for d in documents if isinstance(d, dict) for path in {_place(report) for report in _reports(d)}]
     for report in {r for r in reports if reports.count(r) > 1}:
         yield Finding(
             "warning", "report", f"several stages write {report}: only the last is kept, give each its own file"
@@ -99,6 +99,11 @@ def _strings(document: dict[str, Any]) -> set[str]:
 def _reports(document: dict[str, Any]) -> Iterator[str]:
     for _, parameters, _ in _parameter_sections(document):
         yield from (leaf for leaf in _leaves(parameters.get("report")) if isinstance(leaf, str))
+
+
+def _place(path: str) -> str:
+    """One spelling of a local path."""
+    return os.path.realpath(os.path.expanduser(path))
 
 
 def _leaves(value: Any) -> Iterator[Any]:
@@ -153,8 +158,8 @@ class _Document:
         try:
             config = schema.model_validate({k: v for k, v in self.data.items() if k != "name"})
         except ValidationError as error:
-            for item in error.errors():
-                yield Finding("error", self._at(".".join(map(str, item["loc"]))), item["msg"])
+            for place, message in _plain(error).items():
+                yield Finding("error", self._at(place), message)
         except RuntimeError as error:  # mergekit's own validators raise it
             yield Finding("error", self._at("top level"), str(error))
         name = self.data.get("merge_method")
@@ -218,8 +223,28 @@ class _Document:
                 yield from self._values(here, known[name].validate, value)
         if (per_model := PER_MODEL.get(method.spec.name)) is not None:
             yield from self._agreement([name for name in known if name not in per_model])
+            yield from self._weightless()
         if "merged" in known:
             yield from self._merged()
+        if "mode" in known and "R" in known:
+            yield from self._unread()
+
+    def _unread(self) -> Iterator[Finding]:
+        """`R` without the mode that reads it; a filter that no tensor's name contains is looked for in `_shapes`."""
+        written = [parameters for _, parameters, _ in _parameter_sections(self.data)]
+        modes = {leaf for parameters in written for leaf in _leaves(parameters.get("mode"))}
+        if any("R" in parameters for parameters in written) and "variance" not in modes:
+            yield Finding("warning", self._at("R"), "is read by `mode: variance` only, and the mode is freevariance")
+
+    def _weightless(self) -> Iterator[Finding]:
+        base = str(self.data.get("base_model"))
+        shared = (self.data.get("parameters") or {}).get("weight", 1.0)
+        tuned = [m for m in self.data.get("models") or [] if isinstance(m, dict) and str(m.get("model")) != base]
+        weights = [(m.get("parameters") or {}).get("weight", shared) for m in tuned]
+        if weights and all(isinstance(weight, int | float) and weight == 0 for weight in weights):
+            yield Finding(
+                "error", self._at("weight"), "is 0 for every fine-tuned model; give at least one a weight > 0"
+            )
 
     def _values(self, here: str, validate: Any, value: Any) -> Iterator[Finding]:
         conditions = [c for c in (value if isinstance(value, list) else [value]) if isinstance(c, dict)]
@@ -276,7 +301,18 @@ class _Document:
         slices = self.data.get("slices")
         groups = [s.get("sources") or [] for s in slices] if slices else [self.data.get("models") or []]
         for number, group in enumerate(groups):
-            ids = list(dict.fromkeys(str(m.get("model")) for m in group))
+            ids = [str(m.get("model")) for m in group]
+            if twice := sorted({name for name in ids if ids.count(name) > 1}):
+                yield Finding("error", self._at("models"), f"listed twice: {', '.join(twice)}")
+            ids = list(dict.fromkeys(ids))
+            places: dict[str, str] = {}
+            for name in [*([str(base)] if base is not None else []), *ids]:
+                if os.path.exists(name) and places.setdefault(_place(name), name) != name:
+                    yield Finding(
+                        "error",
+                        self._at(name),
+                        f"is the same model as {places[_place(name)]}; mergekit takes two spellings for two models",
+                    )
             if base is not None and str(base) not in ids and not slices:
                 ids.append(str(base))
             try:
@@ -316,7 +352,8 @@ class _Document:
             try:
                 reference = ModelReference.model_validate(name)
                 path = reference.model.path
-                if os.path.exists(path) and not path.startswith((".", "/")) and path.count("/") <= 1:
+                hub_like = os.path.exists(path) and not path.startswith((".", "/")) and path.count("/") <= 1
+                if hub_like and not self._is_raw():  # mergekit-pytorch writes no model card
                     yield Finding(
                         "warning",
                         self._at(name),
@@ -327,16 +364,29 @@ class _Document:
                     yield Finding("warning", self._at(name), "the LoRA adapter's own shapes are not checked")
             except NotThereError as error:
                 yield Finding("error", self._at(name), str(error))
-            except Exception as error:  # a hub that does not answer, a damaged header: said, never fatal
-                yield Finding("warning", self._at(name), f"shapes not checked: {type(error).__name__}: {error}")
+            except (
+                Exception
+            ) as error:  # a hub that does not answer is no fault of the file; what lies here and is damaged is
+                if os.path.exists(name):
+                    yield Finding("error", self._at(name), f"cannot be read: {type(error).__name__}: {error}")
+                else:
+                    yield Finding("warning", self._at(name), f"shapes not checked: {type(error).__name__}: {error}")
         if not found:
             return
+        yield from self._filters({tensor for tensors in found.values() for tensor in tensors})
         first, *others = found
+        aligned = self.data.get("tokenizer") is not None or self.data.get("tokenizer_source") is not None
         for other in others:
-            differing = [t for t in found[first] if t in found[other] and found[first][t] != found[other][t]]
+            differing = [
+                t
+                for t in found[first]
+                if t in found[other]
+                and found[first][t] != found[other][t]
+                and not (aligned and _only_vocabulary(t, found[first][t], found[other][t]))
+            ]
             for tensor in differing[:SHOWN]:
                 hint = ""
-                if found[first][tensor][1:] == found[other][tensor][1:] and ("embed" in tensor or "lm_head" in tensor):
+                if _only_vocabulary(tensor, found[first][tensor], found[other][tensor]):
                     hint = "; the vocabularies differ: add `tokenizer: {source: base}`"
                 yield Finding(
                     "error",
@@ -351,6 +401,47 @@ class _Document:
                 yield Finding(
                     "error", self._at(other), f"has no tensor name in common with {first}: another architecture?"
                 )
+                continue
+            for missing, here, there in (
+                (set(found[first]) - set(found[other]), other, first),
+                (set(found[other]) - set(found[first]), first, other),
+            ):
+                if missing:
+                    yield Finding(
+                        "warning",
+                        self._at(here),
+                        f"lacks {len(missing)} tensor(s) of {there}: {', '.join(sorted(missing)[:SHOWN])}",
+                    )
+
+    def _filters(self, tensors: set[str]) -> Iterator[Finding]:
+        """Filters that match nothing. mergekit renames some tensors (stacked experts), so this is no more than a warning."""
+        for place, parameters, _ in _parameter_sections(self.data):
+            for name, value in parameters.items():
+                for condition in value if isinstance(value, list) else [value]:
+                    wanted = condition.get("filter") if isinstance(condition, dict) else None
+                    if isinstance(wanted, str) and wanted != "*" and not any(wanted in tensor for tensor in tensors):
+                        yield Finding(
+                            "warning",
+                            self._at(f"{place}.{name}"),
+                            f"filter {wanted!r} is part of no tensor's name (it is plain text, not a pattern)",
+                        )
+
+
+def _plain(error: ValidationError) -> dict[str, str]:
+    """Place -> message. One mistake in a parameter fails every member of pydantic's union of what it may be."""
+    found: dict[str, str] = {}
+    for item in error.errors():
+        loc = [str(part) for part in item["loc"]]
+        if "parameters" in loc[:-1]:
+            place = ".".join(loc[: loc.index("parameters") + 2])
+            found.setdefault(place, "must be a value, a list of values (a gradient), or a list of `filter` and `value`")
+        else:
+            found.setdefault(".".join(loc), item["msg"])
+    return found
+
+
+def _only_vocabulary(tensor: str, left: tuple[int, ...], right: tuple[int, ...]) -> bool:
+    return left[1:] == right[1:] and ("embed" in tensor or "lm_head" in tensor)
 
 
 def _models(data: Any) -> Iterator[Mapping[str, Any]]:
@@ -419,5 +510,8 @@ def _file_shapes(path: str) -> Shapes:
     import torch
 
     state = torch.load(path, map_location="meta", weights_only=True)
-    state = state.get("state_dict", state)
+    if "state_dict" in state:
+        raise ValueError(
+            "wrapped in {'state_dict': …}, which mergekit-pytorch does not unwrap; save the inner dictionary"
+        )
     return {name: tuple(t.shape) for name, t in state.items() if isinstance(t, torch.Tensor)}

@@ -113,9 +113,13 @@ def inspect(
     """
     from mergekit_monosoup import inspection
     from mergekit_monosoup.pair import Checkpoints
-    from mergekit_monosoup.report import Journal, Record
+    from mergekit_monosoup.report import Journal, Record, check_path
 
     with _errors():
+        if out is not None:
+            check_path(str(out))
+        elif spectra:
+            raise ValueError("--spectra stores curves in the records: add --out FILE")
         checkpoints, journal = Checkpoints([base, tuned, *others], storage), Journal()
         records: list[Record] = []
         unedited = 0
@@ -130,7 +134,7 @@ def inspect(
     console = _console()
     console.print(inspection.table(records, console.width, every_layer=layers))
     rest = [f"{unedited} tensors hold no matrix (norms, biases): they stay as fine-tuned."] if unedited else []
-    for line in [*checkpoints.remarks, *rest, *inspection.reading(records)]:
+    for line in [*checkpoints.remarks, *rest, *inspection.cosines(records), *inspection.reading(records)]:
         console.print(line, highlight=False, markup=False)
 
 

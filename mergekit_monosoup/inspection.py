@@ -7,7 +7,7 @@ and a few sentences, both from records alone.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from mergekit_monosoup.layout import layer, matrices, projection
@@ -56,6 +56,21 @@ def inspect_tensor(
             record.cosine = found[0].cosine
         records += found
     return records
+
+
+def cosines(records: Sequence[Record]) -> Iterator[str]:
+    """A line for each two fine-tunes that were compared: mean and range of the cosine over matrices."""
+    found: dict[str, dict[str, float]] = {}
+    for record in records:
+        for pair, value in (record.cosine or {}).items():
+            if value is not None:
+                found.setdefault(pair, {})[record.name] = value  # both modes carry the same
+    for pair, by_name in found.items():
+        values = list(by_name.values())
+        yield (
+            f"cosine of the updates, {pair}: mean {sum(values) / len(values):.3f} over {len(values)} matrices, "
+            f"from {min(values):.3f} to {max(values):.3f}"
+        )
 
 
 def _cosines(models: Sequence[str], gram: Sequence[Sequence[float]]) -> dict[str, float | None]:

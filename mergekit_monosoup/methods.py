@@ -37,7 +37,7 @@ from mergekit_monosoup import svc as svc_kernel
 from mergekit_monosoup.eigen import SolverError
 from mergekit_monosoup.layout import matrices
 from mergekit_monosoup.monosoup import Mode, Rule, edit
-from mergekit_monosoup.report import Journal, Record
+from mergekit_monosoup.report import Journal, Record, check_path
 from mergekit_monosoup.svc import calibrate
 from mergekit_monosoup.task_vector import NonFiniteError
 
@@ -85,6 +85,11 @@ class _Parameters:
                 raise ValueError(
                     f"merge method {self.method}: `{name}` must be {self.values(name)}, got {value!r}"
                 ) from None
+            if name == "report" and result is not None:
+                try:
+                    check_path(result)
+                except ValueError as error:
+                    raise ValueError(f"merge method {self.method}: `report`: {error}") from None
             return result
 
         return WrapValidator(check)
@@ -188,7 +193,9 @@ def _monosoup(
     path = _MONOSOUP.agreed("report", report)
     weights = weight.values_for(group.non_base)
     if not any(weights):
-        raise ValueError(f"monosoup: {name}: `weight` is 0 for every fine-tuned model; give at least one a weight > 0")
+        raise ValueError(
+            f"monosoup: {name or 'a tensor'}: `weight` is 0 for every fine-tuned model; give at least one a weight > 0"
+        )
 
     tuned = [entry.tensor for entry in group.non_base]
     way_out = "`min_rel_update: 1e9` under a filter with its name leaves it as fine-tuned."
@@ -230,7 +237,8 @@ def _svc(
     flagged = [entry for entry in group.non_base if merged[entry.id]]
     tasks = [entry for entry in group.non_base if not merged[entry.id]]
     weights = weight.values_for(tasks)
-    _check_svc_inputs(name, [entry.id for entry in flagged], [entry.id for entry in tasks], weights, settings)
+    said = weights + weight.values_for(flagged)
+    _check_svc_inputs(name, [entry.id for entry in flagged], [entry.id for entry in tasks], said, settings)
 
     tensors = [entry.tensor for entry in tasks]
     with _worded(_SVC.method, group, ""):
@@ -264,6 +272,7 @@ def _check_svc_inputs(
     settings: Mapping[str, Any],
 ) -> None:
     """Raises ValueError for what only the values of a tensor's parameters can tell."""
+    name = name or "a tensor"
     if not flagged:
         if not any(weights):
             raise ValueError(f"svc: {name}: `weight` is 0 for every task model; give at least one a weight > 0")

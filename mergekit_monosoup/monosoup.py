@@ -173,6 +173,7 @@ def _edit(
     return weight, record
 
 
+@torch.no_grad()
 def preview(
     pretrained: Tensor,
     finetuned: Tensor,

@@ -87,6 +87,35 @@ class Record:
         return json.dumps({k: v for k, v in asdict(self).items() if k not in unasked}, allow_nan=False)
 
 
+def check_path(path: str) -> str:
+    """The absolute path of a report that may be written: a new file, or one that holds a report already.
+
+    Raises:
+        ValueError: it is anything else, which replacing would lose; the message says what and what to do.
+    """
+    place = os.path.abspath(os.path.expanduser(path))
+    if not path.strip():
+        raise ValueError("is empty; leave the line out for no report")
+    if os.path.isdir(place):
+        raise ValueError(f"{path} is a folder; name a file in it, {os.path.join(path, 'report.jsonl')}")
+    above = os.path.dirname(place)
+    while not os.path.exists(above):
+        above = os.path.dirname(above)
+    if not os.path.isdir(above):
+        raise ValueError(f"{path} cannot be written: {above} is a file, not a folder")
+    if os.path.exists(place) and os.path.getsize(place):
+        try:
+            with open(place, encoding="utf-8") as file:
+                known = {"name", "action", "shape"} <= set(json.loads(file.readline(2**16)))
+        except (ValueError, TypeError):
+            known = False
+        if not known:
+            raise ValueError(
+                f"{path} exists and is not a report; it would be replaced: name another file, or delete it"
+            )
+    return place
+
+
 class Journal:
     """Writes records as they come and warns once per merge.
 
@@ -104,8 +133,11 @@ class Journal:
         """Append ``records`` (all of one tensor) to ``path``; the first of a merge starts the file anew.
 
         A report of an earlier merge is kept once, as ``path + ".old"``.
+
+        Raises:
+            ValueError: the report cannot be written there, see :func:`check_path`.
         """
-        key = os.path.abspath(path) if path else None
+        key = os.path.abspath(os.path.expanduser(path)) if path else None
         with self._lock:
             seen = self._seen[key]
             # Unnamed tensors (merge_tensors without a name) cannot be told apart, so they never start a new one.
@@ -120,12 +152,16 @@ class Journal:
 
     @staticmethod
     def _write(path: str, records: Sequence[Record], starts: bool) -> None:
-        if starts:
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            if os.path.exists(path):
-                os.replace(path, path + ".old")
-        with open(path, "a", encoding="utf-8") as file:
-            file.write("".join(record.to_json() + "\n" for record in records))
+        try:
+            if starts:
+                check_path(path)
+                os.makedirs(os.path.dirname(path), exist_ok=True)
+                if os.path.exists(path):
+                    os.replace(path, path + ".old")
+            with open(path, "a", encoding="utf-8") as file:
+                file.write("".join(record.to_json() + "\n" for record in records))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"the report cannot be written: {error}") from error
 
     def _warn(self, key: str | None, records: Sequence[Record], method: str) -> None:
         lost = [r for r in records if r.action == "edited" and r.realised is not None and r.realised < REALISED_WARNING]
@@ -147,11 +183,17 @@ def read(path: str | Path) -> list[Record]:
     """
     known = {field.name for field in fields(Record)}
     records = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not text, so not a report") from error
+    for number, line in enumerate(lines, start=1):
         try:
             values = json.loads(line)
+            if not isinstance(values["name"], str):
+                raise TypeError("`name` is not text")
             records.append(Record(**{key: value for key, value in values.items() if key in known}))
-        except (ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError, KeyError) as error:
             raise ValueError(
                 f"{path}, line {number}: not a monosoup record ({error}); was the merge interrupted, or is this "
                 "another file? Reports are written with `report: FILE` under `parameters`"

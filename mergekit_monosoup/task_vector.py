@@ -66,6 +66,10 @@ class TaskVector:
         average: bool = True,
     ):
         weights = weights if weights is not None else [1.0] * len(finetuned)
+        if len(weights) != len(finetuned):
+            raise ValueError(
+                f"there are {len(weights)} weights for {len(finetuned)} fine-tuned models: {list(weights)}"
+            )
         self._weights = normalise(weights) if average else list(weights)
         self._base = self.tall(pretrained)
         self._tuned = [self.tall(w) for w in finetuned]
@@ -81,7 +85,7 @@ class TaskVector:
         """The (long, short) view of a weight; no copy where its strides allow one (they do for contiguous weights)."""
         if weight.ndim < 2:
             return weight.reshape(-1, 1)
-        matrix = weight.reshape(weight.shape[0], -1)
+        matrix = weight.flatten(1)  # unlike reshape(out, -1), also of an empty tensor
         return matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T
 
     def parts(self) -> Iterator[tuple[slice, Tensor, list[Tensor]]]:

@@ -19,6 +19,8 @@ def check_inputs(pretrained: Tensor, tuned: Sequence[Tensor]) -> None:
     if not tuned:
         raise ValueError("no fine-tuned weight was given")
     for w in (pretrained, *tuned):
+        if not isinstance(w, Tensor):
+            raise TypeError(f"weights must be torch tensors, got {type(w).__name__}")
         if not w.is_floating_point() or (w.shape, w.dtype, w.device) != (
             pretrained.shape,
             pretrained.dtype,
@@ -31,6 +33,7 @@ def check_inputs(pretrained: Tensor, tuned: Sequence[Tensor]) -> None:
             )
 
 
+@torch.no_grad()  # a module's own parameters are the most natural input, and NumPy refuses tensors that require grad
 def or_on_cpu(
     work: Callable[[Tensor, Sequence[Tensor]], tuple[Tensor, Record]],
     pretrained: Tensor,

@@ -38,7 +38,8 @@ def messages(path, level="error") -> list[str]:
 
 
 def test_a_good_file_is_fine(write):
-    path = write(parameters={"R": [{"filter": "mlp", "value": [0.9, 0.6]}, {"value": "8e-1"}], "report": "r.jsonl"})
+    R = [{"filter": "mlp", "value": [0.9, 0.6]}, {"value": "8e-1"}]
+    path = write(parameters={"mode": "variance", "R": R, "report": "r.jsonl"})
     assert check(path) == []
     result = CliRunner().invoke(main, ["check", str(path)])
     assert result.exit_code == 0 and "fine" in result.output
@@ -152,8 +153,9 @@ def test_narrower_output_is_mentioned(write):
 
 def test_json_output(write):
     result = CliRunner().invoke(main, ["check", str(write(parameters={"R": 7})), "--json"])
-    (finding,) = json.loads(result.output)
+    finding, remark = json.loads(result.output)
     assert finding["level"] == "error" and finding["where"] == "parameters.R"
+    assert remark["level"] == "warning"
 
 
 def test_a_local_folder_that_looks_like_a_hub_name(write, models, tmp_path, monkeypatch):
@@ -163,3 +165,59 @@ def test_a_local_folder_that_looks_like_a_hub_name(write, models, tmp_path, monk
     monkeypatch.chdir(tmp_path)
     assert "write ./tuned" in messages(write(models=[{"model": "tuned"}]), "warning")[0]
     assert check(write(models=[{"model": "./tuned"}])) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"parameters": {"weight": 0}}, "weight: is 0 for every fine-tuned model"),
+        ({"parameters": {"report": "/"}}, "`report`: / is a folder"),
+        ({"parameters": {"report": ""}}, "`report`: is empty"),
+        ({"parameters": {"R": [[0.1]]}}, "parameters.R: must be a value, a list of values"),
+    ],
+)
+def test_what_a_new_user_ran_into(write, changes, words):
+    found = messages(write(**changes))
+    assert any(words in message for message in found), found
+    assert len(found) <= 2, "one mistake, not every member of a union"
+
+
+def test_R_without_the_mode_that_reads_it(write):
+    assert messages(write(parameters={"R": 0.1}), "warning") == [
+        "R: is read by `mode: variance` only, and the mode is freevariance"
+    ]
+    assert check(write(parameters={"R": 0.1, "mode": [{"filter": "mlp", "value": "variance"}]})) == []
+
+
+def test_the_same_model_twice(write, models):
+    base, tuned = models
+    assert "models: listed twice" in messages(write(models=[{"model": tuned[0]}] * 2))[0]
+    again = messages(write(models=[{"model": tuned[0]}, {"model": f"{base}/."}]))
+    assert any("is the same model as" in message for message in again)
+
+
+def test_filters_that_match_nothing(write):
+    path = write(parameters={"alpha": [{"filter": "selfattn", "value": 0.1}, {"filter": "mlp", "value": 0.9}]})
+    assert [m for m in messages(path, "warning") if "filter" in m] == [
+        "parameters.alpha: filter 'selfattn' is part of no tensor's name (it is plain text, not a pattern)"
+    ]
+
+
+def test_tensors_that_a_model_lacks_and_damaged_files(write, models, tmp_path):
+    from pathlib import Path
+
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "other"
+    folder.mkdir()
+    state = load_file(Path(models[0]) / "model.safetensors")
+    del state["model.norm.weight"]
+    save_file(state, folder / "model.safetensors")
+    assert "lacks 1 tensor(s)" in messages(write(models=[{"model": str(folder)}]), "warning")[0]
+    (folder / "model.safetensors").write_bytes(b"\x10")
+    assert "cannot be read" in messages(write(models=[{"model": str(folder)}]))[0]
+
+
+def test_a_tokenizer_that_aligns_vocabularies(write, tmp_path):
+    _, (other,) = checkpoints.pair(tmp_path, tuned_vocabulary=checkpoints.VOCABULARY + 8)
+    assert messages(write(models=[{"model": str(other)}], tokenizer={"source": "base"})) == []

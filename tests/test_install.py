@@ -71,7 +71,7 @@ class Environment:
         assert fails in (None, done.returncode != 0), f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done
 
-    def code(self, source: str, *flags: str, **variables: str) -> Any:
+    def code(self, source: str, *flags: str, **variables: Any) -> Any:
         """Runs the source, which prints JSON as its last line, and returns that."""
         done = self.run(*flags, "-c", textwrap.dedent(source), **variables)
         return json.loads(done.stdout.splitlines()[-1])

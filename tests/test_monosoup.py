@@ -384,3 +384,25 @@ def test_reduced_matmul_precision_is_not_inherited():
         assert error(edit(W0, W1)[0], W0, expected) < 1e-7  # float64: only the output is rounded
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+def test_parameters_of_modules_are_ordinary_inputs():
+    """They require grad, and NumPy refuses such tensors."""
+    W0, W1 = torch.nn.Linear(8, 6).weight, torch.nn.Linear(8, 6).weight
+    weight, _ = edit(W0, W1, mode="variance")
+    assert torch.equal(weight, edit(W0.detach(), W1.detach(), mode="variance")[0]) and not weight.requires_grad
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (4, 0), (0,)])
+def test_empty_tensors_stay(shape):
+    weight, record = edit(torch.zeros(shape), torch.zeros(shape))
+    assert weight.shape == shape and record.action == "copied"
+
+
+def test_as_many_weights_as_models():
+    a, b = torch.zeros(3, 3), torch.ones(3, 3)
+    for weights in ([1.0], [1.0, 1.0, 1.0]):
+        with pytest.raises(ValueError, match="weights for 2 fine-tuned models"):
+            edit(a, [b, b], weights=weights)
+    with pytest.raises(TypeError, match="torch tensors, got ndarray"):
+        edit(a, np.ones((3, 3)))

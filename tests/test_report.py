@@ -103,3 +103,38 @@ def test_the_table_shows_groups_totals_and_reasons(tmp_path):
     assert [(r["group"], r["edited"], r["copied"]) for r in rows] == [
         ("layers.*.w", 3, 0), ("frozen.w", 0, 1), ("total", 3, 1),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["folder", "other file", "weights", "below a file"])
+def test_a_report_never_replaces_what_is_no_report(tmp_path, kind):
+    path = tmp_path / "precious"
+    if kind == "folder":
+        path.mkdir()
+    else:
+        path.write_bytes(b"\xff\xfe weights" if kind == "weights" else b'{"mine": 1}\n')
+    target = path / "r.jsonl" if kind == "below a file" else path
+    before = sorted(tmp_path.iterdir())
+    words = "a folder" if kind in ("folder", "below a file") else "is not a report"
+    with pytest.raises(ValueError, match=words):
+        merge_tensors(
+            [torch.zeros(3, 3), torch.randn(3, 3)], "monosoup", base_index=0, parameters={"report": str(target)}
+        )
+    with pytest.raises(ValueError, match=words):
+        Journal().add([record("a")], str(target))
+    assert sorted(tmp_path.iterdir()) == before and (kind == "folder" or path.read_bytes())
+
+
+def test_a_report_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    Journal().add([record("a")], "~/r.jsonl")
+    assert [r.name for r in read(tmp_path / "r.jsonl")] == ["a"]
+
+
+def test_lines_of_the_wrong_type(tmp_path):
+    path = tmp_path / "r.jsonl"
+    path.write_text('{"name": null, "shape": [1], "dtype": "float32"}\n')
+    with pytest.raises(ValueError, match=r"line 1.*`name` is not text"):
+        read(path)
+    path.write_bytes(b"\xff\x00")
+    with pytest.raises(ValueError, match="not text"):
+        read(path)
