@@ -623,10 +623,9 @@ def test_editable_install(bare: Environment) -> None:
     assert home == ROOT / "mergekit_monosoup"
 
 
-@pytest.mark.skipif(shutil.which("uv") is None, reason="no `uv` on the PATH")
 def test_uv_install(bare: Environment, wheel: Path) -> None:
     def uv(*arguments: object) -> None:
-        command = ["uv", "pip", *map(str, arguments), "--offline", "--python", str(bare.python)]
+        command = [sys.executable, "-m", "uv", "pip", *map(str, arguments), "--offline", "--python", str(bare.python)]
         subprocess.run(command, check=True, timeout=TIMEOUT)
 
     home = round_trip(
