@@ -14,6 +14,7 @@ from typing import Protocol
 import numpy as np
 import scipy.linalg.lapack as lapack
 import torch
+from scipy.linalg import eigh_tridiagonal
 from torch import Tensor
 
 LOG = logging.getLogger("mergekit_monosoup")
@@ -82,6 +83,8 @@ class Lapack:
             vectors, info = lapack.dstein(d, e, self.values[start:stop].numpy(), block, ends)
             if info == 0:
                 return np.asfortranarray(vectors[:, :count])
+        if not hasattr(lapack, "dstevd"):  # SciPy < 1.16; 1.15 is the newest for Python 3.10. Twice the time.
+            return np.asfortranarray(eigh_tridiagonal(d, e, lapack_driver="stemr")[1][:, start:stop])
         _, vectors, info = lapack.dstevd(d, e)
         if info != 0:
             raise SolverError(f"dstevd did not converge (info {info})")
@@ -155,7 +158,7 @@ class Eigen:
 
 
 # What a solver may raise; anything else is a bug and must be seen.
-FAILURES = (SolverError, torch.linalg.LinAlgError, torch.OutOfMemoryError, MemoryError)  # type: ignore[attr-defined]
+FAILURES = (SolverError, np.linalg.LinAlgError, torch.linalg.LinAlgError, torch.OutOfMemoryError, MemoryError)  # type: ignore[attr-defined]
 
 
 def _rungs(lower: Tensor) -> Iterator[tuple[str, Callable[[], Solver]]]:

@@ -42,6 +42,19 @@ def test_lapack_against_numpy(order, few):
     assert np.allclose(found @ found.T, vectors[:, :stop] @ vectors[:, :stop].T, atol=1e-9)
 
 
+@pytest.mark.parametrize("kind", ["random", "low rank", "repeated"])
+def test_older_scipy_has_no_divide_and_conquer(monkeypatch, kind):
+    monkeypatch.delattr(eigen.lapack, "dstevd", raising=False)
+    X = torch.tensor(zoo.deltas(144, 96)[kind])
+    solver = eigen.Lapack(X.T @ X)
+    values = np.linalg.eigvalsh((X.T @ X).numpy())
+    found = solver.vectors(10, 96).numpy()
+    assert np.allclose(found.T @ found, np.eye(86), atol=1e-12)
+    assert np.allclose((X.T @ X).numpy() @ found, found * values[10:], atol=1e-13 * values[-1])
+    weight, record = edit(torch.zeros(SHAPE), torch.tensor(zoo.deltas(*SHAPE)["random"]).float())
+    assert record.solver == "lapack" and off_by(weight, kind="random") < 1e-5
+
+
 def test_a_matrix_that_falls_apart():
     """Zero off-diagonal entries: inverse iteration would need to know the blocks."""
     solver = eigen.Lapack(torch.diag(torch.arange(1.0, 65.0, dtype=torch.float64)))
