@@ -3,7 +3,7 @@
 Everything comes from the float64 Gram matrix G = XᵀX of the *short* side: σ² are its eigenvalues, and eigenvectors are
 computed only for the smaller of the two sides of a cut. Left singular vectors are never formed.
 
-Accuracy: eigenvalues of G carry an absolute error of a few eps·σ₁², so singular values under about 1e-7·σ₁ drown. They
+Accuracy: eigenvalues of G carry an absolute error of up to some 30 eps·σ₁², so singular values under about 1e-7·σ₁ drown. They
 are found again by one more Gram matrix, in the subspace that G leaves open (:func:`_resolve`), after which the floor is
 that of a float64 SVD, eps·σ₁. Exactly low-rank updates (a merged LoRA) need this: hundreds of phantom singular values of
 1e-8·σ₁ would move the effective rank.
@@ -19,8 +19,8 @@ from torch import Tensor
 
 from mergekit_monosoup.eigen import EPS, LOG, Eigen, SolverError
 
-# Eigenvalues of G under this fraction of the largest are looked at again. Their error is at most a few eps (measured:
-# 1e-16..6e-16 of the largest over the test matrices), so the ones above are right to 1e-3 and better.
+# Eigenvalues of G under this fraction of the largest are looked at again. Measured over the test matrices (192 to 512
+# columns), the largest error is 7e-15 of the largest eigenvalue, so σ just above the line is right to 1 % and the rest better.
 UNRESOLVED = 2e3 * EPS
 
 Blocks = Callable[[], Iterable[Tensor]]
