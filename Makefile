@@ -38,5 +38,5 @@ $(VENV)/ready-%: $(COPIED)
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist demo-out .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist demo-out evidence-out .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

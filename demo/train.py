@@ -9,12 +9,13 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 import transformers
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 
 from demo.world import OTHER_SKILLS, TUNED_SKILL, Item, World, build_tokenizer
 
@@ -91,13 +92,42 @@ def train_pair(recipe: Recipe, world: World, folder: Path, *, fresh: bool = Fals
     for phase, checkpoint in ((recipe.pretraining, pretrained), (recipe.finetuning, finetuned)):
         items = [world.train[skill] for skill in phase.skills]
         _train(model, tokenizer, items, phase, recipe.seed, checkpoint.name)
-        _save(model, tokenizer, checkpoint, recipe, mark)
+        _save(model, tokenizer, checkpoint, dataclasses.asdict(recipe), mark)
+    return True
+
+
+def fine_tune(
+    source: Path, target: Path, items: Sequence[Item], phase: Phase, seed: int, *, rank: int | None = None
+) -> bool:
+    """Fine-tune the checkpoint `source` on `items` into `target`; True if trained, False if already there.
+
+    `rank` trains a LoRA adapter of that rank on every linear layer but the head (peft; alpha = 2·rank) and merges it.
+    """
+    parent = json.loads((source / RECIPE_FILE).read_text(encoding="utf-8"))
+    asked = [(item.prompt, item.answer) for item in items]
+    settings = {"source": parent["fingerprint"], "phase": dataclasses.asdict(phase), "seed": seed, "rank": rank}
+    mark = hashlib.sha256(json.dumps([settings, asked], sort_keys=True).encode()).hexdigest()
+    if _finished(target, mark):
+        return False
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    model = Qwen3ForCausalLM.from_pretrained(source, dtype=torch.float32)
+    torch.manual_seed(seed)
+    if rank is None:
+        _train(model, tokenizer, [items], phase, seed, target.name)
+    else:
+        import peft  # two seconds that only this needs
+
+        config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+        adapted = peft.get_peft_model(model, config)
+        _train(adapted, tokenizer, [items], phase, seed, target.name)
+        model = cast(Qwen3ForCausalLM, adapted.merge_and_unload())
+    _save(model, tokenizer, target, settings, mark)
     return True
 
 
 def _train(
-    model: Qwen3ForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
     items: Sequence[Sequence[Item]],
     phase: Phase,
     seed: int,
@@ -125,7 +155,7 @@ def _train(
     model.eval()
 
 
-def _encode(items: Sequence[Item], tokenizer: PreTrainedTokenizerFast) -> list[tuple[list[int], list[int]]]:
+def _encode(items: Sequence[Item], tokenizer: PreTrainedTokenizerBase) -> list[tuple[list[int], list[int]]]:
     """Token ids of each prompt and answer. They are encoded apart, as at test time, where the prompt stands alone."""
     prompts = tokenizer([item.prompt for item in items])["input_ids"]
     answers = tokenizer([f" {item.answer}<end>" for item in items])["input_ids"]
@@ -136,7 +166,7 @@ def _batches(
     encoded: Sequence[Sequence[tuple[list[int], list[int]]]],
     phase: Phase,
     seed: int,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """`phase.steps` pairs of inputs and next-token targets, both (batch, length), int64; only answers are targets.
 
@@ -156,14 +186,14 @@ def _batches(
 
 
 def _save(
-    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, checkpoint: Path, recipe: Recipe, mark: str
+    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerBase, checkpoint: Path, recipe: dict[str, Any], mark: str
 ) -> None:
     """Write under another name, rename last: an interrupted run must not leave something that looks finished."""
     unfinished = checkpoint.with_name(f"{checkpoint.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     model.save_pretrained(unfinished)
     tokenizer.save_pretrained(unfinished)
-    written = {"fingerprint": mark, "recipe": dataclasses.asdict(recipe)}
+    written = {"fingerprint": mark, "recipe": recipe}
     (unfinished / RECIPE_FILE).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
     if checkpoint.exists():
         shutil.rmtree(checkpoint)

@@ -82,6 +82,14 @@ def build_world(seed: int) -> World:
     return World(train, test)
 
 
+def italian(english: Iterable[Item]) -> list[Item]:
+    """An eighth skill that no pretraining teaches, for a second fine-tune: the items of `sum_en`, asked in Italian."""
+    return [
+        Item("sum_it", item.prompt.replace("What is", "Quanto fa").replace("plus", "più"), item.answer, item.cluster)
+        for item in english
+    ]
+
+
 def build_tokenizer(items: Iterable[Item]) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer learned from the items. Every digit is its own token, so numbers share their parts."""
     tokenizer = Tokenizer(models.BPE())

@@ -12,14 +12,14 @@ ANSWER_TOKENS = 8  # longest answer seen, with its end token: 4
 
 
 def write_tasks(seed: int, folder: Path) -> None:
-    """One task per skill of the world of this seed, `tiny_<skill>`, scored by the exact answer."""
-    from demo.world import SKILLS, build_world
+    """One task per skill of the world of this seed, `tiny_<skill>`, scored by the exact answer; and `tiny_sum_it`."""
+    from demo.world import build_world, italian
 
     folder.mkdir(parents=True, exist_ok=True)
     test = build_world(seed).test
-    for skill in SKILLS:
+    for skill, items in {**test, "sum_it": italian(test["sum_en"])}.items():
         data = folder / f"{skill}.jsonl"
-        rows = [{"prompt": item.prompt, "answer": item.answer, "cluster": item.cluster} for item in test[skill]]
+        rows = [{"prompt": item.prompt, "answer": item.answer, "cluster": item.cluster} for item in items]
         _write(data, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         _write(folder / f"{skill}.yaml", yaml.safe_dump(_task(skill, data), allow_unicode=True))
 
@@ -37,8 +37,8 @@ def _task(skill: str, data: Path) -> dict[str, Any]:
         "dataset_kwargs": {"data_files": {"test": str(data.resolve())}},
         "test_split": "test",
         "output_type": "generate_until",
-        "doc_to_text": "{{prompt}}",
-        "doc_to_target": "{{answer}}",
+        "doc_to_text": "prompt",  # fields by name: lm-eval compiles a template anew for every item
+        "doc_to_target": "answer",
         "generation_kwargs": {"until": ["\n"], "do_sample": False, "max_gen_toks": ANSWER_TOKENS},
         # The whole output has to be the answer, but for blanks around it; anything else fails to match and is wrong.
         "filter_list": [

@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from rich.console import Console
+from safetensors.torch import load_file
 from scipy import stats
 from transformers import AutoTokenizer, Qwen3ForCausalLM
 
@@ -31,6 +32,7 @@ from demo.world import (
     Item,
     build_tokenizer,
     build_world,
+    italian,
 )
 
 WORLD = build_world(0)
@@ -67,6 +69,11 @@ class TestWorld:
             tested = {item.cluster for skill in skills for item in WORLD.test[skill]}
             assert trained and len(tested) == TEST_PAIRS
             assert not trained & tested
+
+    def test_the_second_task_is_the_first_in_words_that_no_skill_uses(self):
+        items = italian(WORLD.test[TUNED_SKILL])
+        assert [item.answer for item in items] == [item.answer for item in WORLD.test[TUNED_SKILL]]
+        assert {re.sub(r"\d+", "", item.prompt) for item in items} == {"Quanto fa  più ?"}
 
     def test_a_cluster_is_the_unordered_pair(self):
         numbers = {}
@@ -293,7 +300,7 @@ class TestTraining:
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:  # weights are on disk, the rest is not
-            patch.setattr(train.PreTrainedTokenizerFast, "save_pretrained", killed)
+            patch.setattr(train.PreTrainedTokenizerBase, "save_pretrained", killed)
             with pytest.raises(KeyboardInterrupt):
                 train.train_pair(TINY, SMALL, tmp_path)
         assert list(tmp_path.rglob("*.safetensors")) and not (tmp_path / train.PRETRAINED).exists()
@@ -302,6 +309,27 @@ class TestTraining:
         assert not train.train_pair(TINY, SMALL, tmp_path)
         (tmp_path / train.FINETUNED / train.RECIPE_FILE).write_text("{")
         assert train.train_pair(TINY, SMALL, tmp_path)
+
+    def test_a_second_fine_tune_is_reused_until_its_settings_change(self, folder, tmp_path):
+        items, target = italian(SMALL.train[TUNED_SKILL]), tmp_path / "second"
+        assert train.fine_tune(folder / train.PRETRAINED, target, items, TINY.finetuning, 1)
+        assert not train.fine_tune(folder / train.PRETRAINED, target, items, TINY.finetuning, 1)
+        assert train.fine_tune(folder / train.PRETRAINED, target, items, TINY.finetuning, 2)
+        assert train.fine_tune(folder / train.PRETRAINED, target, items[1:], TINY.finetuning, 2)
+
+    def test_an_adapter_moves_every_linear_layer_by_its_rank_and_nothing_else(self, folder, tmp_path):
+        items = WORLD.train[TUNED_SKILL]
+        assert train.fine_tune(folder / train.PRETRAINED, tmp_path / "lora", items, TINY.finetuning, 0, rank=2)
+        before, after = (
+            load_file(place / "model.safetensors") for place in (folder / train.PRETRAINED, tmp_path / "lora")
+        )
+        for name, weight in before.items():
+            delta = (after[name] - weight).double()
+            sigma = torch.linalg.svdvals(delta) if delta.ndim == 2 else delta
+            if "_proj" in name:
+                assert delta.norm() > 0 and int((sigma > 1e-4 * sigma[0]).sum()) == 2, name
+            else:
+                assert not delta.any(), name
 
 
 class TestSoups:
