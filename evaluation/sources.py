@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,7 @@ def _merged(path: Path, cache: Path) -> tuple[Path, dict[str, Any]]:
     """Run mergekit in this process. The cache is keyed by the configuration's content, by the weights that go in, and by
     the code that merges, so no edit of any of them can hand out a stale model."""
     from mergekit.config import MergeConfiguration
+    from mergekit.io.tasks import LoaderCache
     from mergekit.merge import run_merge
     from mergekit.options import MergeOptions
 
@@ -96,7 +98,11 @@ def _merged(path: Path, cache: Path) -> tuple[Path, dict[str, Any]]:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
         print(f"merging {path}", flush=True)
-        run_merge(config, str(unfinished), MergeOptions(quiet=True, copy_tokenizer=True))
+        # mergekit names a merged adapter after its path: kept longer, it would stand for another adapter under that path.
+        with tempfile.TemporaryDirectory(dir=cache) as adapters:
+            LoaderCache.loaders.clear()  # of the whole process, by path: would hand out what an earlier merge read there
+            options = MergeOptions(quiet=True, copy_tokenizer=True, lora_merge_cache=adapters)
+            run_merge(config, str(unfinished), options)
         (unfinished / "evaluation-merge.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         unfinished.rename(target)  # last: what is interrupted must not look finished
     return target, content

@@ -13,14 +13,16 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from transformers import AutoTokenizer, Qwen3ForCausalLM
 
 from demo import score, train
 from demo.world import TUNED_SKILL, build_world
-from evaluation import engine, run, store, tables
+from evaluation import engine, run, sources, store, tables
 from evaluation.suite import SHIPPED, load
 
 ROOT = Path(__file__).parents[1]
@@ -89,6 +91,25 @@ def asked(monkeypatch) -> list[str]:
 
 def result(folder: Path, model: str, suite: str = "tiny"):
     return json.loads((folder / f"{model}.{suite}.json").read_text())
+
+
+def test_a_merge_with_an_adapter_runs_and_follows_its_weights(models, tmp_path):
+    base = models / "pretrained"
+    config = tmp_path / "lora.yml"
+    given = {"model": f"{base}+{tmp_path / 'adapter'}"}
+    config.write_text(yaml.safe_dump({"merge_method": "monosoup", "base_model": str(base), "models": [given]}))
+    found = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        lora = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+        peft.get_peft_model(Qwen3ForCausalLM.from_pretrained(base), lora).save_pretrained(tmp_path / "adapter")
+        found.append(sources.find("lora", str(config), tmp_path / "cache"))
+    assert found[0].fingerprint["weights"] != found[1].fingerprint["weights"]
+    assert {path.name for path in (tmp_path / "cache").iterdir()} == {source.folder.name for source in found}
+    before, after = (load_file(place / "model.safetensors") for place in (base, found[0].folder))
+    name = "model.layers.0.self_attn.{}.weight"
+    assert torch.equal(before[name.format("k_proj")], after[name.format("k_proj")])
+    assert not torch.equal(before[name.format("q_proj")], after[name.format("q_proj")])
 
 
 class TestResults:
