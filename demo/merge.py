@@ -41,6 +41,11 @@ dtype: float32
 """
 
 
+# What each MonoSoup is worth beyond shrinking: the same norm per tensor, without a spectral split.
+FREE_SCALAR = FREEVARIANCE.replace("report: reports/freevariance.jsonl", "coefficients: scalar")
+VARIED_SCALAR = VARIANCE.replace("report: reports/variance.jsonl", "coefficients: scalar")
+
+
 @dataclass(frozen=True)
 class Soup:
     """One merge: `file` names its YAML file, its folder and its report; `title` is what tables say."""
@@ -62,7 +67,14 @@ class Soup:
 WISE = Soup("Wise-FT 0.5", "wise-ft", WISE_FT, reports=False)
 FREE = Soup("MonoSoup freevariance", "freevariance", FREEVARIANCE, reports=True)
 VARIED = Soup("MonoSoup variance R=0.8", "variance", VARIANCE, reports=True)
-SOUPS = (WISE, FREE, VARIED)
+CONTROL = "norm-matched control"  # of the soup in front of it
+SOUPS = (
+    WISE,
+    FREE,
+    Soup(f"{FREE.title}, {CONTROL}", "freevariance-control", FREE_SCALAR, reports=False),
+    VARIED,
+    Soup(f"{VARIED.title}, {CONTROL}", "variance-control", VARIED_SCALAR, reports=False),
+)
 
 
 class CommandError(Exception):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
-from demo.merge import FREE, SOUPS, VARIED, WISE
+from demo.merge import CONTROL, FREE, SOUPS, VARIED, WISE
 from demo.score import Estimate, Values, mean_over_skills, paired_difference
 from demo.world import OTHER_SKILLS, SKILLS, TUNED_SKILL, Item, World
 
@@ -58,20 +58,33 @@ def table(grades: Mapping[str, Values], items: Mapping[str, Sequence[Item]]) -> 
         row = [f"{100 * each.mean:.1f} ± {100 * each.standard_error:.1f}" for each in (accuracy.id, accuracy.ood)]
         if name != FINETUNED:
             row += [_gain(values, grades[FINETUNED], items, skills)[1] for skills in ([TUNED_SKILL], OTHER_SKILLS)]
-        out.add_row(name, *row)
+        # A name with its soup's in front would not fit beside four columns of numbers.
+        out.add_row(f"  {CONTROL}" if name.endswith(CONTROL) else name, *row)
     return out
 
 
 def sentences(grades: Mapping[str, Values], items: Mapping[str, Sequence[Item]]) -> list[str]:
     """What the table says of each soup, and what it does not show: MonoSoup against Wise-FT on the same items."""
     before, after = both(grades[PRETRAINED], items), both(grades[FINETUNED], items)
-    tuned = [f"{soup.title}: {_compare(grades[soup.title], grades[FINETUNED], items)}" for soup in SOUPS]
+    tuned = [
+        f"{soup.title}: {_compare(grades[soup.title], grades[FINETUNED], items)}"
+        for soup in SOUPS
+        if CONTROL not in soup.title
+    ]
     wise = [f"{soup.title}: {_compare(grades[soup.title], grades[WISE.title], items)}" for soup in (FREE, VARIED)]
+    split = [
+        f"{soup.title}: {_compare(grades[soup.title], grades[f'{soup.title}, {CONTROL}'], items)}"
+        for soup in (FREE, VARIED)
+    ]
     return [
         f"Fine-tuning took ID from {100 * before.id.mean:.1f} to {100 * after.id.mean:.1f} % "
         f"and OOD from {100 * before.ood.mean:.1f} to {100 * after.ood.mean:.1f} %.",
         *(f"Against {FINETUNED}, {line}." for line in tuned),
         *(f"Against {WISE.title}, {line}." for line in wise),
+        *(
+            f"Against the {CONTROL} (each tensor's update shrunk to the same norm, no spectral split), {line}."
+            for line in split
+        ),
         "The 0.5 of Wise-FT and the 0.8 of variance are numbers that somebody chose; freevariance needs none.",
     ]
 

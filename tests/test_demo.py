@@ -197,11 +197,19 @@ class TestSummary:
 
     def test_sentences_follow_the_numbers(self):
         said = summary.sentences(
-            self.grades(before=(20, 198), tuned=(180, 120), wise=(160, 180), free=(180, 121), varied=(181, 90)),
+            self.grades(
+                before=(20, 198),
+                tuned=(180, 120),
+                wise=(160, 180),
+                free=(180, 121),
+                fc=(180, 120),
+                varied=(181, 90),
+                vc=(181, 91),
+            ),
             QUESTIONS,
         )
         assert said[0] == "Fine-tuning took ID from 10.0 to 90.0 % and OOD from 99.0 to 60.0 %."
-        wise, free, varied, free_to_wise, varied_to_wise = said[1:6]
+        wise, free, varied, free_to_wise, varied_to_wise, free_split, varied_split = said[1:8]
         assert re.fullmatch(
             r"Against fine-tuned, Wise-FT 0.5: ID −10.0 \[.*\], lower; OOD \+30.0 \[.*\], higher\.", wise
         )
@@ -211,9 +219,13 @@ class TestSummary:
             r"Against Wise-FT 0.5, MonoSoup freevariance: ID \+10.0 .*, higher; OOD −29.5 .*, lower", free_to_wise
         )
         assert varied_to_wise.startswith("Against Wise-FT 0.5, MonoSoup variance R=0.8: ID +10.5 [")
+        assert re.search(r"control .*MonoSoup freevariance: ID unchanged .* OOD \+0.5 \[.*\], higher", free_split)
+        assert re.search(r"control .*MonoSoup variance R=0.8: ID unchanged .* OOD −0.5 \[.*\], lower", varied_split)
 
     def test_gains_and_losses_that_cancel_are_not_called_unchanged(self):
-        grades = self.grades(a=(20, 198), b=(180, 120), c=(180, 120), d=(180, 120), e=(180, 120))
+        grades = self.grades(
+            a=(20, 198), b=(180, 120), c=(180, 120), d=(180, 120), e=(180, 120), f=(180, 120), g=(180, 120)
+        )
         swapped = {skill: values[::-1] if skill == "home" else values for skill, values in grades["fine-tuned"].items()}
         said = summary.sentences({**grades, merge.FREE.title: swapped}, QUESTIONS)
         assert re.search(r"OOD 0.0 \[−.*\], which covers zero", said[2]) and "OOD unchanged on every item" in said[3]
@@ -221,9 +233,15 @@ class TestSummary:
     def test_the_table_fits_100_columns_and_shows_each_model(self):
         console = Console(width=100, record=True, file=io.StringIO())
         console.print(
-            summary.table(self.grades(a=(20, 198), b=(180, 120), c=(160, 180), d=(180, 121), e=(181, 90)), QUESTIONS)
+            summary.table(
+                self.grades(
+                    a=(20, 198), b=(180, 120), c=(160, 180), d=(180, 121), e=(180, 120), f=(181, 90), g=(181, 91)
+                ),
+                QUESTIONS,
+            )
         )
         shown = console.export_text()
+        assert shown.count("  norm-matched control") == 2
         assert "Wise-FT 0.5" in shown and "80.0 ± 2.8" in shown and "−10.0 [" in shown and "…" not in shown
 
 
@@ -345,7 +363,8 @@ class TestSoups:
             assert soup.title.endswith(str(config["models"][0]["parameters"]["weight"]))
         else:
             assert config["merge_method"] == "monosoup" and parameters["mode"] in soup.title
-            assert "R" not in parameters or soup.title.endswith(f"R={parameters['R']}")
+            assert "R" not in parameters or f"R={parameters['R']}" in soup.title
+            assert (parameters.get("coefficients") == "scalar") == soup.title.endswith(merge.CONTROL)
 
     def test_wise_ft_is_the_mean_of_the_two_and_can_be_graded(self, folder):
         assert merge.merge(merge.WISE, folder) == "mergekit-yaml configs/wise-ft.yml merged/wise-ft"
