@@ -1,7 +1,7 @@
 """MonoSoup (arXiv 2602.09689) for mergekit: edits one fine-tuned checkpoint against its pretrained base.
 
 In YAML: `merge_method: monosoup`, and `svc` for its neighbour, Singular Value Calibration. In Python: :func:`edit` and
-:func:`calibrate` for one weight matrix.
+:func:`calibrate` for one weight matrix, :func:`edit_each` for many.
 """
 
 from importlib import import_module
@@ -12,16 +12,19 @@ import _mergekit_monosoup_autoload
 if TYPE_CHECKING:
     from mergekit_monosoup.monosoup import edit
     from mergekit_monosoup.report import Record
+    from mergekit_monosoup.stack import Job, edit_each
     from mergekit_monosoup.svc import calibrate
 
 __version__ = "0.1.0"
-__all__ = ["Record", "__version__", "calibrate", "edit"]
+__all__ = ["Job", "Record", "__version__", "calibrate", "edit", "edit_each"]
 
 # Looked up on first use: importing the package must not import torch, which takes seconds.
 _HOMES = {
+    "Job": "mergekit_monosoup.stack",
     "Record": "mergekit_monosoup.report",
     "calibrate": "mergekit_monosoup.svc",
     "edit": "mergekit_monosoup.monosoup",
+    "edit_each": "mergekit_monosoup.stack",
 }
 
 

@@ -38,6 +38,7 @@ from mergekit_monosoup.eigen import SolverError
 from mergekit_monosoup.layout import matrices
 from mergekit_monosoup.monosoup import Mode, Rule, edit
 from mergekit_monosoup.report import Journal, Record, check_path
+from mergekit_monosoup.stack import Job, each, edit_each
 from mergekit_monosoup.svc import calibrate
 from mergekit_monosoup.task_vector import NonFiniteError
 
@@ -203,7 +204,9 @@ def _monosoup(
         if group.base is None:
             merged, records = _without_update(name, tuned, weights, "not in the base model")
         else:
-            merged, records = _each_matrix(name, group.base.tensor, tuned, partial(edit, weights=weights, **settings))
+            merged, records = _each_matrix(
+                name, group.base.tensor, tuned, partial(edit_each, weights=weights, **settings)
+            )
     JOURNAL.add(records, path)
     return merged
 
@@ -252,13 +255,21 @@ def _svc(
                 name,
                 group.base.tensor,
                 [*tensors, flagged[0].tensor],
-                lambda base, tuned, name: calibrate(
-                    base, tuned[:-1], merged=tuned[-1], alpha=settings["alpha"], name=name
+                partial(
+                    each,
+                    lambda job: calibrate(
+                        job.pretrained, job.tuned[:-1], merged=job.tuned[-1], alpha=settings["alpha"], name=job.name
+                    ),
                 ),
             )
         else:
             result, records = _each_matrix(
-                name, group.base.tensor, tensors, partial(calibrate, weights=weights, **settings)
+                name,
+                group.base.tensor,
+                tensors,
+                partial(
+                    each, lambda job: calibrate(job.pretrained, job.tuned, weights=weights, name=job.name, **settings)
+                ),
             )
     JOURNAL.add(records, path, _SVC.method)
     return result
@@ -307,20 +318,21 @@ def _each_matrix(
     name: str,
     base: torch.Tensor,
     tuned: Sequence[torch.Tensor],
-    kernel: Callable[..., tuple[torch.Tensor, Record]],
+    kernel: Callable[[Sequence[Job]], Iterator[tuple[torch.Tensor, Record]]],
 ) -> tuple[torch.Tensor, list[Record]]:
-    """``kernel(base, tuned, name=...)`` for every matrix in a tensor."""
+    """``kernel(jobs)`` of all matrices in a tensor."""
     parts = matrices(name, base.shape)
     if parts == [("", ())]:
-        merged, record = kernel(base, tuned, name=name)
+        merged, record = next(iter(kernel([Job(base, tuned, name)])))
         return merged, [record]
     if not parts:  # no matrix in it: through the kernel all the same, for the average, alpha and the check for NaN
-        merged, record = kernel(base.reshape(-1), [w.reshape(-1) for w in tuned], name=name)
+        merged, record = next(iter(kernel([Job(base.reshape(-1), [w.reshape(-1) for w in tuned], name)])))
         record.shape = tuple(base.shape)
         return merged.reshape(base.shape), [record]
     merged, records = torch.empty_like(base), []
-    for suffix, index in parts:
-        merged[index], record = kernel(base[index], [w[index] for w in tuned], name=name + suffix)
+    jobs = [Job(base[index], [w[index] for w in tuned], name + suffix) for suffix, index in parts]
+    for (_, index), (part, record) in zip(parts, kernel(jobs), strict=True):
+        merged[index] = part
         records.append(record)
     return merged, records
 
@@ -347,8 +359,8 @@ def _worded(method: str, group: TensorGroup, way_out: str) -> Iterator[None]:
     name = group.metadata.name or "a tensor"
     try:
         yield
-    except NonFiniteError:
-        raise ValueError(_name_non_finite(method, name, group)) from None
+    except NonFiniteError as error:
+        raise ValueError(_name_non_finite(method, name, group, error.name)) from None
     except SolverError as error:
         raise RuntimeError(
             f"{method}: {name} {tuple(group.entries[0].tensor.shape)}: its spectrum could not be computed ({error}). "
@@ -356,13 +368,15 @@ def _worded(method: str, group: TensorGroup, way_out: str) -> Iterator[None]:
         ) from error
 
 
-def _name_non_finite(method: str, name: str, group: TensorGroup) -> str:
+def _name_non_finite(method: str, name: str, group: TensorGroup, first: str) -> str:
     bad = {entry: int((~torch.isfinite(entry.tensor)).sum()) for entry in group.entries}
     found = [
         f"{count} of {entry.tensor.numel()} entries in {entry.id}{' (base_model)' if entry.is_base else ''}"
         for entry, count in bad.items()
         if count
     ]
+    if first not in ("", name):  # one matrix of a stack
+        found.append(f"the first of them in {first}")
     return (
         f"{method}: {name} is not finite: {'; '.join(found)}. Nothing of this tensor was written. "
         "Check that checkpoint: a diverged run or a damaged download is the usual cause."

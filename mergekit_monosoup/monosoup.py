@@ -18,8 +18,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from mergekit_monosoup.eigen import Eigen
 from mergekit_monosoup.report import Record
-from mergekit_monosoup.spectrum import Spectrum, effective_rank, quantile_curve
+from mergekit_monosoup.spectrum import Spectrum, effective_rank, nonzero_rows, quantile_curve
 from mergekit_monosoup.task_vector import TaskVector
 from mergekit_monosoup.weight import assemble, check_inputs, new_record, or_on_cpu, predict, spectrum_of
 
@@ -108,6 +109,7 @@ def edit(
     coefficients: Rule = "monosoup",
     min_rel_update: float = 1e-6,
     name: str = "",
+    eigen: Callable[[], Eigen] | None = None,
 ) -> tuple[Tensor, Record]:
     """MonoSoup of one weight: the edited weight in the input dtype and what happened to it.
 
@@ -120,6 +122,7 @@ def edit(
         coefficients: rule for (λ_high, λ_low), see :meth:`Split.coefficients`.
         min_rel_update: with ‖ΔW‖_F/‖W0‖_F below it the weight stays as fine-tuned; ``inf`` switches the edit off.
         name: for the record.
+        eigen: decomposes the Gram matrix of ΔW where a caller has it already (a stack on an accelerator).
 
     Returns:
         The weight, a new tensor unless it is unchanged (then W1 itself), and its :class:`Record`.
@@ -139,14 +142,17 @@ def edit(
     check_inputs(pretrained, tuned)
     _check_parameters(mode, coefficients, R=R, alpha=alpha, min_rel_update=min_rel_update)
     return or_on_cpu(
-        lambda base, others: _edit(base, others, weights, mode, R, alpha, coefficients, min_rel_update, name),
+        lambda base, others: _edit(
+            base, others, weights, mode, R, alpha, coefficients, min_rel_update, name,
+            eigen if base.device == pretrained.device else None,
+        ),
         pretrained, tuned, name,
     )  # fmt: skip
 
 
 def _edit(
     pretrained: Tensor, tuned: Sequence[Tensor], weights: Sequence[float] | None, mode: Mode, R: float, alpha: float,
-    coefficients: Rule, min_rel_update: float, name: str,
+    coefficients: Rule, min_rel_update: float, name: str, eigen: Callable[[], Eigen] | None,
 ) -> tuple[Tensor, Record]:  # fmt: skip
     started = time.perf_counter()
     task_vector = TaskVector(pretrained, tuned, weights)
@@ -155,7 +161,7 @@ def _edit(
     untouched = _Recombination(1.0, 1.0)
     recombine = untouched
     if not record.reason:
-        recombine = _plan(spectrum_of(task_vector), task_vector.dtype, mode, R, coefficients, record)
+        recombine = _plan(spectrum_of(task_vector, eigen), task_vector, mode, R, coefficients, record)
 
     if recombine.keeps and alpha == 1:
         record.action = "copied"
@@ -208,7 +214,7 @@ def preview(
     for mode in modes:
         record = replace(common, mode=mode, R=R if mode == "variance" else None, edit_norm=0.0)
         if found is not None:
-            recombine = _plan(found, task_vector.dtype, mode, R, "monosoup", record)
+            recombine = _plan(found, task_vector, mode, R, "monosoup", record)
             if not recombine.keeps:
                 record.edit_norm, record.realised = predict(pretrained, task_vector, recombine, dtype)
         # The spectrum is on the first one's account.
@@ -261,14 +267,23 @@ class _Recombination:
         if self.basis is None:
             return delta * self.high
         inside, outside = (self.high, self.low) if self.leading else (self.low, self.high)
+        rows = nonzero_rows(delta)
+        if rows is not None:  # a row of zeros stays one, whatever the factors
+            result = torch.zeros_like(delta, dtype=self.basis.dtype)
+            result[rows] = self._mixed(delta[rows], inside, outside)
+            return result
+        return self._mixed(delta, inside, outside)
+
+    def _mixed(self, delta: Tensor, inside: float, outside: float) -> Tensor:
+        assert self.basis is not None
         x, q = delta.to(self.basis.dtype), self.basis
         if x.stride(0) == 1:  # blocks of wide matrices are column-major; a row-major result would slow all that follows
             return torch.addmm(x.T, q, q.T @ x.T, beta=outside, alpha=inside - outside).T
         return torch.addmm(x, x @ q, q.T, beta=outside, alpha=inside - outside)
 
 
-def _plan(found: Spectrum, dtype: torch.dtype, mode: Mode, R: float, rule: Rule, record: Record) -> _Recombination:
-    """k and coefficients of one matrix, written into ``record``, and how to recombine its parts, given in ``dtype``."""
+def _plan(found: Spectrum, delta: TaskVector, mode: Mode, R: float, rule: Rule, record: Record) -> _Recombination:
+    """k and coefficients of one matrix, written into ``record``, and how to recombine its parts."""
     k = split_rank(found.sigma, mode, R)
     split = Split.at(found.sigma, k)
     high, low = split.coefficients(rule)
@@ -285,7 +300,16 @@ def _plan(found: Spectrum, dtype: torch.dtype, mode: Mode, R: float, rule: Rule,
     # float32 errs by about 1e-7·‖ΔW‖. Where little of ΔW survives (`low` on a spiked spectrum) that shows; float64 then.
     kept = math.sqrt(high**2 * split.energy_high + low**2 * split.energy_low)
     # A user who allowed TF32 (or bf16 on the CPU) for training did not allow errors of 1e-3 here.
-    enough = kept > 2**-4 and torch.get_float32_matmul_precision() == "highest"
-    recombine = _Recombination(high, low, *found.projection(k, dtype if enough else torch.float64))
+    enough = kept > 2**-4 and _full_precision(delta.device)
+    recombine = _Recombination(high, low, *found.projection(k, delta.dtype if enough else torch.float64))
     record.solver = found.solver  # the vectors may have needed another one
     return recombine
+
+
+def _full_precision(device: torch.device) -> bool:
+    """Products of float32 matrices are those of float32."""
+    backend = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
+    setting = getattr(getattr(backend, "matmul", None), "fp32_precision", None)
+    if setting is not None:  # torch >= 2.9, where the older question raises once this has been set
+        return setting in ("none", "ieee")
+    return torch.get_float32_matmul_precision() == "highest"

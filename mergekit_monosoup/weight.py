@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from mergekit_monosoup.eigen import LOG
+from mergekit_monosoup.eigen import LOG, Eigen
 from mergekit_monosoup.report import Record
 from mergekit_monosoup.spectrum import Spectrum
-from mergekit_monosoup.task_vector import TaskVector, flat
+from mergekit_monosoup.task_vector import NonFiniteError, TaskVector, flat
 
 
 def check_inputs(pretrained: Tensor, tuned: Sequence[Tensor]) -> None:
@@ -59,7 +59,10 @@ def new_record(name: str, pretrained: Tensor, task_vector: TaskVector) -> Record
     Raises:
         NonFiniteError: an input has NaN or infinite entries.
     """
-    delta_norm, base_norm = task_vector.norms()
+    try:
+        delta_norm, base_norm = task_vector.norms()
+    except NonFiniteError as error:
+        raise NonFiniteError(error.counts, name) from None
     return Record(
         name=name,
         shape=tuple(pretrained.shape),
@@ -69,10 +72,14 @@ def new_record(name: str, pretrained: Tensor, task_vector: TaskVector) -> Record
     )
 
 
-def spectrum_of(task_vector: TaskVector) -> Spectrum:
-    """Singular values of ΔW, as the tall view has it."""
+def spectrum_of(task_vector: TaskVector, eigen: Callable[[], Eigen] | None = None) -> Spectrum:
+    """Singular values of ΔW, as the tall view has it; ``eigen``: see :class:`Spectrum`."""
     return Spectrum(
-        lambda: (block.delta for block in task_vector.blocks()), task_vector.rows, task_vector.width, task_vector.device
+        lambda: (block.delta for block in task_vector.blocks()),
+        task_vector.rows,
+        task_vector.width,
+        task_vector.device,
+        eigen,
     )
 
 

@@ -42,17 +42,29 @@ def test_lapack_against_numpy(order, few):
     assert np.allclose(found @ found.T, vectors[:, :stop] @ vectors[:, :stop].T, atol=1e-9)
 
 
-@pytest.mark.parametrize("kind", ["random", "low rank", "repeated"])
-def test_older_scipy_has_no_divide_and_conquer(monkeypatch, kind):
-    monkeypatch.delattr(eigen.lapack, "dstevd", raising=False)
-    X = torch.tensor(zoo.deltas(144, 96)[kind])
+@pytest.mark.parametrize("kind", ["random", "low rank", "low rank + noise", "power law 2", "spiked", "repeated"])
+@pytest.mark.parametrize("how", ["inverse iteration", "divide and conquer"])
+def test_vectors_either_way(monkeypatch, kind, how):
+    """Groups of dstein alone are orthogonal to 2e-9 (power law 2); equal eigenvalues it cannot tell apart at all."""
+    if how == "divide and conquer":
+        monkeypatch.setattr(eigen, "_inverse_iteration", lambda *args: None)
+    X = torch.tensor(zoo.deltas(320, 256)[kind])
     solver = eigen.Lapack(X.T @ X)
-    values = np.linalg.eigvalsh((X.T @ X).numpy())
-    found = solver.vectors(10, 96).numpy()
-    assert np.allclose(found.T @ found, np.eye(86), atol=1e-12)
-    assert np.allclose((X.T @ X).numpy() @ found, found * values[10:], atol=1e-13 * values[-1])
-    weight, record = edit(torch.zeros(SHAPE), torch.tensor(zoo.deltas(*SHAPE)["random"]).float())
-    assert record.solver == "lapack" and off_by(weight, kind="random") < 1e-5
+    largest = float(solver.values[-1])
+    for start, stop in [(0, 100), (156, 256)]:
+        found = solver.vectors(start, stop)
+        assert torch.allclose(found.T @ found, torch.eye(100, dtype=torch.float64), atol=1e-13)
+        residual = (X.T @ X) @ found - found * solver.values[start:stop]
+        assert float(residual.norm()) < 1e-13 * largest
+
+
+def test_equal_eigenvalues_are_left_to_divide_and_conquer():
+    """The second difference matrix of a ring cut open twice: two equal halves, coupled by almost nothing."""
+    d, e = np.full(128, 2.0), np.full(127, -1.0)
+    e[63] = 1e-14
+    values = np.linalg.eigvalsh(np.diag(d) + np.diag(e, 1) + np.diag(e, -1))
+    assert eigen._inverse_iteration(d, e, values[:64]) is not None  # each pair in one call of dstein
+    assert eigen._inverse_iteration(d, e, values[1:64]) is None  # a pair in two
 
 
 def test_a_matrix_that_falls_apart():

@@ -386,6 +386,21 @@ def test_reduced_matmul_precision_is_not_inherited():
         torch.set_float32_matmul_precision("highest")
 
 
+def test_reduced_precision_in_its_newer_spelling():
+    """From torch 2.9 on; once it has been set, torch.get_float32_matmul_precision() raises."""
+    matmul = getattr(torch.backends.mkldnn, "matmul", None)
+    if not hasattr(matmul, "fp32_precision"):
+        pytest.skip("torch < 2.9")
+    W0, W1 = tensors(np.zeros((192, 320)), zoo.deltas(192, 320)["random"], torch.float32)
+    expected, _, _ = oracle.monosoup(W0, W1)
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16"
+    try:
+        assert error(edit(W0, W1)[0], W0, expected) < 1e-7
+    finally:
+        matmul.fp32_precision = before
+
+
 def test_parameters_of_modules_are_ordinary_inputs():
     """They require grad, and NumPy refuses such tensors."""
     W0, W1 = torch.nn.Linear(8, 6).weight, torch.nn.Linear(8, 6).weight
