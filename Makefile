@@ -1,6 +1,6 @@
 # Each target sets itself up in .venv; all it needs is make and Python >= 3.10. Another interpreter: make PYTHON=python3.12 test
 .DELETE_ON_ERROR:
-.PHONY: demo test lint clean
+.PHONY: demo evidence test lint clean
 
 VENV := .venv
 NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 10))'
@@ -15,6 +15,9 @@ INSTALL := $(VENV)/bin/python -m pip install --disable-pip-version-check --const
 
 demo: $(VENV)/ready-plots
 	$(VENV)/bin/python -m demo $(ARGS)
+
+evidence: $(VENV)/ready-eval,plots
+	$(VENV)/bin/python -m evaluation.evidence $(ARGS)
 
 test: $(VENV)/ready-test
 	$(VENV)/bin/python -m pytest $(ARGS)

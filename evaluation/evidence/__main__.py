@@ -1,6 +1,6 @@
 """Run the tiny world with several seeds and say which claims of the paper hold in it: `python -m evaluation.evidence`.
 
-Offline, resumable: what is finished in --out is not done again. Half an hour on two cores.
+Offline, resumable: what is finished in --out is not done again. Some forty minutes on two cores.
 """
 
 from __future__ import annotations
@@ -33,16 +33,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--out", type=Path, default=Path("evidence-out"), help="checkpoints and results (default: %(default)s)"
     )
-    parser.add_argument("--docs", type=Path, default=DOCS, help="folder of evidence/seed-N.json (default: %(default)s)")
+    parser.add_argument(
+        "--tables", action="store_true", help="run nothing: tables and figures of what is in DOCS/evidence"
+    )
+    parser.add_argument(
+        "--docs",
+        type=Path,
+        help="folder of evidence.md and evidence/ (default: docs; with --limit OUT, where it harms nothing)",
+    )
+    parser.add_argument("--limit", type=int, help="only the first N items of each task, for a quick look")
     parser.add_argument("--only", type=int, help=argparse.SUPPRESS)  # one seed, in this process
     options = parser.parse_args(arguments)
+    options.docs = options.docs or (options.out if options.limit else DOCS)
     if options.only is not None:
-        return problems(lambda: run_seed(options.only, options.out / f"seed-{options.only}", options.docs / "evidence"))
-    for seed, log in (failed := _run_all(options)).items():
+        folder, results = options.out / f"seed-{options.only}", options.docs / "evidence"
+        return problems(lambda: run_seed(options.only, folder, results, options.limit))
+    failed = {} if options.tables else _run_all(options)
+    for seed, log in failed.items():
         print(f"error: seed {seed} failed; the end of {log}:\n{_tail(log)}", file=sys.stderr)
     if failed:
         print("Run the same command again: what is finished is not done again.", file=sys.stderr)
-    return 1 if failed else 0
+        return 1
+    from evaluation.evidence.report import write  # matplotlib, which the seeds' processes do without
+
+    return problems(lambda: write(options.docs))
 
 
 def _run_all(options: argparse.Namespace) -> dict[int, Path]:
@@ -57,7 +71,7 @@ def _run_all(options: argparse.Namespace) -> dict[int, Path]:
         def one(seed: int) -> None:
             log = options.out / f"seed-{seed}.log"
             command = [sys.executable, "-m", "evaluation.evidence", "--only", str(seed), "--out", str(options.out)]
-            command += ["--docs", str(options.docs)]
+            command += ["--docs", str(options.docs)] + ["--limit", str(options.limit)] * (options.limit is not None)
             threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
             with log.open("w") as file, subprocess.Popen(
                 command, env=os.environ | threads, stdout=subprocess.PIPE, stderr=file, text=True
@@ -90,7 +104,7 @@ def model_count() -> int:
     return len(made) + trained + len(models.CONTROLLED) + len(models.IN_BFLOAT16)
 
 
-def run_seed(seed: int, folder: Path, results: Path) -> None:
+def run_seed(seed: int, folder: Path, results: Path, limit: int | None = None) -> None:
     """Train, merge, ask, and write `results`/seed-N.json."""
     import torch
 
@@ -105,10 +119,11 @@ def run_seed(seed: int, folder: Path, results: Path) -> None:
         run(
             load(suite).model_copy(update={"world": seed}), chosen, folder / "results", command=command,
             # All in float32: bfloat16 arithmetic would add its own errors to those of bfloat16 weights.
-            dtype="float32", device="cpu", merge_cache=folder / "merged",
+            dtype="float32", device="cpu", merge_cache=folder / "merged", limit=limit,
         )  # fmt: skip
     found = {
         "seed": seed,
+        "limit": limit,
         "trained": trained,
         "suites": {s: collect.suite_results(folder / "results", s, folder) for s in (models.SUITE, models.TWO_TASKS)},
         "cka": _cka(folder, given),

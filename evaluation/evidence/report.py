@@ -1,0 +1,179 @@
+"""The generated parts of docs/evidence.md: `python -m evaluation.evidence --tables` writes them anew."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from evaluation import statistics
+from evaluation.evidence import figures
+from evaluation.evidence.claims import CURVES, claims
+from evaluation.evidence.collect import Seed, effect
+from evaluation.evidence.models import ENERGIES, SUITE, TWO_TASKS
+from evaluation.sources import SourceError
+from evaluation.suite import GroupName
+from evaluation.tables import points
+
+PAGE = "evidence.md"
+BLOCK = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+GROUPS: tuple[GroupName, GroupName] = ("ID", "OOD")
+
+SHOWN = {
+    "pretrained": "pretrained",
+    "finetuned": "fine-tuned",
+    "monosoup_free": "**MonoSoup**, freevariance",
+    "scalar_free": "its control: norm-matched scalar per tensor",
+    "same_norm_free": "its control: Wise-FT of the same norm",
+    "monosoup_R0.8": "**MonoSoup**, variance R = 0.8",
+    "scalar_R0.8": "its control: norm-matched scalar per tensor",
+    "same_norm_R0.8": "its control: Wise-FT of the same norm",
+    "wise_ft_0.9": "Wise-FT 0.9",
+    "wise_ft_0.7": "Wise-FT 0.7",
+    "wise_ft_0.5": "Wise-FT 0.5",
+    "lines_0.5": "LiNeS, from 0.5 to 1",
+    "second": "gentler fine-tune (rate 1e-3)",
+    "second_monosoup_free": "its MonoSoup, freevariance",
+    "second_monosoup_R0.8": "its MonoSoup, variance",
+    "average": "average of both fine-tunes",
+    "model_stock": "ModelStock of both",
+    "average_monosoup_free": "MonoSoup of the average, freevariance",
+    "average_monosoup_R0.8": "MonoSoup of the average, variance",
+    "lora": "LoRA fine-tune, rank 8",
+    "lora_monosoup_free": "its MonoSoup, freevariance",
+    "lora_monosoup_R0.8": "its MonoSoup, variance",
+}
+ABLATED = {
+    "monosoup_R0.8": "both (MonoSoup)",
+    "rho_R0.8": "ρ alone",
+    "cos_R0.8": "cos α alone",
+    "uniform_R0.8": "one half of both parts",
+    "high_R0.8": "high-energy part alone",
+    "low_R0.8": "low-energy part alone",
+    "high_R0.5": "leading 50 % alone",
+    "high_R0.9": "leading 90 % alone",
+    "high_R0.95": "leading 95 % alone",
+    "high_R0.99": "leading 99 % alone",
+}
+TWO = {
+    "second": "fine-tuned on sums in English",
+    "italian": "fine-tuned on sums in Italian",
+    "two_average": "average",
+    "two_sum": "sum (task arithmetic)",
+    "two_svc_average": "svc of the average",
+    "two_svc_average_no_gain": "svc of the average, `alpha: 1`",
+    "two_svc_sum": "svc of the sum",
+    "two_monosoup_free": "MonoSoup of the average, freevariance",
+    "two_monosoup_R0.8": "MonoSoup of the average, variance",
+}
+
+
+def write(docs: Path) -> None:
+    """Fill the blocks of docs/evidence.md and draw docs/evidence/*.png.
+
+    Raises:
+        SourceError: fewer than two seeds, a page without blocks.
+    """
+    seeds = read(docs / "evidence")
+    page = docs / PAGE
+    if page.is_file():
+        page.write_text(filled(page.read_text(encoding="utf-8"), seeds), encoding="utf-8")
+    else:
+        page.write_text(
+            filled("".join(f"<!-- generated: {n} -->\n<!-- end -->\n" for n in BLOCKS), seeds), encoding="utf-8"
+        )
+    print(page)
+    for path in figures.draw(seeds, docs / "evidence"):
+        print(path)
+
+
+def read(folder: Path) -> list[Seed]:
+    seeds = sorted((Seed.read(path) for path in folder.glob("seed-*.json")), key=lambda seed: seed.seed)
+    if len(seeds) < 2:
+        raise SourceError(
+            f"{folder}: {len(seeds)} seeds; intervals over seeds need two, `python -m evaluation.evidence` makes them"
+        )
+    if len({seed.data.get("limit") for seed in seeds}) > 1:
+        limits = ", ".join(f"{seed.path.name}: {seed.data.get('limit')}" for seed in seeds)
+        raise SourceError(f"{folder}: made with different --limit ({limits})")
+    return seeds
+
+
+def filled(page: str, seeds: Sequence[Seed]) -> str:
+    """The page with every block replaced by what the seeds say now."""
+    if unknown := {name for _, name, _ in BLOCK.findall(page)} ^ BLOCKS.keys():
+        raise SourceError(f"{PAGE}: blocks missing or unknown: {', '.join(sorted(unknown))}")
+    return BLOCK.sub(lambda found: f"{found[1]}{BLOCKS[found[2]](seeds)}\n{found[3]}", page)
+
+
+def _claims(seeds: Sequence[Seed]) -> str:
+    rows = []
+    for claim in claims(seeds):
+        for number, finding in enumerate(claim.findings):
+            said = f"{claim.text} ({claim.source})" if number == 0 else ""
+            rows.append(
+                [
+                    said,
+                    finding.label,
+                    finding.text(),
+                    finding.verdict or "",
+                    f"**{claim.verdict}**" if number == 0 else "",
+                ]
+            )
+    return _table(["claim (source)", "measured", "mean [95 % interval]", "of this number", "claim"], rows)
+
+
+def _scores(seeds: Sequence[Seed], suite: str, shown: dict[str, str], reference: str | None) -> str:
+    header = ["model", "ID, %", "OOD, %"] + (["ID − fine-tuned", "OOD − fine-tuned"] if reference else [])
+    rows = []
+    for model, title in shown.items():
+        row = [title]
+        for group in GROUPS:
+            found, _ = statistics.over_runs([seed.score(suite, model, group) for seed in seeds], 0.0)
+            row.append(f"{100 * found.mean:.1f} ± {100 * found.standard_error:.1f}")
+        if reference:
+            for group in GROUPS:
+                gain = effect(seeds, suite, model, reference, group)
+                row.append(
+                    "" if model == reference else f"{points(gain.mean)} [{points(gain.low)}, {points(gain.high)}]"
+                )
+        rows.append(row)
+    return _table(header, rows)
+
+
+def _energies(seeds: Sequence[Seed]) -> str:
+    rows = []
+    for energy in ENERGIES:
+        row = [f"{energy:g}"]
+        for reference in ("finetuned", f"scalar_R{energy:g}"):
+            for group in GROUPS:
+                gain = effect(seeds, SUITE, f"monosoup_R{energy:g}", reference, group)
+                row.append(f"{points(gain.mean)} [{points(gain.low)}, {points(gain.high)}]")
+        rows.append(row)
+    return _table(["R", "ID − fine-tuned", "OOD − fine-tuned", "ID − its scalar", "OOD − its scalar"], rows)
+
+
+def _setting(seeds: Sequence[Seed]) -> str:
+    versions = seeds[0].data["suites"][SUITE]["versions"]
+    items = sum(len(task["clusters"]) for task in seeds[0].data["suites"][SUITE]["tasks"].values())
+    asked = sum(len(seeds[0].models(suite)) for suite in (SUITE, TWO_TASKS))
+    curves = ", ".join(f"{name} ({len(models)} points)" for name, models in CURVES.items())
+    shown = ", ".join(f"{name} {versions[name]}" for name in ("lm-eval", "mergekit", "torch", "transformers", "python"))
+    return (
+        f"{len(seeds)} seeds ({', '.join(str(seed.seed) for seed in seeds)}), {asked} models each, {items} items per model of "
+        f"the suite `{SUITE}`{' (--limit: a quick look)' if seeds[0].data.get('limit') else ''}; curves: {curves}; {shown}."
+    )
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows))
+
+
+BLOCKS = {
+    "setting": _setting,
+    "claims": _claims,
+    "scores": lambda seeds: _scores(seeds, SUITE, SHOWN, "finetuned"),
+    "energies": _energies,
+    "ablations": lambda seeds: _scores(seeds, SUITE, ABLATED, "finetuned"),
+    "two": lambda seeds: _scores(seeds, TWO_TASKS, TWO, None),
+}
