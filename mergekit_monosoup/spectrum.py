@@ -50,11 +50,12 @@ def nonzero_rows(block: Tensor) -> Tensor | None:
     """Indices of the rows (n,) of a row-major block (rows, s) that have an entry; None where dropping the others is no gain.
 
     Most rows of an embedding belong to tokens that fine-tuning never saw. Only on the CPU: a number of rows that depends on
-    the data would stall an accelerator. Looking at one column first costs nothing where no row is zero.
+    the data would stall an accelerator. A look at a few columns costs nothing and tells where no row is zero; at one it would
+    not, for half of the entries of a small bfloat16 update are zero.
     """
-    if block.device.type != "cpu" or block.stride(-1) != 1 or int((block[:, :1] != 0).sum()) > 0.9 * len(block):
+    if block.device.type != "cpu" or block.stride(-1) != 1 or int(block[:, :16].any(1).sum()) > 0.9 * len(block):
         return None
-    rows = (block != 0).any(1).nonzero()[:, 0]
+    rows = block.any(1).nonzero()[:, 0]
     return rows if len(rows) <= 0.9 * len(block) else None
 
 
