@@ -3,8 +3,9 @@
     python benchmarks/distributed.py [--layers 28] [--hidden 1024] [--workers 2] [--folder DIR]
 
 A pair of random checkpoints shaped as Qwen3-0.6B (three matrices of 1024 x 3072 and four of attention per layer) with a small
-vocabulary, bf16, updates of 2 % of the weights; method monosoup. Every program is a process of its own, measured from outside:
-wall time, processor time, and the peak memory of each of its processes. The tensors are compared. The last line is JSON.
+vocabulary, bf16, updates of 2 % of the weights; method monosoup. Every program is measured from outside: wall time, processor
+time of all its processes, the peak memory of each, and for `run` how long the busiest worker merged (the rest is starting).
+The tensors are compared bit for bit. The last line is JSON. Linux only.
 """
 
 from __future__ import annotations
@@ -12,14 +13,19 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 BIN = Path(sys.executable).parent
+SHOWN = 0.2  # GB; Ray's helpers are many and small
+TICK = os.sysconf("SC_CLK_TCK")
 
 
 def main() -> None:
@@ -34,88 +40,96 @@ def main() -> None:
         make_pair(options.make, options.layers, options.hidden)
         return
     with tempfile.TemporaryDirectory() as temporary:
-        folder = options.folder or Path(temporary)
-        if not (folder / "tuned" / "config.json").exists():
-            shape = ["--layers", str(options.layers), "--hidden", str(options.hidden)]
-            subprocess.run([sys.executable, __file__, "--make", str(folder), *shape], check=True)
-        config = folder / "merge.yml"
-        config.write_text(f"merge_method: monosoup\nbase_model: {folder}/base\nmodels:\n  - model: {folder}/tuned\n")
-        ours = [BIN / "mergekit-monosoup", "run", config]
-        runs = {
-            "mergekit-yaml, 1 thread": (1, [BIN / "mergekit-yaml", config, folder / "one", "--quiet"]),
-            f"mergekit-yaml, {options.workers} threads": (
-                options.workers,
-                [BIN / "mergekit-yaml", config, folder / "threads", "--quiet"],
-            ),
-            f"run, {options.workers} workers": (
-                1,
-                [*ours, folder / "workers", "--workers", options.workers, "--force"],
-            ),
-            "run --resume, in process": (1, [*ours, folder / "here", "--seed-per-tensor", "--force"]),
-        }
-        rows = {name: measured(command, threads) for name, (threads, command) in runs.items()}
-        same = {name: equal(folder / "one", folder / name) for name in ("threads", "workers", "here")}
-    print(f"{'program':>28} {'wall s':>8} {'cpu s':>8}   peak GB of each process")
+        rows, different = compare(options, options.folder or Path(temporary))
+    print(f"{'program':>24} {'wall s':>8} {'ratio':>6} {'merging s':>10} {'cpu s':>8}   peak GB of each process")
     for name, row in rows.items():
         peaks = ", ".join(f"{label} {peak:.2f}" for label, peak in row["peaks_gb"])
-        print(f"{name:>28} {row['wall']:>8.1f} {row['cpu']:>8.1f}   {peaks}")
-    first, *_ = rows.values()
-    for name, row in rows.items():
-        print(f"{name:>28} {first['wall'] / row['wall']:>7.2f}x")
-    print(f"tensors that differ from those of one thread: {same}")
-    print(json.dumps({"layers": options.layers, "hidden": options.hidden, "rows": rows, "different": same}))
+        ratio = next(iter(rows.values()))["wall"] / row["wall"]
+        print(f"{name:>24} {row['wall']:>8.1f} {ratio:>6.2f} {row['merging'] or '':>10} {row['cpu']:>8.1f}   {peaks}")
+    print(f"tensors that differ from those of one thread: {different}")
+    shape = {name: getattr(options, name) for name in ("layers", "hidden", "workers")}
+    print(json.dumps({**shape, "rows": rows, "different": different}))
+
+
+def compare(options: argparse.Namespace, folder: Path) -> tuple[dict[str, dict], dict[str, int]]:
+    if not (folder / "tuned" / "config.json").exists():
+        shape = ["--layers", str(options.layers), "--hidden", str(options.hidden)]
+        subprocess.run([sys.executable, __file__, "--make", str(folder), *shape], check=True)
+    config = folder / "merge.yml"
+    config.write_text(f"merge_method: monosoup\nbase_model: {folder}/base\nmodels:\n  - model: {folder}/tuned\n")
+    yaml, run = [BIN / "mergekit-yaml", config], [BIN / "mergekit-monosoup", "run", config]
+    count = options.workers
+    commands = {
+        "yaml, 1 thread": (1, [*yaml, folder / "out0"]),
+        f"yaml, {count} threads": (count, [*yaml, folder / "out1"]),
+        f"run, {count} workers": (1, [*run, folder / "out2", "--workers", count, "-v"]),
+    }
+    for number in range(len(commands)):
+        shutil.rmtree(folder / f"out{number}", ignore_errors=True)
+    rows = {name: measured(command, threads) for name, (threads, command) in commands.items()}
+    return rows, {name: differing(folder / "out0", folder / f"out{n}") for n, name in enumerate(rows) if n}
+
+
+@dataclass
+class Seen:
+    """What a process has been seen to use: peak memory (GB), processor time (s)."""
+
+    label: str
+    peak: float
+    cpu: float
 
 
 def measured(command: list, threads: int) -> dict:
     limits = {name: str(threads) for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     started = time.perf_counter()
-    process = subprocess.Popen(
-        list(map(str, command)), env=os.environ | limits, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
-    peaks: dict[int, tuple[str, float]] = {}
-    watcher = threading.Thread(target=watch, args=(process, peaks))
+    process = subprocess.Popen(list(map(str, command)), env=os.environ | limits, **pipes)
+    seen: dict[int, Seen] = {}
+    watcher = threading.Thread(target=watch, args=(process, seen))
     watcher.start()
     said = process.communicate()[1]
     wall = time.perf_counter() - started
     watcher.join()
     if process.returncode:
         raise SystemExit(f"{' '.join(map(str, command))} failed:\n{said}")
-    cpu = os.times()
-    large = sorted((peak for peak in peaks.values() if peak[1] > 0.2), key=lambda peak: -peak[1])
-    total = cpu.children_user + cpu.children_system
-    measured.before, spent = total, total - getattr(measured, "before", 0.0)
-    return {"wall": wall, "cpu": spent, "peaks_gb": large}
+    merging = [float(seconds) for seconds in re.findall(r"@\d+: \d+ batches, \d+ tensors, ([\d.]+) s", said)]
+    large = sorted((s for s in seen.values() if s.peak > SHOWN), key=lambda s: -s.peak)
+    return {
+        "wall": wall,
+        "merging": max(merging, default=None),
+        "cpu": sum(s.cpu for s in seen.values()),
+        "peaks_gb": [(s.label, s.peak) for s in large],
+    }
 
 
-def watch(process: subprocess.Popen, peaks: dict[int, tuple[str, float]]) -> None:
-    """Notes the peak memory of the process and of all its descendants, twice a second."""
+def watch(process: subprocess.Popen, seen: dict[int, Seen]) -> None:
+    """Looks at the process and all its descendants, twice a second."""
     while process.poll() is None:
-        parents = {}
+        stats = {}
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit():
                 try:
-                    parents[int(entry.name)] = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
+                    stats[int(entry.name)] = (entry / "stat").read_text().rsplit(")", 1)[1].split()
                 except OSError:
                     continue
-        for pid in parents:
+        for pid, stat in stats.items():
             above = pid
-            while above not in (0, process.pid):
-                above = parents.get(above, 0)
+            while above in stats and above != process.pid:
+                above = int(stats[above][1])
             if above == process.pid:
                 try:
                     status = Path(f"/proc/{pid}/status").read_text()
-                    title = Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+                    title = Path(f"/proc/{pid}/cmdline").read_text()
                 except OSError:
                     continue
                 if "VmHWM:" in status:
                     label = "driver" if pid == process.pid else "worker" if title.startswith("ray::") else "Ray"
-                    old = peaks.get(pid, ("", 0.0))
-                    label = "worker" if old[0] == "worker" else label  # an idle worker has another title
-                    peaks[pid] = (label, int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e9)
+                    peak = int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e9
+                    seen[pid] = Seen(label, peak, (int(stat[11]) + int(stat[12])) / TICK)
         time.sleep(0.5)
 
 
-def equal(one: Path, other: Path) -> int:
+def differing(one: Path, other: Path) -> int:
     """How many tensors differ in a bit."""
     import torch
     from safetensors.torch import load_file

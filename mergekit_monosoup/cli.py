@@ -211,6 +211,17 @@ def soup(
     )
 
 
+@main.command(context_settings={"ignore_unknown_options": True}, add_help_option=False)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+@click.pass_context
+def run(context: click.Context, arguments: tuple[str, ...]) -> None:
+    """Merge as mergekit-yaml does, by several workers, on one machine or many; resumes after a crash."""
+    # The options are mergekit's own, and importing mergekit takes seconds: `mergekit-monosoup --help` should not.
+    from mergekit_monosoup.distributed.command import run as command
+
+    command.main(args=list(arguments), prog_name=context.command_path)
+
+
 @contextmanager
 def _errors() -> Iterator[None]:
     """A wrong input is a message, not a traceback; a bug keeps its traceback."""

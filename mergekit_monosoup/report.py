@@ -9,7 +9,8 @@ import os
 import re
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -116,6 +117,20 @@ def check_path(path: str) -> str:
     return place
 
 
+def start(path: str) -> str:
+    """Clears the way for a new report and returns its absolute path. That of an earlier merge is kept once, as ``….old``.
+
+    Raises:
+        ValueError: the report cannot be written there, see :func:`check_path`.
+        OSError: likewise, says the file system.
+    """
+    place = check_path(path)
+    os.makedirs(os.path.dirname(place), exist_ok=True)
+    if os.path.exists(place):
+        os.replace(place, place + ".old")
+    return place
+
+
 class Journal:
     """Writes records as they come and warns once per merge.
 
@@ -128,6 +143,23 @@ class Journal:
         self._lock = threading.Lock()
         self._seen: dict[str | None, set[str]] = defaultdict(set)
         self._warned: set[str | None] = set()
+        self._diversion: list[tuple[str | None, str, Record]] | None = None
+
+    @contextmanager
+    def diverted(self) -> Iterator[list[tuple[str | None, str, Record]]]:
+        """Collects (path, method, record) in the list that it yields: nothing is written, nothing warned.
+
+        For the workers of a distributed merge: each would take its first tensor for the start of a merge, and put the
+        report of the others away as an old one. Holds for all threads of the process.
+        """
+        collected: list[tuple[str | None, str, Record]] = []
+        with self._lock:
+            self._diversion = collected
+        try:
+            yield collected
+        finally:
+            with self._lock:
+                self._diversion = None
 
     def add(self, records: Sequence[Record], path: str | None = None, method: str = "monosoup") -> None:
         """Append ``records`` (all of one tensor) to ``path``; the first of a merge starts the file anew.
@@ -139,6 +171,9 @@ class Journal:
         """
         key = os.path.abspath(os.path.expanduser(path)) if path else None
         with self._lock:
+            if self._diversion is not None:
+                self._diversion += [(path, method, record) for record in records]
+                return
             seen = self._seen[key]
             # Unnamed tensors (merge_tensors without a name) cannot be told apart, so they never start a new one.
             starts = not seen or any(record.name and record.name in seen for record in records)
@@ -154,10 +189,7 @@ class Journal:
     def _write(path: str, records: Sequence[Record], starts: bool) -> None:
         try:
             if starts:
-                check_path(path)
-                os.makedirs(os.path.dirname(path), exist_ok=True)
-                if os.path.exists(path):
-                    os.replace(path, path + ".old")
+                start(path)
             with open(path, "a", encoding="utf-8") as file:
                 file.write("".join(record.to_json() + "\n" for record in records))
         except (OSError, ValueError) as error:

@@ -1,0 +1,159 @@
+"""The command behind `mergekit-monosoup run`: mergekit-yaml's options, and those that divide a merge among workers."""
+
+from __future__ import annotations
+
+import traceback
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import click
+import yaml
+from mergekit.config import MergeConfiguration
+from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
+from mergekit.scripts import run_yaml
+
+from mergekit_monosoup.distributed.driver import MergeError, Request, merge
+from mergekit_monosoup.distributed.engines import InProcess, OnRay, import_ray
+from mergekit_monosoup.distributed.folder import Done, WorkFolder, make_room
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+ALONE = "--gpus gives each of several workers a GPU: add --workers N, or take --cuda for one"
+
+# Every option of mergekit 0.1.5 reaches the workers, or the driver, as it is (`num_threads`: of each worker), but for
+# `multi_gpu` and devices, which are checked below. One that a later mergekit brings is refused until it has been looked at.
+KNOWN = frozenset({
+    "allow_crimes", "unsafe_truncate_embeddings", "transformers_cache", "lora_merge_cache", "lora_merge_dtype", "cuda",
+    "device", "low_cpu_memory", "out_shard_size", "copy_tokenizer", "clone_tensors", "trust_remote_code", "random_seed",
+    "lazy_unpickle", "write_model_card", "safe_serialization", "verbosity", "quiet", "read_to_gpu", "multi_gpu",
+    "num_threads", "gpu_rich", "async_write", "write_threads",
+})  # fmt: skip
+
+
+@click.command("run", cls=PrettyPrintHelp, context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("config_file", metavar="CONFIG")
+@click.argument("out_path", metavar="OUT")
+@click.option(
+    "--workers", type=click.IntRange(min=1), help="Worker processes, on this machine or on the cluster of --ray."
+)
+@click.option("--ray", "address", metavar="ADDRESS", help="A running Ray cluster (HOST:PORT, or auto); OUT and inputs on "
+              "storage that all nodes share.")  # fmt: skip
+@click.option("--gpus", is_flag=True, help="A GPU for each worker.")
+@click.option("--resume", is_flag=True, help="Go on with what an earlier run left unfinished in OUT, if anything.")
+@click.option("--force", is_flag=True, help="Replace the model, or drop the unfinished merge, in OUT.")
+@click.option("--seed-per-tensor", is_flag=True, help="For methods that draw random numbers: from --random-seed and the name "
+              "of the tensor, so with any number of workers the same, but not mergekit-yaml's.")  # fmt: skip
+@add_merge_options
+def run(
+    config_file: str, out_path: str, workers: int | None, address: str | None, gpus: bool, resume: bool, force: bool,
+    seed_per_tensor: bool, merge_options: MergeOptions,
+) -> None:  # fmt: skip
+    """Merge CONFIG into OUT as mergekit-yaml does, tensor for tensor the same, by several workers.
+
+    Without --workers (or with one), --ray, --resume and --seed-per-tensor this is mergekit-yaml in this process, but that
+    it leaves a finished model in OUT alone. What --workers and --ray merge can be resumed; for one worker, give --resume
+    from the start. A worker has -j threads, 1 by default; the result is that of mergekit-yaml with as many.
+    """
+    on_ray = address is not None or (workers or 1) > 1
+    if not (on_ray or resume or seed_per_tensor):
+        with _errors(out_path, verbose=False):
+            if gpus:
+                raise ValueError(ALONE)
+            with WorkFolder(out_path).claimed(resume=False, force=force):
+                if force:
+                    make_room(out_path)
+        run_yaml.main.callback(config_file=config_file, out_path=out_path, **merge_options.model_dump())  # type: ignore[misc]
+        return
+    with _errors(out_path, merge_options.verbosity > 0):
+        options = _checked(merge_options, on_ray, gpus)
+        options.model_copy(update={"num_threads": None}).apply_global_options()
+        engine: type[InProcess] | partial[OnRay] = InProcess
+        threads = options.num_threads
+        if on_ray:
+            import_ray()  # before anything is read
+            threads = threads or 1
+            engine = partial(OnRay, address, workers, threads, gpus)
+        source = Path(config_file).read_text(encoding="utf-8")
+        seed = (options.random_seed or 0) if seed_per_tensor else None
+        request = Request(
+            MergeConfiguration.model_validate(yaml.safe_load(source)),
+            source,
+            Path(out_path),
+            options,
+            threads,
+            seed,
+            engine,
+        )
+        records = merge(request, resume=resume, force=force)
+    if not options.quiet:
+        _tell(out_path, records, options.verbosity > 0)
+
+
+def _checked(options: MergeOptions, on_ray: bool, gpus: bool) -> MergeOptions:
+    """Raises ValueError: an option that could only be ignored."""
+    for name, info in MergeOptions.model_fields.items():
+        if name not in KNOWN and getattr(options, name) != info.default:
+            raise ValueError(
+                f"--{name.replace('_', '-')} is newer than this mergekit-monosoup, which would lose it: take mergekit-yaml"
+            )
+    if options.multi_gpu:
+        raise ValueError(
+            "--multi-gpu (and --gpu-rich) are a thread for each GPU in one process: take --workers N --gpus instead, with "
+            "--read-to-gpu and --low-cpu-memory as you like"
+        )
+    if gpus:
+        if not on_ray:
+            raise ValueError(ALONE)
+        if options.device not in ("cpu", "cuda"):
+            raise ValueError(
+                f"--gpus gives each worker one GPU, which it calls cuda: leave out --device {options.device}"
+            )
+        return options.model_copy(update={"device": "cuda", "cuda": True})
+    if on_ray and options.device != "cpu":
+        raise ValueError(
+            f"several workers cannot share one device ({options.device}): add --gpus, which gives each its own"
+        )
+    return options
+
+
+@contextmanager
+def _errors(out_path: str, verbose: bool) -> Iterator[None]:
+    """Failures as one line and what to do next; with -v the traceback too."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        click.echo(f"Interrupted. {_kept(out_path) or 'No batch was finished.'}", err=True)
+        raise SystemExit(INTERRUPTED) from None
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        if verbose:
+            click.echo(error.details if isinstance(error, MergeError) else traceback.format_exc(), err=True)
+        kept = _kept(out_path) if isinstance(error, RuntimeError) else ""
+        raise click.ClickException(f"{error}\n{kept}".rstrip()) from error
+
+
+def _kept(out_path: str) -> str:
+    work = WorkFolder(out_path)
+    if not work.begun:
+        return ""
+    count = len(list(work.done.glob("*.json")))
+    return (
+        f"{count} finished batch(es) kept in {out_path}: the same command with --resume (and without --force) goes on."
+    )
+
+
+def _tell(out_path: str, records: Sequence[Done], verbose: bool) -> None:
+    by_worker: dict[str, list[Done]] = defaultdict(list)
+    for record in records:
+        by_worker[record.worker].append(record)
+    if verbose:
+        for worker, done in sorted(by_worker.items()):
+            click.echo(
+                f"{worker}: {len(done)} batches, {sum(r.tensors for r in done)} tensors, {sum(r.seconds for r in done):.1f} s, "
+                f"peak {max(r.peak for r in done) / 1e9:.2f} GB",
+                err=True,
+            )
+    size = sum(record.bytes for record in records)
+    shards = sum(len(record.shards) for record in records)
+    click.echo(f"{out_path}: {size / 1e9:.2f} GB in {shards} file(s), by {len(by_worker)} worker(s)", err=True)

@@ -1,0 +1,208 @@
+"""Who executes batches: this process, or workers that Ray starts. Both hand back results as they come, errors as values."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import socket
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from mergekit_monosoup.distributed.folder import Done
+from mergekit_monosoup.distributed.plan import Batch
+from mergekit_monosoup.distributed.worker import Failed, Job, execute
+
+LOG = logging.getLogger("mergekit_monosoup")
+
+# A batch is lost with its worker or node, and Ray starts it again; one that took four workers with it is the cause.
+RETRIES = 3
+# Results are a few kilobytes each; Ray would reserve 30 % of the memory for them.
+OBJECT_STORE = 100 * 2**20
+# Places of downloads, for workers that other programs' environments surround. Not HF_TOKEN: it would be stored by Ray.
+HANDED_ON = ("HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE")
+
+
+class EngineError(RuntimeError):
+    """The workers cannot be started or are lost; the message says what to do."""
+
+
+class Engine(Protocol):
+    """``workers``: batches in hand at a time. ``own_process``: they are not in the driver's process."""
+
+    workers: int
+    own_process: bool
+
+    def run(self, job: Job, batches: Sequence[Batch]) -> Generator[Done | Failed]:
+        """Results in the order in which they come. Closing the iterator stops the workers."""
+        ...
+
+    def close(self) -> None: ...
+
+
+@dataclass
+class InProcess:
+    """One batch after the other, here."""
+
+    workers: int = 1
+    own_process: bool = False
+
+    def run(self, job: Job, batches: Sequence[Batch]) -> Generator[Done | Failed]:
+        for batch in batches:
+            yield execute(job, batch)
+
+    def close(self) -> None:
+        pass
+
+
+class OnRay:
+    """Each batch is a Ray task: Ray places it where CPUs, memory and a GPU are free, and starts it anew when those are lost."""
+
+    own_process = True
+
+    def __init__(self, address: str | None, workers: int | None, threads: int, gpus: bool):
+        """``address``: of a running cluster, as `ray.init` takes it; None starts one on this machine for the time of the merge.
+
+        Raises:
+            ImportError: without Ray.
+            EngineError: no such cluster, or one without a node for a single worker.
+        """
+        self._ray = import_ray()
+        self.threads, self.gpus = threads, gpus
+        self._ours = not self._ray.is_initialized()
+        if self._ours:
+            self._start(address, workers)
+        try:
+            self.workers = workers or self._room()
+            self._memory = self._largest_node()
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self, address: str | None, workers: int | None) -> None:
+        quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+        try:
+            if address is not None:
+                _knock(address)
+                self._ray.init(address=address, **quiet)
+                return
+            cpus, cores = (workers or 1) * self.threads, _cores()
+            if cpus > cores:
+                LOG.warning("%d workers with %d thread(s) each share %d cores", workers, self.threads, cores)
+            # Never one that happens to run here: --ray is how to ask for that.
+            self._ray.init(
+                address="local", num_cpus=cpus, include_dashboard=False, object_store_memory=OBJECT_STORE, **quiet
+            )
+        except (ConnectionError, OSError, RuntimeError, ValueError) as error:
+            raise EngineError(
+                f"no Ray cluster at {address}: {_first_line(error)}. Start one with `ray start --head`"
+                if address
+                else f"Ray does not start: {_first_line(error)}"
+            ) from error
+
+    def _nodes(self) -> list[dict[str, float]]:
+        return [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+
+    def _room(self) -> int:
+        """How many workers the cluster has room for."""
+        room = 0
+        for node in self._nodes():
+            here = int(node.get("CPU", 0)) // self.threads
+            room += min(here, int(node.get("GPU", 0))) if self.gpus else here
+        return room
+
+    def _largest_node(self) -> float:
+        able = [
+            node.get("memory", 0.0)
+            for node in self._nodes()
+            if node.get("CPU", 0) >= self.threads and (not self.gpus or node.get("GPU", 0) >= 1)
+        ]
+        if not able:
+            needed = f"{self.threads} CPU(s)" + (" and a GPU" if self.gpus else "")
+            raise EngineError(f"no node of the Ray cluster has {needed} for a worker")
+        return max(able)
+
+    def run(self, job: Job, batches: Sequence[Batch]) -> Generator[Done | Failed]:
+        ray, waiting = self._ray, dict[Any, Batch]()
+        remote = ray.remote(execute)
+        if large := [batch for batch in batches if batch.memory > self._memory]:
+            LOG.warning(
+                "%d batches may need up to %.0f GB, more than the %.0f GB that the largest node has for Ray; the first is %s",
+                len(large), large[0].memory / 1e9, self._memory / 1e9, large[0].tensors[0].tensor_name,
+            )  # fmt: skip
+        environment = {name: os.environ[name] for name in HANDED_ON if name in os.environ}
+        # Before torch and SciPy are imported: their thread pools are made then.
+        pools = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+        environment |= dict.fromkeys(pools, str(self.threads))
+        left = list(reversed(batches))
+        shared = ray.put(job)
+        try:
+            while left or waiting:
+                # As many as there are workers, no more: what is queued in Ray cannot be stopped cleanly, and shards that
+                # nobody has room to write would wait in memory.
+                while left and len(waiting) < self.workers:
+                    batch = left.pop()
+                    reference = remote.options(
+                        name=f"batch {batch.number}",
+                        num_cpus=self.threads,
+                        num_gpus=1 if self.gpus else 0,
+                        memory=min(batch.memory, self._memory),
+                        max_retries=RETRIES,
+                        scheduling_strategy="SPREAD",
+                        runtime_env={"env_vars": environment},
+                    ).remote(shared, batch)
+                    waiting[reference] = batch
+                ready, _ = ray.wait(list(waiting))
+                for reference in ready:
+                    batch = waiting.pop(reference)
+                    try:
+                        yield ray.get(reference)
+                    except ray.exceptions.RayError as error:
+                        raise EngineError(_lost(batch, error)) from error
+        finally:
+            for reference in waiting:
+                ray.cancel(reference, force=True)
+
+    def close(self) -> None:
+        if self._ours:
+            self._ray.shutdown()
+
+
+def _cores() -> int:
+    """That this process may use: a container or a batch system may have left it fewer than there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _knock(address: str) -> None:
+    """Raises OSError: nobody listens there. Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if port.isdigit():
+        socket.create_connection((host, int(port)), timeout=10).close()
+
+
+def import_ray() -> Any:
+    """Raises ImportError: Ray is not installed; says how to get it."""
+    if importlib.util.find_spec("ray") is None:
+        raise ImportError(
+            "several workers need Ray, which is not installed: pip install 'mergekit-monosoup[ray]' (Python below 3.14), or "
+            "leave out --workers and --ray: one process merges, as mergekit-yaml does"
+        )
+    # Both are read when Ray is imported or started. No word to a third party about merges; no tip about GPUs.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    import ray
+
+    return ray
+
+
+def _lost(batch: Batch, error: Exception) -> str:
+    names = batch.tensors[0].tensor_name + (f" and {len(batch.tensors) - 1} more" if len(batch.tensors) > 1 else "")
+    return (
+        f"batch {batch.number} ({names}) was lost with its worker, {1 + RETRIES} times in a row: {_first_line(error)} If "
+        f"memory is short (about {batch.memory / 1e9:.1f} GB are needed), take fewer workers; --resume continues"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,90 @@
+"""What a merge depends on, so that half of one is never continued with half of another."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from mergekit.common import ModelReference
+from mergekit.config import MergeConfiguration
+from mergekit.io import LazyTensorLoader
+from mergekit.options import MergeOptions
+
+# Versions that can change a bit of the result, here and on every node.
+PACKAGES = ("mergekit", "mergekit-monosoup", "torch", "transformers", "safetensors", "numpy", "scipy")
+
+# The options of mergekit that can change the weights or how they are cut into files. The rest says where things lie, how
+# loud the program is, or what the driver writes at the end.
+OPTIONS = (
+    "allow_crimes", "unsafe_truncate_embeddings", "lora_merge_dtype", "device", "out_shard_size", "safe_serialization",
+)  # fmt: skip
+
+# Beside the weights: what decides shapes and vocabularies.
+_BESIDE = re.compile(r"\.json$|\.model$|\.jinja$|^merges\.txt$")
+
+Fingerprint = dict[str, dict[str, Any]]
+
+
+def versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:  # on the path without an installation
+            found[package] = "not installed"
+    return found
+
+
+def fingerprint(
+    config: MergeConfiguration,
+    options: MergeOptions,
+    loaders: Mapping[ModelReference, LazyTensorLoader],
+    *,
+    threads: int,
+    seed: int | None,
+) -> Fingerprint:
+    """JSON of everything that the weights depend on.
+
+    Args:
+        config: as read; mergekit's planner rewrites it.
+        loaders: of every model that is referred to.
+        threads: per worker; sums are rounded differently with another number.
+        seed: of the streams per tensor; None where every tensor is to come out the same without.
+    """
+    settings = {name: getattr(options, name) for name in OPTIONS}
+    return {
+        "configuration": config.model_dump(mode="json", exclude_none=True),
+        "options": {**settings, "threads per worker (-j)": threads, "seed of each tensor": seed},
+        "inputs": {file: stamp for loader in loaders.values() for file, stamp in _stamps(loader)},
+        "versions": versions(),
+    }
+
+
+def _stamps(loader: LazyTensorLoader) -> Iterator[tuple[str, str]]:
+    """(absolute path, size and time of change) of each file of a model."""
+    folder = os.path.abspath(loader.index.base_path)
+    beside = [name for name in os.listdir(folder) if _BESIDE.search(name)]
+    for name in sorted({*beside, *(shard.filename for shard in loader.index.shards)}):
+        place = os.path.join(folder, name)
+        state = os.stat(place)
+        when = datetime.fromtimestamp(state.st_mtime, timezone.utc).isoformat(" ")
+        yield place, f"{state.st_size} bytes of {when}"
+
+
+def differences(old: Fingerprint, new: Fingerprint) -> list[str]:
+    """A line for each thing that is not as it was."""
+    lines = []
+    for section in {**old, **new}:
+        before, now = old.get(section, {}), new.get(section, {})
+        for key in {**before, **now}:
+            if before.get(key) != now.get(key):
+                lines.append(f"{section}: {key} was {_shown(before, key)}, is {_shown(now, key)}")
+    return lines
+
+
+def _shown(section: Mapping[str, Any], key: str) -> str:
+    return str(section[key]) if key in section else "absent"
