@@ -123,6 +123,16 @@ def installed(command, world, folder):  # noqa: F811
     assert command == "pip install ." and (ROOT / "tests" / "test_install.py").exists()
 
 
+def run_with_workers(command, world, folder):  # noqa: F811
+    pytest.importorskip("ray", reason="the extra `ray` is not installed (Ray has no wheels for the newest Python)")
+    words = shlex.split(command)[1:]
+    words[1], words[2] = str(local(ROOT / words[1], world, folder)), str(folder / "out")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)  # the report is written there
+        done = CliRunner().invoke(main, words)
+    assert done.exit_code == 0 and (folder / "out" / "config.json").exists(), done.output
+
+
 INSPECT, PLOT = [c for c in COMMANDS if c.startswith(("mergekit-monosoup inspect", "mergekit-monosoup plot"))]
 SOUP, MERGE_OF_SOUP = [c for c in COMMANDS if c.startswith("mergekit-monosoup soup") or "soup.yml soup/" in c]
 
@@ -148,6 +158,7 @@ RUN = {
     "pip install .": installed,
     "mergekit-yaml configs/monosoup.yml out/": merge_and_report,
     "mergekit-monosoup report monosoup-report.jsonl": merge_and_report,
+    "mergekit-monosoup run configs/monosoup.yml out/ --workers 2": run_with_workers,
     "mergekit-monosoup parameters": own_script,
     "python -c \"from mergekit.merge_methods import get; print(get('monosoup').spec.pretty_name)\"": ask_mergekit,
     "mergekit-monosoup check configs/monosoup.yml": own_script,
