@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from contextlib import contextmanager
 
 import checkpoints
 import oracle
@@ -19,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import mergekit_monosoup.methods as methods
-from mergekit_monosoup import edit, report
+from mergekit_monosoup import edit, lapack, report
 
 
 def merge(base, tuned, out, *, parameters=None, per_model=None, options=None, **top):
@@ -76,6 +77,19 @@ def test_every_tensor_of_a_checkpoint(tmp_path, family, dtype, tied, sharded):
     assert torch.isfinite(model(torch.arange(8)[None]).logits).all()
 
 
+@contextmanager
+def one_thread():
+    """A stack has the bits of one thread (docs/method.md); a single matrix has those of as many as there are."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with lapack.one_thread_each() as told:
+            assert told
+            yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_mixture_of_experts_is_edited_expert_by_expert(tmp_path):
     base, (tuned,) = checkpoints.pair(tmp_path, "qwen3_moe")
     merged = merge(base, [tuned], tmp_path / "out", parameters={"report": str(tmp_path / "r.jsonl")})
@@ -90,7 +104,8 @@ def test_mixture_of_experts_is_edited_expert_by_expert(tmp_path):
             ("down_proj", down[expert]),
         ):
             name = f"model.layers.0.mlp.experts.{expert}.{projection}.weight"
-            alone, _ = edit(W0[name], W1[name])
+            with one_thread():
+                alone, _ = edit(W0[name], W1[name])
             assert torch.equal(found, alone), name
             assert not torch.equal(found, W1[name])
         assert f"model.layers.0.mlp.experts.gate_up_proj[{expert}].up" in records
@@ -105,7 +120,8 @@ def test_expert_biases_and_llama4_layout():
     W0, W1 = torch.randn(2, 6, 10), torch.randn(2, 6, 10)  # [E, in, 2·out]
     name = "model.layers.0.feed_forward.experts.gate_up_proj"
     merged = merge_tensors([W0, W1], "monosoup", base_index=0, name=name)
-    assert torch.equal(merged[1, :, 5:], edit(W0[1, :, 5:], W1[1, :, 5:])[0])
+    with one_thread():
+        assert torch.equal(merged[1, :, 5:], edit(W0[1, :, 5:], W1[1, :, 5:])[0])
 
 
 def raw_merge(folder, suffix, base, tuned, **parameters):
