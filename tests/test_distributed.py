@@ -275,6 +275,14 @@ def test_errors_of_planning_leave_no_trace(world, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(("text", "said"), [("a: 1\n---\na: 2\n", "2 stages; mergekit-multi"), ("a: [b\n", "not YAML")])
+def test_a_file_that_is_no_single_merge_is_named(text, said, tmp_path):
+    path = tmp_path / "merge.yml"
+    path.write_text(text)
+    answer = run(path, tmp_path / "out", "--resume", code=1)
+    assert said in answer and str(path) in answer and not (tmp_path / "out").exists()
+
+
 # -- options ---------------------------------------------------------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import click
 import yaml
@@ -78,7 +79,7 @@ def run(
         source = Path(config_file).read_text(encoding="utf-8")
         seed = (options.random_seed or 0) if seed_per_tensor else None
         request = Request(
-            MergeConfiguration.model_validate(yaml.safe_load(source)),
+            MergeConfiguration.model_validate(_document(config_file, source)),
             source,
             Path(out_path),
             options,
@@ -89,6 +90,19 @@ def run(
         records = merge(request, resume=resume, force=force)
     if not options.quiet:
         _tell(out_path, records, options.verbosity > 0)
+
+
+def _document(path: str, source: str) -> Any:
+    """Raises ValueError: not YAML, or several stages."""
+    try:
+        documents = list(yaml.safe_load_all(source))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not YAML: {error}") from error
+    if len(documents) != 1:
+        raise ValueError(
+            f"{path}: holds {len(documents)} stages; mergekit-multi merges those one after the other, `run` takes one of them"
+        )
+    return documents[0]
 
 
 def _checked(options: MergeOptions, on_ray: bool, gpus: bool) -> MergeOptions:
