@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 weight = same_norm_weight(merged.folder, Path(finetuned), Path(pretrained))
                 control = name.replace("monosoup", "same_norm")
                 given[control] = str(
-                    write_config(out / "configs" / f"{control}.yml", _wise_ft(pretrained, finetuned, weight))
+                    write_config(out / "configs" / f"{control}.yml", wise_ft(pretrained, finetuned, weight))
                 )
         run(
             suite, given, out, command=command, limit=options.limit, device=options.device, dtype=options.dtype,
@@ -121,27 +121,28 @@ def configs(
     """(name, merge configuration). Weights 0 and 1 of a curve are W0 and W1 themselves and are not merged."""
     inner = [alpha for alpha in alphas if 0 < alpha < 1]
 
-    def monosoup(**parameters: Any) -> Config:
-        models = [{"model": finetuned}]
-        return {"merge_method": "monosoup", "base_model": pretrained, "models": models, "parameters": parameters}
-
     if "monosoup" in methods:
         settings = {"free": {"mode": "freevariance"}} | {
             f"R{R:g}": {"mode": "variance", "R": R} for R in energies if R > 0
         }
         for name, setting in settings.items():
-            yield f"monosoup_{name}", monosoup(**setting)
-            yield f"scalar_{name}", monosoup(**setting, coefficients="scalar")
+            yield f"monosoup_{name}", monosoup(pretrained, [finetuned], **setting)
+            yield f"scalar_{name}", monosoup(pretrained, [finetuned], **setting, coefficients="scalar")
     for alpha in inner:
         if "wise_ft" in methods:
-            yield f"wise_ft_{alpha:g}", _wise_ft(pretrained, finetuned, alpha)
+            yield f"wise_ft_{alpha:g}", wise_ft(pretrained, finetuned, alpha)
         if "lines" in methods:
-            yield f"lines_{alpha:g}", _wise_ft(pretrained, finetuned, [alpha, 1.0])  # grows with depth
+            yield f"lines_{alpha:g}", wise_ft(pretrained, finetuned, [alpha, 1.0])  # grows with depth
         if "monosoup_wise" in methods:
-            yield f"monosoup_wise_{alpha:g}", monosoup(mode="freevariance", alpha=alpha)
+            yield f"monosoup_wise_{alpha:g}", monosoup(pretrained, [finetuned], mode="freevariance", alpha=alpha)
 
 
-def _wise_ft(pretrained: str, finetuned: str, weight: float | list[float]) -> Config:
+def monosoup(pretrained: str, finetuned: Sequence[str], **parameters: Any) -> Config:
+    models = [{"model": model} for model in finetuned]
+    return {"merge_method": "monosoup", "base_model": pretrained, "models": models, "parameters": parameters}
+
+
+def wise_ft(pretrained: str, finetuned: str, weight: float | list[float]) -> Config:
     models = [{"model": finetuned, "parameters": {"weight": weight}}]
     return {"merge_method": "task_arithmetic", "base_model": pretrained, "models": models}
 

@@ -81,13 +81,18 @@ def difference_text(cell: Cell) -> str:
         return "same answers"
     if gain.low is None or gain.high is None:
         return f"{points(gain.mean)} [too few items]"
-    shown = f"{points(gain.mean)} [{points(gain.low)}, {points(gain.high)}]"
+    shown = with_interval(gain.mean, gain.low, gain.high)
     return f"{shown} covers 0" if gain.covers_zero else shown
 
 
-def points(fraction: float) -> str:
-    rounded = round(100 * fraction, 1)
-    return f"{rounded:+.1f}".replace("-", "−") if rounded else "0.0"  # never "−0.0"
+def with_interval(mean: float, low: float, high: float, scale: float = 100.0, digits: int = 1) -> str:
+    """`+1.2 [−0.3, +2.7]`, in points unless `scale` says otherwise."""
+    return f"{points(mean, scale, digits)} [{points(low, scale, digits)}, {points(high, scale, digits)}]"
+
+
+def points(fraction: float, scale: float = 100.0, digits: int = 1) -> str:
+    rounded = round(scale * fraction, digits)
+    return f"{rounded:+.{digits}f}".replace("-", "−") if rounded else f"{0:.{digits}f}"  # never "−0.0"
 
 
 def as_markdown(comparison: Comparison, paper: dict[str, dict[str, float]]) -> str:

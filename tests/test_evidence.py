@@ -13,6 +13,7 @@ import pytest
 import torch
 from evaluations import write
 from mergekit.config import MergeConfiguration
+from mergekit.merge_methods import get
 from scipy import stats
 
 pytest.importorskip("lm_eval", reason="evaluation needs the extra eval")
@@ -28,14 +29,17 @@ DOCS = Path(__file__).parents[1] / "docs"
 
 
 class TestModels:
-    def test_every_merge_is_one_that_mergekit_knows_and_check_accepts(self, tmp_path):
-        for name in (*models.TRAINED, models.ITALIAN):
-            (tmp_path / name).mkdir()
+    def test_every_merge_is_one_that_mergekit_knows_with_parameters_that_it_reads(self, tmp_path):
         made = [*models.merges(tmp_path), *models.two_task_merges(tmp_path), *models.rounded("a/b", "c/d")]
         names = [name for name, _ in made]
         assert len(names) == len(set(names)) and len(names) > 80
-        for _, config in made:
+        for name, config in made:
             MergeConfiguration.model_validate(config)
+            known = {parameter.name for parameter in get(config["merge_method"]).spec.parameters}
+            given = set(config.get("parameters", {})).union(
+                *(model.get("parameters", {}) for model in config["models"])
+            )
+            assert given <= known, name
 
     def test_what_claims_tables_and_figures_name_is_made(self):
         made = {name for name, _ in [*models.merges(Path()), *models.rounded("", ""), *models.two_task_merges(Path())]}

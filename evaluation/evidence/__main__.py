@@ -1,6 +1,6 @@
 """Run the tiny world with several seeds and say which claims of the paper hold in it: `python -m evaluation.evidence`.
 
-Offline, resumable: what is finished in --out is not done again. Some forty minutes on two cores.
+Offline, resumable: what is finished in --out is not done again. Half an hour on two idle cores.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from evaluation import fingerprint, sources
 from evaluation.evidence import collect, models
 from evaluation.run import problems, run
 from evaluation.suite import load
-from evaluation.sweep import Config, same_norm_weight, write_config
+from evaluation.sweep import Config, same_norm_weight, wise_ft, write_config
 
 DOCS = Path("docs")
 
@@ -145,7 +145,9 @@ def _models(folder: Path) -> dict[str, str]:
     for label in models.CONTROLLED:
         merged = sources.find(label, given[f"monosoup_{label}"], folder / "merged")
         weight = same_norm_weight(merged.folder, folder / models.FINETUNED, folder / models.PRETRAINED)
-        given |= _written(folder, {f"same_norm_{label}": _wise_ft(folder, weight)})
+        given |= _written(
+            folder, {f"same_norm_{label}": wise_ft(given[models.PRETRAINED], given[models.FINETUNED], weight)}
+        )
     pair = {name: models.in_bfloat16(given[name]) for name in models.IN_BFLOAT16}
     narrow = _written(folder, {f"bf16_{name}": config for name, config in pair.items()})
     base, tuned = (str(sources.find(name, path, folder / "merged").folder.resolve()) for name, path in narrow.items())
@@ -160,11 +162,6 @@ def _two_task_models(folder: Path) -> dict[str, str]:
 
 def _written(folder: Path, found: dict[str, Config]) -> dict[str, str]:
     return {name: str(write_config(folder / "configs" / f"{name}.yml", config)) for name, config in found.items()}
-
-
-def _wise_ft(folder: Path, weight: float) -> Config:
-    models_ = [{"model": str(folder / models.FINETUNED), "parameters": {"weight": weight}}]
-    return {"merge_method": "task_arithmetic", "base_model": str(folder / models.PRETRAINED), "models": models_}
 
 
 def _records(folder: Path, tuned: str) -> list[dict[str, Any]]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import get_args
 
 import numpy as np
 
-from evaluation.evidence.collect import Effect, Seed, effect
+from evaluation.evidence.collect import GROUPS, Effect, Seed, effect
 from evaluation.evidence.models import ALPHAS, ENERGIES, SUITE, TWO_TASKS
 from evaluation.suite import GroupName
+from evaluation.tables import with_interval
 
 MARGIN = 0.01  # "keeps" a score: the whole interval lies above −1 point
 
@@ -28,12 +28,7 @@ class Finding:
 
     def text(self) -> str:
         scale, digits = (100.0, 1) if self.in_points else (1.0, 3)
-
-        def shown(value: float) -> str:
-            rounded = round(scale * value, digits)
-            return f"{rounded:+.{digits}f}".replace("-", "−") if rounded else f"{0:.{digits}f}"  # never "−0.0"
-
-        return f"{shown(self.effect.mean)} [{shown(self.effect.low)}, {shown(self.effect.high)}]"
+        return with_interval(self.effect.mean, self.effect.low, self.effect.high, scale, digits)
 
 
 @dataclass(frozen=True)
@@ -206,7 +201,7 @@ def front(points: Iterable[tuple[float, float]]) -> float:
 
 def excess_energy(seed: Seed) -> float:
     """R with the best mean of ID and OOD, minus 0.8."""
-    balance = {e: sum(seed.score(SUITE, f"monosoup_R{e:g}", group) for group in get_args(GroupName)) for e in ENERGIES}
+    balance = {e: sum(seed.score(SUITE, f"monosoup_R{e:g}", group) for group in GROUPS) for e in ENERGIES}
     return max(balance, key=lambda e: balance[e]) - 0.8
 
 

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from evaluation import statistics, store
 from evaluation.suite import GroupName
 
+GROUPS: tuple[GroupName, ...] = get_args(GroupName)
 Outcomes = dict[str, NDArray[np.float64]]  # 0 or 1 per item, by task
 
 
@@ -30,12 +31,10 @@ def suite_results(folder: Path, suite: str, root: Path) -> dict[str, Any]:
             "label": task["label"],
             "clusters": [number[row.cluster] for row in first.rows[task["task"]]],
         }
-        for group in ("ID", "OOD")
+        for group in GROUPS
         for task in first.data["suite"][group]
     }
-    keys = {
-        task["task"]: f"{task['metric']},{task['filter']}" for g in ("ID", "OOD") for task in first.data["suite"][g]
-    }
+    keys = {task["task"]: f"{task['metric']},{task['filter']}" for g in GROUPS for task in first.data["suite"][g]}
     models = {}
     for result in found:
         for task, rows in result.rows.items():

@@ -10,11 +10,10 @@ import numpy as np
 
 from evaluation import cka
 from evaluation.evidence.claims import CURVES
-from evaluation.evidence.collect import Seed, effect
+from evaluation.evidence.collect import GROUPS, Seed, effect
 from evaluation.evidence.models import ENERGIES, SUITE
 from evaluation.suite import GroupName
 
-GROUPS: tuple[GroupName, GroupName] = ("ID", "OOD")
 NAMED = {
     "pretrained": "pretrained", "finetuned": "fine-tuned", "monosoup_free": "MonoSoup freevariance",
     "scalar_free": "its norm-matched scalar", "monosoup_R0.8": "MonoSoup R = 0.8", "scalar_R0.8": "its norm-matched scalar",

@@ -8,7 +8,7 @@ from typing import Any
 
 from demo import train
 from demo.world import TUNED_SKILL, build_world, italian
-from evaluation.sweep import Config, configs, numbers
+from evaluation.sweep import Config, configs, monosoup, numbers
 
 SUITE, TWO_TASKS = "tiny", "tiny-two"  # of evaluation/suites; the world of each seed takes the place of theirs
 
@@ -108,8 +108,3 @@ def two_task_merges(folder: Path) -> Iterator[tuple[str, Config]]:
     yield "two_svc_sum", merge("svc")
     yield "two_monosoup_free", monosoup(base, models)
     yield f"two_monosoup_R{R:g}", monosoup(base, models, mode="variance", R=R)
-
-
-def monosoup(base: str, models: list[str], **parameters: Any) -> Config:
-    listed = [{"model": model} for model in models]
-    return {"merge_method": "monosoup", "base_model": base, "models": listed, "parameters": parameters}

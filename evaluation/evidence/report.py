@@ -9,15 +9,13 @@ from pathlib import Path
 from evaluation import statistics
 from evaluation.evidence import figures
 from evaluation.evidence.claims import CURVES, claims
-from evaluation.evidence.collect import Seed, effect
+from evaluation.evidence.collect import GROUPS, Seed, effect
 from evaluation.evidence.models import ENERGIES, SUITE, TWO_TASKS
 from evaluation.sources import SourceError
-from evaluation.suite import GroupName
-from evaluation.tables import points
+from evaluation.tables import with_interval
 
 PAGE = "evidence.md"
 BLOCK = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
-GROUPS: tuple[GroupName, GroupName] = ("ID", "OOD")
 
 SHOWN = {
     "pretrained": "pretrained",
@@ -134,9 +132,7 @@ def _scores(seeds: Sequence[Seed], suite: str, shown: dict[str, str], reference:
         if reference:
             for group in GROUPS:
                 gain = effect(seeds, suite, model, reference, group)
-                row.append(
-                    "" if model == reference else f"{points(gain.mean)} [{points(gain.low)}, {points(gain.high)}]"
-                )
+                row.append("" if model == reference else with_interval(gain.mean, gain.low, gain.high))
         rows.append(row)
     return _table(header, rows)
 
@@ -148,7 +144,7 @@ def _energies(seeds: Sequence[Seed]) -> str:
         for reference in ("finetuned", f"scalar_R{energy:g}"):
             for group in GROUPS:
                 gain = effect(seeds, SUITE, f"monosoup_R{energy:g}", reference, group)
-                row.append(f"{points(gain.mean)} [{points(gain.low)}, {points(gain.high)}]")
+                row.append(with_interval(gain.mean, gain.low, gain.high))
         rows.append(row)
     return _table(["R", "ID − fine-tuned", "OOD − fine-tuned", "ID − its scalar", "OOD − its scalar"], rows)
 
