@@ -287,3 +287,14 @@ def test_stack_benchmark_runs():
     command = [sys.executable, ROOT / "benchmarks/stack.py", "--experts", "3", "--shape", "64x48", "--repeat", "1"]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True, cwd=ROOT)
     assert json.loads(done.stdout.splitlines()[-1])["same_bits"] is True
+
+
+def test_experiments_reach_the_oracle_too():
+    """Slower ways are worth keeping only while they are right; the certificate must not promise less than the error."""
+    command = [sys.executable, ROOT / "benchmarks/experiments.py", "--shapes", "192x320", "--repeat", "1"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True, cwd=ROOT)
+    rows = json.loads(done.stdout.splitlines()[-1])["rows"]
+    assert [row["way"] for row in rows] == ["package", "float32", "sign", "entropy"] * 2
+    assert all(abs(row["rank_error"]) < 1e-3 for row in rows)
+    assert all(row["error"] < 1e-5 for row in rows if row["way"] != "entropy")
+    assert all(row["error"] < row["predicted"] < 1e-5 for row in rows if row["way"] == "float32")
