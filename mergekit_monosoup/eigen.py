@@ -8,6 +8,7 @@ the cut is known then, and only the vectors of its smaller side are transformed 
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from typing import Protocol
@@ -35,6 +36,11 @@ GROUP = 32
 
 class SolverError(RuntimeError):
     """A solver did not converge, or its result does not satisfy A·Q = Q·Λ."""
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Also of libraries that allocate beside torch ("CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate")."""
+    return isinstance(error, torch.OutOfMemoryError) or "ALLOC_FAILED" in str(error)
 
 
 class Solver(Protocol):
@@ -129,13 +135,36 @@ def _inverse_iteration(d: np.ndarray, e: np.ndarray, values: np.ndarray) -> np.n
     return vectors
 
 
+_LOADING = threading.Lock()
+_LOADED: set[str] = set()
+
+
+def eigh(lower: Tensor) -> tuple[Tensor, Tensor]:
+    """``torch.linalg.eigh`` of one matrix or a batch, on its device; whatever it fails of, but for memory, is a SolverError.
+
+    Vendor libraries say what they have to say in plain RuntimeErrors ("cusolver error: …"). The first call of a process loads
+    them, and two threads that do so at once, one for each GPU, fail (pytorch issue 90613): so there is one first call.
+    """
+    kind = lower.device.type
+    try:
+        with _LOADING:
+            if kind != "cpu" and kind not in _LOADED:
+                torch.linalg.eigh(torch.eye(1, dtype=lower.dtype, device=lower.device))
+                _LOADED.add(kind)
+        return torch.linalg.eigh(lower, UPLO="L")
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise SolverError(str(error).partition("\n")[0]) from error
+
+
 class Eigh:
-    """``torch.linalg.eigh`` on the device of the matrix: values and all vectors at once."""
+    """:func:`eigh`: values and all vectors at once."""
 
     name = "eigh"
 
     def __init__(self, lower: Tensor):
-        values, self._vectors = torch.linalg.eigh(lower, UPLO="L")
+        values, self._vectors = eigh(lower)
         self.values = values.cpu()
 
     def vectors(self, start: int, stop: int) -> Tensor:
@@ -206,7 +235,7 @@ class Eigen:
 
 
 # What a solver may raise; anything else is a bug and must be seen.
-FAILURES = (SolverError, np.linalg.LinAlgError, torch.linalg.LinAlgError, torch.OutOfMemoryError, MemoryError)  # type: ignore[attr-defined]
+FAILURES = (SolverError, torch.OutOfMemoryError, MemoryError)
 
 
 def _rungs(lower: Tensor) -> Iterator[Rung]:

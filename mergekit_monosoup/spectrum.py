@@ -72,7 +72,7 @@ def effective_rank(sigma: Tensor) -> float:
 
 def quantile_curve(sigma: Tensor, points: int) -> list[float]:
     """σ/σ₁ at ``points`` equally spaced places of the spectrum, interpolated; its shape, whatever its length."""
-    where = torch.linspace(0, len(sigma) - 1, points, dtype=torch.float64)
+    where = torch.linspace(0, len(sigma) - 1, points, dtype=torch.float64, device=sigma.device)
     below = where.long()
     above = (below + 1).clamp(max=len(sigma) - 1)
     curve = torch.lerp(sigma[below], sigma[above], where - below) / sigma[0]
@@ -157,8 +157,10 @@ class Spectrum:
     def _decompose(self, reason: str) -> None:
         """The last rung: a float64 SVD on the CPU, of the triangular factor of X so that X still streams."""
         LOG.warning("falling back to a float64 SVD on the CPU: %s", reason)
-        triangle = torch.empty(0, self._width, dtype=torch.float64)
-        device = torch.device("cpu")
+        device = torch.device(
+            "cpu"
+        )  # named below, for in a thread of --multi-gpu the GPU is where new tensors are made
+        triangle = torch.empty(0, self._width, dtype=torch.float64, device=device)
         try:
             for block in self._blocks():
                 device = block.device

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mergekit_monosoup.eigen import FAILURES, LOG, Decomposed, Eigen, Solver, SolverError
+from mergekit_monosoup.eigen import FAILURES, LOG, Decomposed, Eigen, Solver, SolverError, eigh, out_of_memory
 from mergekit_monosoup.lapack import one_thread_each
 from mergekit_monosoup.monosoup import edit
 from mergekit_monosoup.report import Record
-from mergekit_monosoup.task_vector import BLOCK_ELEMENTS, TaskVector
+from mergekit_monosoup.task_vector import TaskVector, block_elements
 from mergekit_monosoup.weight import check_inputs
 
 # Bound on the buffers of all matrices in work at one time: with 64 cores and a matrix each they would be as large as models.
@@ -40,9 +40,11 @@ Result = tuple[Tensor, Record]
 
 
 def buffers(job: Job) -> int:
-    """Bytes that the edit of a matrix needs at most, beside its inputs and its output."""
+    """Bytes that a matrix needs at most, beside its inputs and its output; see :func:`svc.calibrate`, which needs most."""
     side = TaskVector.tall(job.pretrained).shape[1]
-    return 8 * 5 * side**2 + 4 * 10 * BLOCK_ELEMENTS
+    return 8 * (
+        5 * side**2 + (2 * len(job.tuned) + 5) * min(job.pretrained.numel(), block_elements(job.pretrained.device))
+    )
 
 
 def each(work: Callable[[Job], Result], jobs: Sequence[Job]) -> Iterator[Result]:
@@ -101,11 +103,13 @@ def _decomposed(batch: Sequence[Job], weights: Sequence[float] | None) -> list[C
     name = f"batched eigh on {batch[0].pretrained.device}"
     try:
         grams = stacked_gram([TaskVector(job.pretrained, job.tuned, weights) for job in batch])
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
         LOG.warning("%s: %s; one matrix at a time", batch[0].name or "a stack", error)
         return [None] * len(batch)
     try:
-        values, vectors = torch.linalg.eigh(grams, UPLO="L")
+        values, vectors = eigh(grams)
         values = values.cpu()  # one transfer for the batch
     except FAILURES as error:
         return [partial(Eigen, gram, [(name, partial(_refuse, str(error)))]) for gram in grams]

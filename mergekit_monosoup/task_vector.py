@@ -20,6 +20,10 @@ BLOCK_ELEMENTS = 2**20
 ACCELERATOR_BLOCK_ELEMENTS = 2**24
 
 
+def block_elements(device: torch.device) -> int:
+    return BLOCK_ELEMENTS if device.type == "cpu" else ACCELERATOR_BLOCK_ELEMENTS
+
+
 class NonFiniteError(ValueError):
     """Some input has NaN or infinite entries; ``counts[0]`` belongs to W0, ``counts[1:]`` to the fine-tuned inputs.
 
@@ -97,8 +101,7 @@ class TaskVector:
 
     def parts(self) -> Iterator[tuple[slice, Tensor, list[Tensor]]]:
         """(rows, W0, the update of each fine-tuned input) in row blocks, all in ``self.dtype``."""
-        elements = BLOCK_ELEMENTS if self.device.type == "cpu" else ACCELERATOR_BLOCK_ELEMENTS
-        step = max(1, elements // max(1, self.width))
+        step = max(1, block_elements(self.device) // max(1, self.width))
         for start in range(0, self.rows, step):
             index = slice(start, min(start + step, self.rows))
             base = self._base[index].to(self.dtype)

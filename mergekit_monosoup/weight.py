@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from mergekit_monosoup.eigen import LOG, Eigen
+from mergekit_monosoup.eigen import LOG, Eigen, out_of_memory
 from mergekit_monosoup.report import Record
 from mergekit_monosoup.spectrum import Spectrum
 from mergekit_monosoup.task_vector import NonFiniteError, TaskVector, flat
@@ -45,7 +45,9 @@ def or_on_cpu(
     if pretrained.device.type != "mps":
         try:
             return work(pretrained, tuned)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
             reason = f"out of memory on {pretrained.device}"
             LOG.warning("%s: %s, continuing on the CPU", name or "a tensor", reason)
     weight, record = work(pretrained.cpu(), [w.cpu() for w in tuned])

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import oracle
 import pytest
@@ -11,7 +15,8 @@ from mergekit.merge_methods import merge_tensors
 
 from mergekit_monosoup import eigen, monosoup
 from mergekit_monosoup.eigen import Eigen, SolverError
-from mergekit_monosoup.monosoup import edit
+from mergekit_monosoup.monosoup import edit, preview
+from mergekit_monosoup.stack import Job, edit_batched
 
 SHAPE = (96, 144)
 
@@ -140,19 +145,91 @@ def test_nothing_works_names_the_tensor(monkeypatch):
         merge_tensors(list(pair()), "monosoup", base_index=0, name="layers.3.w")
 
 
-def test_out_of_memory_continues_on_the_cpu(monkeypatch, caplog):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+)
+def test_out_of_memory_continues_on_the_cpu(monkeypatch, caplog, error):
     original, calls = monosoup._edit, []
 
     def once(*args):
         calls.append(args[0].device.type)
         if len(calls) == 1:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise error
         return original(*args)
 
     monkeypatch.setattr(monosoup, "_edit", once)
     weight, record = edit(*pair(), name="w")
     assert len(calls) == 2 and off_by(weight) < 1e-5
     assert "out of memory on cpu" in record.solver and "w: out of memory" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "cusolver error: CUSOLVER_STATUS_INTERNAL_ERROR, when calling `cusolverDnXsyevd(...)`",
+        "lazy wrapper should be called at most once",
+    ],
+)
+def test_what_a_vendor_library_says_is_a_failed_rung(monkeypatch, message):
+    """As plain RuntimeErrors, on lines of their own."""
+
+    def eigh(*args, **kwargs):
+        raise RuntimeError(message + "\nlines about environment variables")
+
+    monkeypatch.setattr(eigen.Lapack, "__init__", fails)
+    monkeypatch.setattr(torch.linalg, "eigh", eigh)
+    weight, record = edit(*pair())
+    assert record.solver == f"svd; lapack failed: injected; eigh failed: {message}" and off_by(weight) < 1e-5
+
+
+def test_libraries_of_an_accelerator_are_loaded_by_one_thread(monkeypatch):
+    """Two first calls at once fail in torch (issue 90613); `--multi-gpu` has a thread for each GPU."""
+    inside, calls, start = threading.Lock(), [], threading.Barrier(4)
+
+    def torch_eigh(matrix, UPLO="L"):
+        calls.append(len(matrix))
+        if len(calls) <= 1:
+            assert inside.acquire(blocking=False), "lazy wrapper should be called at most once"
+            time.sleep(0.2)
+            inside.release()
+        else:
+            assert not inside.locked(), "lazy wrapper should be called at most once"
+        return torch.zeros(0), matrix
+
+    monkeypatch.setattr(torch.linalg, "eigh", torch_eigh)
+    monkeypatch.setattr(eigen, "_LOADED", set())
+
+    def first_call(_):
+        start.wait(timeout=30)
+        return eigen.eigh(torch.empty(5, 5, device="meta"))
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(first_call, range(4)))
+    assert calls == [1, 5, 5, 5, 5]
+
+
+@pytest.mark.parametrize("kind", ["random", "low rank", "low rank + noise"])
+@pytest.mark.parametrize("rungs", [0, 1, 2])
+def test_inputs_say_where_to_work_not_the_default_device(monkeypatch, kind, rungs):
+    """A thread of `--multi-gpu` has its GPU as default device; a tensor made without naming one would end up there."""
+    for solver in (eigen.Lapack, eigen.Eigh)[:rungs]:
+        monkeypatch.setattr(solver, "__init__", fails)
+    W0, W1 = pair(kind)
+    other = W1 + 0.01 * torch.randn(SHAPE)
+    with torch.device("meta"):
+        assert torch.empty(1).is_meta
+        weight, _ = edit(W0, W1)
+        calibrated = merge_tensors([W0, W1, other], "svc", base_index=0, name="w")
+        stacks = [torch.stack([w, w]) for w in (W0, W1)]
+        experts = merge_tensors(stacks, "monosoup", base_index=0, name="model.layers.0.mlp.experts.down_proj")
+        batch = [w for w, _ in edit_batched([Job(W0, [W1], "a"), Job(W0, [other], "b")])]
+        assert [record.mode for record in preview(W0, W1, points=8)] == ["freevariance", "variance"]
+    assert off_by(weight, kind=kind) < 1e-5
+    assert all(w.device.type == "cpu" and w.isfinite().all() for w in (calibrated, experts, *batch))
 
 
 def test_only_the_lower_triangle_is_read():

@@ -10,6 +10,7 @@ import checkpoints
 import oracle
 import pytest
 import torch
+from mergekit import multigpu_executor
 from mergekit.config import MergeConfiguration
 from mergekit.graph import Executor
 from mergekit.merge import run_merge
@@ -207,6 +208,32 @@ def test_dtype_and_out_dtype(tmp_path):
     merged = merge(base, [tuned], tmp_path / "out", dtype="float32", out_dtype="float32", parameters={"report": path})
     assert all(weight.dtype == torch.float32 for weight in merged.values())
     assert all(r.realised > 0.999 for r in report.read(path) if r.action == "edited")
+
+
+@pytest.mark.parametrize("options", [{}, {"low_cpu_memory": True}])
+def test_a_thread_for_each_gpu(tmp_path, monkeypatch, qwen3, options):
+    """mergekit's --multi-gpu: its division of the work, its threads, its queues, on two "GPUs" that are the CPU."""
+    base, (tuned, other) = qwen3
+    expected = merge(base, [tuned, other], tmp_path / "alone")
+    devices = []
+
+    class Watched(multigpu_executor.MultiGPUExecutor):
+        def _device_worker(self, **given):
+            devices.append(str(given["device"]))
+            super()._device_worker(**given)
+
+    monkeypatch.setattr("mergekit.merge.MultiGPUExecutor", Watched)
+    monkeypatch.setattr(multigpu_executor, "get_torch_accelerator_type", lambda: "cpu")
+    monkeypatch.setattr(multigpu_executor, "get_torch_accelerator_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: torch.cpu.Stream())
+    monkeypatch.setattr(torch.cuda, "stream", torch.cpu.stream)
+    merged = merge(
+        base, [tuned, other], tmp_path / "out", parameters={"report": str(tmp_path / "r.jsonl")},
+        options={"multi_gpu": True, **options},
+    )  # fmt: skip
+    assert sorted(devices) == ["cpu:0", "cpu:1"]
+    assert all(torch.equal(merged[name], expected[name]) for name in expected)
+    assert {r.name for r in report.read(tmp_path / "r.jsonl")} == set(expected)
 
 
 # -- parameters ----------------------------------------------------------------------------------------------------------
