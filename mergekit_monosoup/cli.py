@@ -30,7 +30,7 @@ def main() -> None:
 @click.argument("config", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Findings as JSON instead of text.")
 def check(config: Path, as_json: bool) -> None:
-    """Find what mergekit would drop in silence in CONFIG; exit code 1 if there is an error.
+    """Find what mergekit would drop in silence in CONFIG. Exit code 1 if there is an error.
 
     Unknown or misspelt keys and parameters, wrong values, parameters where nobody reads them, a missing base model,
     tensors whose shapes differ. Reads file headers only.
@@ -55,7 +55,7 @@ def check(config: Path, as_json: bool) -> None:
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Rows of the table as JSON.")
 def report(file: Path, as_json: bool) -> None:
-    """Print what happened to each layer group, from a report FILE written by `parameters: {report: FILE}`."""
+    """Print what a merge did to each layer group. FILE is its report, written by `parameters: {report: FILE}`."""
     from mergekit_monosoup import report as reports
 
     with _errors():
@@ -107,7 +107,9 @@ def inspect(
     base: str, tuned: str, R: float, others: tuple[str, ...], spectra: bool, layers: bool, out: Path | None,
     storage: Storage,
 ) -> None:  # fmt: skip
-    """Show the spectrum of TUNED − BASE and what MonoSoup would make of it, in both modes; merges nothing.
+    """Show the spectra of TUNED − BASE.
+
+    Beside them, what MonoSoup would make of them in either mode. Nothing is merged.
 
     Models as in mergekit: a folder, a hub name, BASE+ADAPTER. One tensor is in memory at a time.
     """
@@ -143,7 +145,10 @@ def inspect(
 @click.option("--out", required=True, type=click.Path(dir_okay=False, path_type=Path), help="PNG, SVG or PDF file.")
 @click.option("--mode", type=click.Choice(["freevariance", "variance"]), help="Draw only this mode of an inspection.")
 def plot(files: Sequence[Path], out: Path, mode: str | None) -> None:
-    """Draw reports, of merges or of `inspect`: λ_high and λ_low by depth, effective ranks, spectra, cosines."""
+    """Draw reports, of merges and inspections.
+
+    λ_high and λ_low by depth, effective ranks, spectra, cosines.
+    """
     from mergekit_monosoup import plots
     from mergekit_monosoup import report as reports
 
@@ -179,7 +184,7 @@ def soup(
     models: tuple[str, ...], base: str, threshold: float, scores: Path | None, order: Any, count: Any, how: Any, edit: bool,
     out: Path, force: bool, storage: Storage,
 ) -> None:  # fmt: skip
-    """Choose from MODEL... by the similarity of their updates (paper, §3) and write the merge for mergekit-yaml.
+    """Choose MODELs by the similarity of their updates (paper, §3). Writes the merge for mergekit-yaml.
 
     The first MODEL is the best in distribution, unless --scores says which is. No data is needed; one pass over the files.
     """
@@ -215,7 +220,7 @@ def soup(
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 @click.pass_context
 def run(context: click.Context, arguments: tuple[str, ...]) -> None:
-    """Merge as mergekit-yaml does, by several workers, on one machine or many; resumes after a crash."""
+    """Merge as mergekit-yaml does, with several workers. On one machine or many; resumes after a crash."""
     # The options are mergekit's own, and importing mergekit takes seconds: `mergekit-monosoup --help` should not.
     from mergekit_monosoup.distributed.command import run as command
 
@@ -253,7 +258,7 @@ def _progress(names: Sequence[str], label: str) -> Iterator[str]:
 @main.command()
 @click.argument("method", type=click.Choice(["monosoup", "svc"]), default="monosoup")
 def parameters(method: str) -> None:
-    """Print the parameters of METHOD (monosoup if none is given) as a Markdown table."""
+    """Print the parameters of METHOD as a Markdown table. Of monosoup if none is given."""
     from mergekit_monosoup.methods import parameter_table
 
     click.echo(parameter_table(method))
