@@ -105,8 +105,13 @@ class TaskVector:
         for start in range(0, self.rows, step):
             index = slice(start, min(start + step, self.rows))
             base = self._base[index].to(self.dtype)
-            # Not in place: .to() of an input that has the dtype already is that input, which is only borrowed.
-            yield index, base, [tuned[index].to(self.dtype) - base for tuned in self._tuned]
+            # Not in place: .to() of an input that has the dtype already is that input, which is only borrowed. In the memory
+            # order of W0, whatever that of W1 is: sums over two blocks run through both as they lie.
+            yield (
+                index,
+                base,
+                [torch.sub(tuned[index].to(self.dtype), base, out=torch.empty_like(base)) for tuned in self._tuned],
+            )
 
     def combine(self, deltas: Sequence[Tensor]) -> Tensor:
         """ΔW of a block from the update of each input; a single one of weight 1 is returned as it is."""

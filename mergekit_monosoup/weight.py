@@ -13,6 +13,9 @@ from mergekit_monosoup.report import Record
 from mergekit_monosoup.spectrum import Spectrum
 from mergekit_monosoup.task_vector import NonFiniteError, TaskVector, flat
 
+# ‖W_exact − W1‖ in units of eps·‖ΔW‖ under which nothing was intended.
+NO_EDIT = 32
+
 
 def check_inputs(pretrained: Tensor, tuned: Sequence[Tensor]) -> None:
     """Raises ValueError unless all are floating point and agree in shape, dtype and device."""
@@ -94,7 +97,7 @@ def assemble(
 
     Returns:
         The weight; ‖W − W1‖_F of the rounded weight, W1 = W0 + ΔW; and the share of the intended edit that survived the
-        rounding, ⟨W − W1, W_exact − W1⟩/‖W_exact − W1‖² (None when no edit was intended).
+        rounding, ⟨W − W1, W_exact − W1⟩/‖W_exact − W1‖² (None when no edit was intended, or one of :data:`NO_EDIT` times the rounding of ΔW).
     """
     weight = torch.empty(pretrained.shape, dtype=pretrained.dtype, device=pretrained.device)
     return weight, *_rounded(task_vector, recombine, alpha, pretrained.dtype, out=TaskVector.tall(weight))
@@ -121,7 +124,7 @@ def _rounded(
 
     ``also_tuned`` rounds W1 too.
     """
-    sums = torch.zeros(3, dtype=torch.float64, device=task_vector.device)
+    sums = torch.zeros(4, dtype=torch.float64, device=task_vector.device)
     for block in task_vector.blocks():
         change = recombine(block.delta).mul_(alpha)
         rounded = (block.base + change).to(dtype)
@@ -134,7 +137,12 @@ def _rounded(
             actual.sub_(tuned.to(dtype).to(tuned.dtype).sub_(tuned))
         intended = change.sub_(block.delta).to(actual.dtype)
         actual, intended = flat(actual), flat(intended)
-        products = [torch.dot(a, b) for a, b in ((actual, intended), (intended, intended), (actual, actual))]
+        update = flat(block.delta)
+        products = [
+            torch.dot(a, b) for a, b in ((actual, intended), (intended, intended), (actual, actual), (update, update))
+        ]
         sums += torch.stack(products).double()
-    survived, squared_intended, squared_actual = sums.tolist()
-    return math.sqrt(squared_actual), survived / squared_intended if squared_intended > 0 else None
+    survived, squared_intended, squared_actual, squared_update = sums.tolist()
+    # Rounding of the recombination itself is no edit: `svc` with alpha = 1 multiplies by 1 in a roundabout way.
+    some = squared_intended > (NO_EDIT * torch.finfo(task_vector.dtype).eps) ** 2 * squared_update
+    return math.sqrt(squared_actual), survived / squared_intended if some else None

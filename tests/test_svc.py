@@ -516,3 +516,18 @@ def test_parameters_are_listed_for_every_method():
         "normalize",
         "report",
     }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_amplification_of_orthogonal_tasks_is_no_edit(dtype):
+    """Every γ is 1, in a roundabout way: what rounding leaves of that has no share that could survive."""
+    base = torch.zeros(96, 64).to(dtype)
+    tasks = [base.clone() for _ in range(3)]
+    for number, task in enumerate(tasks):
+        rows = slice(32 * number, 32 * number + 32)
+        columns = slice(20 * number, 20 * number + 20)
+        task[rows, columns] = (0.1 * torch.randn(32, 20)).to(dtype)
+    weight, record = calibrate(base, tasks, alpha=1.0)
+    assert record.gamma_min == pytest.approx(1, abs=1e-12) and record.gamma_max == pytest.approx(1, abs=1e-12)
+    assert record.realised is None
+    assert torch.allclose(weight.float(), sum(task.float() for task in tasks), atol=1e-6)
