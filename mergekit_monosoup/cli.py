@@ -135,7 +135,11 @@ def inspect(
             raise ValueError(f"{base} and {tuned} share no matrix of floating point: there is nothing to inspect")
     console = _console()
     console.print(inspection.table(records, console.width, every_layer=layers))
-    rest = [f"{unedited} tensors hold no matrix (norms, biases): they stay as fine-tuned."] if unedited else []
+    rest = (
+        [f"{unedited} tensors hold no matrix of floating point (norms, biases, integers): they stay as fine-tuned."]
+        if unedited
+        else []
+    )
     for line in [*checkpoints.remarks, *rest, *inspection.cosines(records), *inspection.reading(records)]:
         console.print(line, highlight=False, markup=False)
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from mergekit_monosoup.eigen import SolverError
 from mergekit_monosoup.layout import natural
 from mergekit_monosoup.task_vector import NonFiniteError
+from mergekit_monosoup.weight import QUANTISED
 
 FILE_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 SHOWN = 5  # tensors listed by name in a message; the rest are counted
@@ -89,9 +90,12 @@ class Checkpoints:
         A method, not an iterator: the caller's variables would keep one tensor alive while the next is read.
 
         Raises:
-            ValueError: it cannot be read, or the shapes differ.
+            ValueError: it cannot be read, is quantised to 8 bits, or the shapes differ.
         """
         tensors = [self._read(name, model) for model in range(len(self.models))]
+        for model, tensor in zip(self.models, tensors, strict=True):
+            if tensor.is_floating_point() and tensor.dtype.itemsize == 1:
+                raise ValueError(f"{name} is {tensor.dtype} in {model}: {QUANTISED}")
         for model, tensor in zip(self.models[1:], tensors[1:], strict=True):
             if tensor.shape != tensors[0].shape:
                 hint = ""
@@ -113,7 +117,7 @@ class Checkpoints:
             raise ValueError(f"{name} cannot be read from {file} ({type(error).__name__}: {error})") from error
 
 
-def _open(model: str, storage: Storage) -> LazyTensorLoader:
+def _open(model: str, storage: Storage) -> LazyTensorLoader | _Pickled:
     try:
         reference = ModelReference.parse(model)
         check_path(reference.model.path)
@@ -130,10 +134,26 @@ def _open(model: str, storage: Storage) -> LazyTensorLoader:
     except Exception as error:  # pydantic, the hub, transformers, peft: all of them without the model's name
         kind = "" if type(error) in (ValueError, NotThereError) else f"{type(error).__name__}: "
         raise ValueError(f"{model}: {kind}{error}") from error
-    # mergekit's lazy unpickler reads one tensor of a .bin file; the plain one all of them, a whole model where there is
-    # one file. It needs the zip format that torch writes since 1.6.
-    files = [os.path.join(index.base_path, shard.filename) for shard in index.shards]
-    return LazyTensorLoader(index, lazy_unpickle=all(is_zipfile(file) for file in files))
+    return LazyTensorLoader(index) if index.is_safetensors else _Pickled(index)
+
+
+class _Pickled:
+    """Tensors of .bin files, mapped instead of read where torch can (its zip format, since 1.6): one at a time is in memory.
+
+    mergekit's lazy unpickler, made for the same, cannot read files that were renamed, or scalars, and reads the wrong
+    entries of views with gaps.
+    """
+
+    def __init__(self, index: ShardedTensorIndex):
+        self.index = index
+        self._file = ""
+        self._tensors: dict[str, Tensor] = {}
+
+    def get_tensor(self, name: str) -> Tensor:
+        if self._file != (file := os.path.join(self.index.base_path, self.index.tensor_paths[name])):
+            tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zipfile(file))
+            self._file, self._tensors = file, tensors.get("state_dict", tensors)
+        return self._tensors[name]
 
 
 def stored_dtype(tensors: Iterable[Tensor]) -> torch.dtype:

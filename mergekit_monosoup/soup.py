@@ -10,6 +10,7 @@ The paper gives neither threshold nor order, nor which tensors count; they are o
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -192,11 +193,18 @@ def check_models(base: str, models: Sequence[str]) -> None:
     """Raises ValueError where there is nothing to choose from; said before the files are read."""
     if len(models) < 2:
         raise ValueError("give at least two fine-tuned models, the best in distribution first")
+    places: dict[str, str] = {}
     for model in models:
-        if model == base:
+        if _place(model) == _place(base):
             raise ValueError(f"{model} is the base model; list the fine-tuned ones only")
-        if models.count(model) > 1:
-            raise ValueError(f"{model} is listed {models.count(model)} times")
+        if (first := places.get(_place(model))) is not None:
+            raise ValueError(f"{model} is listed twice" + f", also as {first}" * (first != model))
+        places[_place(model)] = model
+
+
+def _place(model: str) -> str:
+    """One spelling of a reference, whose parts may be folders."""
+    return "+".join(os.path.realpath(part) if os.path.exists(part) else part for part in model.split("+"))
 
 
 def configuration(base: str, decisions: Sequence[Decision], threshold: float, *, edit: bool = False) -> str:

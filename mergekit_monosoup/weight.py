@@ -16,6 +16,10 @@ from mergekit_monosoup.task_vector import NonFiniteError, TaskVector, flat
 # ‖W_exact − W1‖ in units of eps·‖ΔW‖ under which nothing was intended.
 NO_EDIT = 32
 
+QUANTISED = (
+    "8-bit numbers are codes, which mean a weight only with their scales; convert the checkpoint to bfloat16 first"
+)
+
 
 def check_inputs(pretrained: Tensor, tuned: Sequence[Tensor]) -> None:
     """Raises ValueError unless all are floating point and agree in shape, dtype and device."""
@@ -24,6 +28,8 @@ def check_inputs(pretrained: Tensor, tuned: Sequence[Tensor]) -> None:
     for w in (pretrained, *tuned):
         if not isinstance(w, Tensor):
             raise TypeError(f"weights must be torch tensors, got {type(w).__name__}")
+        if w.is_floating_point() and w.dtype.itemsize == 1:
+            raise ValueError(f"{w.dtype}: {QUANTISED}")
         if not w.is_floating_point() or (w.shape, w.dtype, w.device) != (
             pretrained.shape,
             pretrained.dtype,
@@ -97,7 +103,7 @@ def assemble(
 
     Returns:
         The weight; ‖W − W1‖_F of the rounded weight, W1 = W0 + ΔW; and the share of the intended edit that survived the
-        rounding, ⟨W − W1, W_exact − W1⟩/‖W_exact − W1‖² (None when no edit was intended, or one of :data:`NO_EDIT` times the rounding of ΔW).
+        rounding, ⟨W − W1, W_exact − W1⟩/‖W_exact − W1‖² (None when no edit was intended, see :data:`NO_EDIT`).
     """
     weight = torch.empty(pretrained.shape, dtype=pretrained.dtype, device=pretrained.device)
     return weight, *_rounded(task_vector, recombine, alpha, pretrained.dtype, out=TaskVector.tall(weight))

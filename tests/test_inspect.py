@@ -156,10 +156,36 @@ def test_one_tensor_name_in_memory_and_each_shard_opened_once(world, monkeypatch
     inspect(world / "base", world / "tuned0", world / "tuned1")
     assert max(map(len, most)) == 1 and len(most) > 30
     assert len(opened) == len(set(opened)) > 6, "shards were opened again"
-    eager = []
-    monkeypatch.setattr("mergekit.io.loader.DumbPytorchLoader.__init__", lambda *a, **k: eager.append(a))
+    loaded = []
+    original = torch.load
+    monkeypatch.setattr(torch, "load", lambda file, **given: loaded.append(given) or original(file, **given))
     inspect(world / "base-bin", world / "tuned0-bin")
-    assert eager == []
+    assert [given["map_location"] for given in loaded] == ["meta"] * 2 + ["cpu"] * 2
+    assert all(given["mmap"] for given in loaded[2:])
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_bin_files_that_a_lazy_unpickler_cannot_read(tmp_path, zipped):
+    """Renamed files, scalars, views with gaps, and a state dict in a state dict."""
+    big = torch.randn(40, 60)
+    state = {"w": big[:, 5:25], "logit_scale": torch.tensor(2.0)}
+    torch.save(state, tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
+    (tmp_path / "a.pt").rename(tmp_path / "my.model.v2.pt")
+    tuned = {"w": (state["w"] + 0.1 * torch.randn(40, 20)).T.contiguous().T, "logit_scale": torch.tensor(3.0)}
+    torch.save({"state_dict": tuned}, tmp_path / "b.bin", _use_new_zipfile_serialization=zipped)
+    (record, _) = inspect(tmp_path / "my.model.v2.pt", tmp_path / "b.bin")
+    expected = float((tuned["w"] - state["w"]).norm() / state["w"].norm())
+    assert record.name == "w" and record.rel_update == pytest.approx(expected, rel=1e-6)
+
+
+def test_float8_is_refused_by_name(tmp_path):
+    W0 = torch.randn(8, 6)
+    save_file({"w": W0.bfloat16()}, tmp_path / "a.safetensors")
+    save_file({"w": W0.to(torch.float8_e4m3fn)}, tmp_path / "b.safetensors")
+    with pytest.raises(ValueError, match=r"w is torch.float8_e4m3fn in .*b\.safetensors: 8-bit .* convert"):
+        inspect(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    with pytest.raises(ValueError, match="float8_e4m3fn: 8-bit"):
+        edit(W0.to(torch.float8_e4m3fn), W0.to(torch.float8_e4m3fn))
 
 
 def test_adapter_references(world, tmp_path):
@@ -327,7 +353,7 @@ def test_command(world, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "mlp.up_proj" in done.stdout and "variance, R = 0.7: " in done.stdout
-    assert "9 tensors hold no matrix (norms, biases): they stay as fine-tuned." in done.stdout
+    assert "9 tensors hold no matrix of floating point (norms, biases, integers): they stay as fine-tuned." in done.stdout
     records = report.read(out)
     assert len({r.name for r in records}) * 2 == len(records)
     assert {len(r.spectrum) for r in records} == {inspection.POINTS} and all(r.cosine for r in records)

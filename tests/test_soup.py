@@ -241,7 +241,9 @@ def test_wrong_inputs_are_named_before_files_are_read(world, tmp_path):
     base, models, out = world / "base", models_of(world), tmp_path / "soup.yml"
     common = ["--base", base, "--threshold", 0.1, "--out", out]
     assert "at least two" in soup(*common, models[0], code=1)
-    assert f"{models[0]} is listed 2 times" in soup(*common, models[0], models[1], models[0], code=1)
+    assert f"{models[0]} is listed twice" in soup(*common, models[0], models[1], models[0], code=1)
+    other = f"{Path(models[0]).parent}/./{Path(models[0]).name}"
+    assert f"{other} is listed twice, also as {models[0]}" in soup(*common, models[0], other, code=1)
     assert "is the base model" in soup(*common, models[0], base, code=1)
     assert "./nowhere: no such file or folder" in soup(*common, models[0], "./nowhere", code=1)
     assert "needs --scores" in soup(*common, *models, "--order", "scores", code=1)
