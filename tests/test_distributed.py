@@ -440,8 +440,37 @@ def test_force_removes_weights_and_nothing_else(tmp_path):
     others = ["README.md", "model_notes.bin", "my-model.safetensors", "adapter_model.safetensors", "tokenizer.json"]
     for name in weights + others:
         (tmp_path / name).touch()
-    folders.make_room(tmp_path)
+    with folders.replacing(tmp_path):
+        assert {p.name for p in tmp_path.iterdir()} == {*others, folders.ASIDE}
     assert {p.name for p in tmp_path.iterdir()} == set(others)
+
+
+def test_what_fails_with_force_gives_the_old_model_back(world, tmp_path, monkeypatch):
+    """One process writes where the old model was: a misspelt path, a wrong value, Ctrl-C in the middle."""
+    path, out = config(world, tmp_path), tmp_path / "out"
+    run(path, out)
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    run(tmp_path / "nope.yml", out, "--force", code=1)
+    wrong = tmp_path / "wrong.yml"
+    wrong.write_text(path.read_text().replace("monosoup", "monosuop"))
+    with pytest.raises(Exception, match="monosuop"):
+        run(wrong, out, "--force")
+    own = tmp_path / "own.yml"
+    own.write_text(path.read_text().replace(f"{world}/qwen3/tuned0", str(out)))
+    assert str(out) in own.read_text()
+    assert "is an input of this merge" in run(own, out, "--force", code=1)
+
+    def interrupted(**given):
+        (out / "model-00001-of-00002.safetensors").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(command.run_yaml.main, "callback", interrupted)
+        run(path, out, "--force", code=1)
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+    run(path, out, "--force")
+    assert_same(out, mergekit(path, tmp_path / "a" / "out"))
+    assert not (out / folders.ASIDE).exists()
 
 
 class Killed(BaseException):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import traceback
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -18,7 +20,7 @@ from mergekit.scripts import run_yaml
 
 from mergekit_monosoup.distributed.driver import MergeError, Request, merge
 from mergekit_monosoup.distributed.engines import InProcess, OnRay, import_ray
-from mergekit_monosoup.distributed.folder import Done, WorkFolder, make_room
+from mergekit_monosoup.distributed.folder import Done, WorkFolder, replacing
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 ALONE = "--gpus gives each of several workers a GPU: add --workers N, or take --cuda for one"
@@ -62,10 +64,15 @@ def run(
         with _errors(out_path, verbose=False):
             if gpus:
                 raise ValueError(ALONE)
+            config, _ = _configuration(config_file)
+            if force and os.path.realpath(out_path) in map(os.path.realpath, _paths(config)):
+                raise ValueError(
+                    f"{out_path} is an input of this merge and would be replaced by it: name another folder"
+                )
             with WorkFolder(out_path).claimed(resume=False, force=force):
-                if force:
-                    make_room(out_path)
-        run_yaml.main.callback(config_file=config_file, out_path=out_path, **merge_options.model_dump())  # type: ignore[misc]
+                pass
+        with replacing(out_path) if force else contextlib.nullcontext():
+            run_yaml.main.callback(config_file=config_file, out_path=out_path, **merge_options.model_dump())  # type: ignore[misc]
         return
     with _errors(out_path, merge_options.verbosity > 0):
         options = _checked(merge_options, on_ray, gpus)
@@ -76,20 +83,30 @@ def run(
             import_ray()  # before anything is read
             threads = threads or 1
             engine = partial(OnRay, address, workers, threads, gpus)
-        source = Path(config_file).read_text(encoding="utf-8")
+        config, source = _configuration(config_file)
         seed = (options.random_seed or 0) if seed_per_tensor else None
-        request = Request(
-            MergeConfiguration.model_validate(_document(config_file, source)),
-            source,
-            Path(out_path),
-            options,
-            threads,
-            seed,
-            engine,
-        )
+        request = Request(config, source, Path(out_path), options, threads, seed, engine)
         records = merge(request, resume=resume, force=force)
     if not options.quiet:
         _tell(out_path, records, options.verbosity > 0)
+
+
+def _configuration(path: str) -> tuple[MergeConfiguration, str]:
+    """The configuration, and its text.
+
+    Raises:
+        OSError, ValueError: it cannot be read, is not YAML, holds several stages, or mergekit does not accept it.
+    """
+    source = Path(path).read_text(encoding="utf-8")
+    return MergeConfiguration.model_validate(_document(path, source)), source
+
+
+def _paths(config: MergeConfiguration) -> Iterator[str]:
+    """Of all models and adapters that it reads."""
+    for reference in config.referenced_models():
+        yield reference.model.path
+        if reference.lora:
+            yield reference.lora.path
 
 
 def _document(path: str, source: str) -> Any:

@@ -39,6 +39,7 @@ LOG = logging.getLogger("mergekit_monosoup")
 NAME = ".mergekit-monosoup"
 FORMAT = 1  # of what lies in the folder; raised when an older version could not continue it
 # As mergekit and transformers name them; model-1.safetensors is what mergekit-yaml leaves when it is interrupted.
+ASIDE = ".monosoup-replaced"
 WEIGHTS = re.compile(r"(model|pytorch_model)(-\d+(-of-\d+)?)?\.(safetensors|bin)(\.index\.json)?$")
 CHUNK = 2**22  # bytes read at a time for a checksum
 READERS = 8  # files checked at a time
@@ -268,19 +269,45 @@ def check_free(out: str | Path, *, resume: bool, force: bool) -> None:
                 f"{out} holds an unfinished merge ({count} batches done): --resume continues it, --force starts over"
             )
         return
-    there = sorted(name for name in os.listdir(folder.out) if name == "config.json" or WEIGHTS.match(name))
+    there = _model_files(folder.out)
     if "config.json" in there:
         raise FolderError(f"{out} holds a finished model; --force replaces it")
     if there:
         raise FolderError(f"{out} holds weights without a config.json ({there[0]}, …); --force replaces them")
 
 
-def make_room(out: str | Path) -> None:
-    """Removes the model in ``out``, config.json first: `--force` for a merge that writes there directly."""
-    if os.path.isdir(out):
-        for name in sorted(os.listdir(out), key=lambda name: name != "config.json"):
-            if name == "config.json" or WEIGHTS.match(name):
-                os.remove(os.path.join(out, name))
+@contextlib.contextmanager
+def replacing(out: str | Path) -> Iterator[None]:
+    """Moves the model in ``out`` aside while another is written there directly: `--force` for one process.
+
+    Whatever is raised puts it back; success removes it. After a kill it is still in the folder aside, and comes back with
+    the next failure.
+    """
+    out = Path(out)
+    aside = out / ASIDE
+    if not aside.exists() and (old := _model_files(out)):
+        aside.mkdir()
+        for name in old:
+            os.replace(out / name, aside / name)
+    try:
+        yield
+    except BaseException:
+        if aside.exists():
+            for name in _model_files(out):
+                os.remove(out / name)
+            for name in reversed(_model_files(aside)):
+                os.replace(aside / name, out / name)
+            aside.rmdir()
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _model_files(folder: Path) -> list[str]:
+    """config.json, without which the others are no model, and weights."""
+    names = os.listdir(folder) if folder.is_dir() else []
+    return sorted(
+        (name for name in names if name == "config.json" or WEIGHTS.match(name)), key=lambda name: name != "config.json"
+    )
 
 
 # -- of the workers ------------------------------------------------------------------------------------------------------
