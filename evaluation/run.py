@@ -136,6 +136,8 @@ def run(
         title = f"[{number}/{len(todo)}] {source.name}"
         begun = time.perf_counter()
         done = _ask(title, source, pair, key, suite, settings, manager)
+        if pair.keep_old():
+            print(f"{title}: the result of other weights, settings or versions is now {pair.result}.old", flush=True)
         pair.finish(
             {
                 "key": key,

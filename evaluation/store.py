@@ -80,6 +80,17 @@ class Pair:
             return None
         return data if whole else None
 
+    def keep_old(self) -> bool:
+        """Puts a result that another one is about to replace aside, once, as ….old; whether there was one.
+
+        It was made from other weights, settings or versions, and may have taken hours.
+        """
+        there = self.result.exists()
+        for path in (self.result, self.samples):
+            if path.exists():
+                os.replace(path, path.with_name(path.name + ".old"))
+        return there
+
     def resume(self, key: str) -> dict[str, TaskResult]:
         """Tasks finished under this key by a run that was interrupted; those of other keys are thrown away."""
         found = {}

@@ -7,7 +7,10 @@ Works for every merge method: what a key or parameter may be is read off mergeki
 from __future__ import annotations
 
 import difflib
+import math
 import os
+import re
+import types
 import typing
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,10 +19,14 @@ from typing import Any, Literal
 
 import yaml
 from mergekit import merge_methods
+from mergekit.architecture import ModelArchitecture, arch_info_for_config
 from mergekit.common import ModelReference, dtype_from_name
 from mergekit.config import ConditionalParameter, MergeConfiguration
 from mergekit.io import ShardedTensorIndex
+from mergekit.io.tasks import SaveTensor
 from mergekit.merge_methods.base import MergeMethod, ParameterScope
+from mergekit.options import MergeOptions
+from mergekit.plan import MergePlanner
 from mergekit.scripts.merge_raw_pytorch import RawPyTorchMergeConfig
 from pydantic import BaseModel, ValidationError
 
@@ -29,6 +36,7 @@ from mergekit_monosoup.pair import FILE_SUFFIXES, SHOWN, NotThereError, check_pa
 PER_MODEL = {"monosoup": {"weight"}, "svc": {"weight", "merged"}}
 
 Shapes = dict[str, tuple[int, ...]]
+Headers = dict[str, tuple[tuple[int, ...], str]]  # shape and dtype, as the file has it
 
 
 @dataclass(frozen=True)
@@ -38,6 +46,14 @@ class Finding:
     level: Literal["error", "warning"]
     where: str
     message: str
+
+
+class _RefusedError(Exception):
+    """mergekit would not begin with this merge."""
+
+    def __init__(self, finding: Finding):
+        super().__init__(finding.message)
+        self.finding = finding
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -132,6 +148,15 @@ def _parameter_sections(document: Any, where: str = "") -> Iterator[tuple[str, d
                 yield from _parameter_sections(value, place)
 
 
+def _mapping(value: Any) -> dict[Any, Any]:
+    """What is written where a mapping belongs; pydantic names anything else."""
+    return value if isinstance(value, dict) else {}
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
 def _nearest(word: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f"; did you mean `{near[0]}`?" if near else f"; known: {', '.join(sorted(known))}"
@@ -153,50 +178,97 @@ class _Document:
             yield Finding("error", self._at("top level"), f"must be a mapping, not {type(self.data).__name__}")
             return
         schema = RawPyTorchMergeConfig if self._is_raw() else MergeConfiguration
-        yield from self._unknown_keys(schema, self.data, "")
+        found = list(self._unknown_keys([schema], self.data, ""))
         config = None
         try:
             config = schema.model_validate({k: v for k, v in self.data.items() if k != "name"})
         except ValidationError as error:
-            for place, message in _plain(error).items():
-                yield Finding("error", self._at(place), message)
+            found += [Finding("error", self._at(place), message) for place, message in _plain(error).items()]
         except RuntimeError as error:  # mergekit's own validators raise it
-            yield Finding("error", self._at("top level"), str(error))
+            found.append(Finding("error", self._at("top level"), str(error)))
         name = self.data.get("merge_method")
         methods = {m.spec.name: m for m in merge_methods.registered_methods()}
-        if name in methods:
-            yield from self._parameters(methods[name])
+        method = methods.get(name) if isinstance(name, str) else None
+        if method is not None:
+            found += self._parameters(method)
             if config is not None:
-                yield from self._inputs(methods[name])
-        elif name is not None:
-            yield Finding(
-                "error", self._at("merge_method"), f"{name!r} is not a merge method{_nearest(str(name), methods)}"
+                found += self._inputs(method)
+        elif isinstance(name, str):
+            found.append(
+                Finding("error", self._at("merge_method"), f"{name!r} is not a merge method{_nearest(name, methods)}")
             )
-        yield from self._dtypes()
-        yield from self._shapes()
+        found += self._dtypes()
+        yield from found
+        planned: set[str] | None = None
+        if isinstance(config, MergeConfiguration) and not any(finding.level == "error" for finding in found):
+            try:
+                planned = self._plan(config)
+            except _RefusedError as error:
+                yield error.finding
+        yield from self._tensors(planned)
+
+    def _plan(self, config: MergeConfiguration) -> set[str] | None:
+        """Names of the tensors that mergekit would make; None where that takes more than the files that lie here."""
+        references = config.referenced_models()
+        if any(r.lora or not os.path.isdir(r.model.path) for r in references):
+            return None
+        kinds: dict[ModelReference, ModelArchitecture] = {}
+        for reference in references:
+            if not os.path.exists(os.path.join(reference.model.path, "config.json")):
+                raise self._refused(str(reference), "has no config.json, which mergekit needs")
+            try:
+                kind = arch_info_for_config(reference.config())
+            except (
+                Exception
+            ):  # code of its own, which is not to be run here; a type that this transformers does not know
+                return None
+            if kind is None:
+                return None  # mergekit infers such architectures from all files
+            kinds[reference] = kind
+        first = config.base_model or references[0]
+        for other in references:
+            if kinds[other] != kinds[first]:
+                names = [next(iter(r.config().architectures or []), "?") for r in (other, first)]
+                raise self._refused(
+                    str(other),
+                    f"is a {names[0]} and {first} a {names[1]}; mergekit merges them with --allow-crimes only",
+                )
+        for number, piece in enumerate(config.slices or []):
+            for source in piece.sources:
+                layers = getattr(source.model.config(), "num_hidden_layers", math.inf)
+                if source.layer_range is not None and source.layer_range[1] > layers:
+                    raise self._refused(
+                        f"slices[{number}]", f"layer_range {list(source.layer_range)}: {source.model} has {layers}"
+                    )
+        shape = first.config()
+        try:  # on a copy, for the planner rewrites the configuration
+            planner = MergePlanner(config.model_copy(deep=True), kinds[first], MergeOptions(quiet=True), shape)
+            tasks = planner.plan_to_disk("")  # which only writes when it is executed
+            return {task.tensor_name for task in tasks if isinstance(task, SaveTensor)}
+        except Exception as error:  # whatever it raises now it would raise in the merge
+            raise self._refused("top level", f"mergekit cannot plan this merge: {error}") from error
+
+    def _refused(self, place: str, message: str) -> _RefusedError:
+        return _RefusedError(Finding("error", self._at(place), message))
 
     # -- keys ---------------------------------------------------------------------------------------------------------
 
     def _is_raw(self) -> bool:
-        models = [m.get("model") for m in self.data.get("models") or [] if isinstance(m, dict)]
+        models = [m.get("model") for m in _list(self.data.get("models")) if isinstance(m, dict)]
         return any(
             isinstance(m, str) and m.lower().endswith(FILE_SUFFIXES) for m in [*models, self.data.get("base_model")]
         )
 
-    def _unknown_keys(self, schema: type[BaseModel], data: Mapping[str, Any], place: str) -> Iterator[Finding]:
+    def _unknown_keys(self, schemas: list[type[BaseModel]], data: Mapping[str, Any], place: str) -> Iterator[Finding]:
+        """Keys that none of ``schemas`` has, the members of a union that ``data`` may be."""
+        known = {key: field for schema in schemas for key, field in schema.model_fields.items()}
         for key, value in data.items():
             here = f"{place}.{key}" if place else str(key)
-            if key not in schema.model_fields:
-                if not (place == "" and key == "name"):  # a stage of a mergekit-multi file
-                    yield Finding(
-                        "error",
-                        self._at(here),
-                        f"unknown key, mergekit ignores it{_nearest(str(key), schema.model_fields)}",
-                    )
-                continue
-            for nested in _nested_models(schema.model_fields[key].annotation):
-                for sub_place, sub in _mappings(value, here):
-                    yield from self._unknown_keys(nested, sub, sub_place)
+            if key in known:
+                for models, sub, sub_place in _nested(known[key].annotation, value, here):
+                    yield from self._unknown_keys(models, sub, sub_place)
+            elif not (place == "" and key == "name"):  # a stage of a mergekit-multi file
+                yield Finding("error", self._at(here), f"unknown key, mergekit ignores it{_nearest(str(key), known)}")
 
     # -- parameters ---------------------------------------------------------------------------------------------------
 
@@ -229,18 +301,20 @@ class _Document:
         if "mode" in known and "R" in known:
             yield from self._unread()
 
+    def _tuned(self) -> list[dict[str, Any]]:
+        base = str(self.data.get("base_model"))
+        return [m for m in _list(self.data.get("models")) if isinstance(m, dict) and str(m.get("model")) != base]
+
     def _unread(self) -> Iterator[Finding]:
-        """`R` without the mode that reads it; a filter that no tensor's name contains is looked for in `_shapes`."""
+        """`R` without the mode that reads it; a filter that no tensor's name contains is looked for in `_tensors`."""
         written = [parameters for _, parameters, _ in _parameter_sections(self.data)]
         modes = {leaf for parameters in written for leaf in _leaves(parameters.get("mode"))}
         if any("R" in parameters for parameters in written) and "variance" not in modes:
             yield Finding("warning", self._at("R"), "is read by `mode: variance` only, and the mode is freevariance")
 
     def _weightless(self) -> Iterator[Finding]:
-        base = str(self.data.get("base_model"))
-        shared = (self.data.get("parameters") or {}).get("weight", 1.0)
-        tuned = [m for m in self.data.get("models") or [] if isinstance(m, dict) and str(m.get("model")) != base]
-        weights = [(m.get("parameters") or {}).get("weight", shared) for m in tuned]
+        shared = _mapping(self.data.get("parameters")).get("weight", 1.0)
+        weights = [_mapping(m.get("parameters")).get("weight", shared) for m in self._tuned()]
         if weights and all(isinstance(weight, int | float) and weight == 0 for weight in weights):
             yield Finding(
                 "error", self._at("weight"), "is 0 for every fine-tuned model; give at least one a weight > 0"
@@ -269,10 +343,8 @@ class _Document:
                 yield Finding("error", here, error.errors()[0]["msg"].removeprefix("Value error, "))
 
     def _agreement(self, merge_wide: list[str]) -> Iterator[Finding]:
-        base = str(self.data.get("base_model"))
-        tuned = [m for m in self.data.get("models") or [] if isinstance(m, dict) and str(m.get("model")) != base]
         for name in merge_wide:
-            values = [(m.get("parameters") or {}).get(name, "unset") for m in tuned]
+            values = [_mapping(m.get("parameters")).get(name, "unset") for m in self._tuned()]
             if any(value != values[0] for value in values):
                 yield Finding(
                     "error",
@@ -282,9 +354,8 @@ class _Document:
 
     def _merged(self) -> Iterator[Finding]:
         """`svc`: at most one model is the merge of the others, and those are two or more."""
-        base = str(self.data.get("base_model"))
-        tuned = [m for m in self.data.get("models") or [] if isinstance(m, dict) and str(m.get("model")) != base]
-        flagged = [str(m.get("model")) for m in tuned if (m.get("parameters") or {}).get("merged") is True]
+        tuned = self._tuned()
+        flagged = [str(m.get("model")) for m in tuned if _mapping(m.get("parameters")).get("merged") is True]
         if len(flagged) > 1:
             yield Finding(
                 "error", self._at("merged"), f"is true for {', '.join(flagged)}; at most one can be the merge"
@@ -334,18 +405,19 @@ class _Document:
                     yield Finding("error", self._at(key), f"{name!r} is not a dtype ({error})")
                 else:
                     sizes[key] = dtype.itemsize if dtype else 0
-        if self.data.get("merge_method") in PER_MODEL and sizes.get("out_dtype", 9) < sizes.get("dtype", 0):
+        if str(self.data.get("merge_method")) in PER_MODEL and sizes.get("out_dtype", 9) < sizes.get("dtype", 0):
             yield Finding(
                 "warning", self._at("out_dtype"), "mergekit rounds to it after the method: `realised` in the report is that "
                 "of `dtype`, what is stored may be less",
             )  # fmt: skip
 
-    def _shapes(self) -> Iterator[Finding]:
+    def _tensors(self, planned: set[str] | None) -> Iterator[Finding]:
         """Compares tensors of the same name between the base (or first) model and each other one."""
         names = [str(m["model"]) for m in _models(self.data)]
         if self.data.get("base_model") is not None:
             names.insert(0, str(self.data["base_model"]))
         found: dict[str, Shapes] = {}
+        dtypes: set[str] = set()
         for name in dict.fromkeys(names):
             if name in self.stages:
                 continue  # does not exist yet
@@ -359,7 +431,11 @@ class _Document:
                         self._at(name),
                         f"looks like a hub name to mergekit's model card: write ./{path}, or an offline merge fails at its end",
                     )
-                found[name] = shapes(reference)
+                tensors = headers(reference)
+                found[name] = {tensor: shape for tensor, (shape, _) in tensors.items()}
+                stored_as = {tensor: dtype for tensor, (_, dtype) in tensors.items()}
+                dtypes |= set(stored_as.values())
+                yield from self._stored(name, stored_as, found[name])
                 if reference.lora:
                     yield Finding("warning", self._at(name), "the LoRA adapter's own shapes are not checked")
             except NotThereError as error:
@@ -373,7 +449,9 @@ class _Document:
                     yield Finding("warning", self._at(name), f"shapes not checked: {type(error).__name__}: {error}")
         if not found:
             return
-        yield from self._filters({tensor for tensors in found.values() for tensor in tensors})
+        yield from self._working_dtype(dtypes)
+        stored = {tensor for tensors in found.values() for tensor in tensors}
+        yield from self._filters(stored if planned is None else planned, stored)
         first, *others = found
         aligned = self.data.get("tokenizer") is not None or self.data.get("tokenizer_source") is not None
         for other in others:
@@ -413,18 +491,62 @@ class _Document:
                         f"lacks {len(missing)} tensor(s) of {there}: {', '.join(sorted(missing)[:SHOWN])}",
                     )
 
-    def _filters(self, tensors: set[str]) -> Iterator[Finding]:
-        """Filters that match nothing. mergekit renames some tensors (stacked experts), so this is no more than a warning."""
+    def _filters(self, tensors: set[str], stored: set[str]) -> Iterator[Finding]:
+        """Filters that match nothing; ``tensors``: by the names that mergekit matches, if known, ``stored``: in the files."""
         for place, parameters, _ in _parameter_sections(self.data):
             for name, value in parameters.items():
                 for condition in value if isinstance(value, list) else [value]:
                     wanted = condition.get("filter") if isinstance(condition, dict) else None
                     if isinstance(wanted, str) and wanted != "*" and not any(wanted in tensor for tensor in tensors):
+                        renamed = "as mergekit has them: it stacks or renames what the files call so"
+                        why = (
+                            renamed if any(wanted in tensor for tensor in stored) else "it is plain text, not a pattern"
+                        )
                         yield Finding(
                             "warning",
                             self._at(f"{place}.{name}"),
-                            f"filter {wanted!r} is part of no tensor's name (it is plain text, not a pattern)",
+                            f"filter {wanted!r} is part of no tensor's name ({why})",
                         )
+
+    def _stored(self, model: str, dtypes: dict[str, str], shapes: Shapes) -> Iterator[Finding]:
+        """Codes that no method knows what to do with."""
+        codes = sorted(
+            name for name, dtype in dtypes.items()
+            if len(shapes[name]) > 1 and _bits(dtype) <= 8
+            and ("float" in dtype.lower() or dtype.startswith("F") or name.endswith(("weight", "blocks")))
+        )  # fmt: skip
+        if codes:
+            yield Finding(
+                "error", self._at(model), f"is quantised: {len(codes)} tensor(s) hold {dtypes[codes[0]]} codes, {codes[0]} for "
+                "one, and mergekit would merge the codes; convert the checkpoint to bfloat16 first",
+            )  # fmt: skip
+
+    def _working_dtype(self, dtypes: Iterable[str]) -> Iterator[Finding]:
+        """`out_dtype` without `dtype`: the methods compute and round in what the checkpoints are stored in."""
+        name = self.data.get("out_dtype")
+        ours = str(self.data.get("merge_method")) in PER_MODEL
+        if not ours or self.data.get("dtype") is not None or not isinstance(name, str):
+            return
+        widest = max((d for d in dtypes if "F" in d.upper()), key=_bits, default=None)
+        try:
+            out = dtype_from_name(name)
+        except (RuntimeError, AttributeError, KeyError):
+            return  # said already
+        if widest is None or out is None or 8 * out.itemsize == _bits(widest):
+            return
+        if 8 * out.itemsize > _bits(widest):
+            message = f"only stores wider what was rounded to {widest} before: add `dtype: {name}`"
+        else:
+            message = (
+                f"mergekit rounds to it after the method: `realised` in the report is that of {widest}, what is stored may "
+                "be less"
+            )
+        yield Finding("warning", self._at("out_dtype"), message)
+
+
+def _bits(dtype: str) -> int:
+    """Of safetensors' names (BF16, F8_E4M3) and torch's (torch.bfloat16)."""
+    return int(found[0]) if (found := re.findall(r"\d+", dtype)) else 8
 
 
 def _plain(error: ValidationError) -> dict[str, str]:
@@ -456,57 +578,66 @@ def _models(data: Any) -> Iterator[Mapping[str, Any]]:
             yield from _models(value)
 
 
-def _mappings(value: Any, place: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Mappings that a nested model is read from: the value, the items of a list, the values of a dict of them."""
-    if isinstance(value, list):
-        for number, item in enumerate(value):
-            if isinstance(item, dict):
-                yield f"{place}[{number}]", item
-    elif isinstance(value, dict):
-        if place.rsplit(".", 1)[-1] == "modules":
-            yield from ((f"{place}.{key}", item) for key, item in value.items() if isinstance(item, dict))
-        else:
-            yield place, value
+def _nested(annotation: Any, value: Any, place: str) -> Iterator[tuple[list[type[BaseModel]], Mapping[str, Any], str]]:
+    """(models, mapping, place) of every mapping in ``value`` that pydantic would read as one of these models."""
+    members = list(_members(annotation))
+    if isinstance(value, dict):
+        # References (plain strings in YAML) and parameter values are looked at elsewhere.
+        models = [m for m in members if isinstance(m, type) and issubclass(m, BaseModel)]
+        models = [m for m in models if m not in (ModelReference, ConditionalParameter)]
+        if models:
+            yield models, value, place
+    for member in members:
+        arguments = typing.get_args(member)
+        if isinstance(value, list) and typing.get_origin(member) is list:
+            for number, item in enumerate(value):
+                yield from _nested(arguments[0], item, f"{place}[{number}]")
+        elif isinstance(value, dict) and typing.get_origin(member) is dict:
+            for key, item in value.items():
+                yield from _nested(arguments[1], item, f"{place}.{key}")
 
 
-def _nested_models(annotation: Any) -> Iterator[type[BaseModel]]:
-    """Pydantic models inside an annotation, but for references (plain strings in YAML) and parameter values."""
-    if (
-        isinstance(annotation, type)
-        and issubclass(annotation, BaseModel)
-        and annotation not in (ModelReference, ConditionalParameter)
-    ):
+def _members(annotation: Any) -> Iterator[Any]:
+    """Of a union, however deep; anything else is its own."""
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType, typing.Annotated):
+        for argument in typing.get_args(annotation):
+            yield from _members(argument)
+    else:
         yield annotation
-    for argument in typing.get_args(annotation):
-        yield from _nested_models(argument)
 
 
-def shapes(model: ModelReference) -> Shapes:
-    """Shapes of a model's tensors from file headers: a local folder or file, or a hub repository of safetensors.
+def headers(model: ModelReference) -> Headers:
+    """Shapes and dtypes of a model's tensors from file headers: a local folder or file, or a hub repository of safetensors.
 
     Raises:
-        NotThereError: the path looks local but does not exist.
+        NotThereError: the path, or that of the adapter, looks local but does not exist.
     """
+    if model.lora:
+        try:
+            check_path(model.lora.path)
+        except NotThereError as error:
+            raise NotThereError(f"the adapter {model.lora.path}: {error}") from None
     path = model.model.path
     if os.path.isdir(path):
         index = ShardedTensorIndex.from_disk(path)
         files = [os.path.join(index.base_path, shard.filename) for shard in index.shards]
-        return {name: shape for file in files for name, shape in _file_shapes(file).items()}
+        return {name: header for file in files for name, header in _file_headers(file).items()}
     if os.path.isfile(path):
-        return _file_shapes(path)
+        return _file_headers(path)
     check_path(path)
     from huggingface_hub import get_safetensors_metadata
 
     metadata = get_safetensors_metadata(path, revision=model.model.revision)
-    return {n: tuple(t.shape) for file in metadata.files_metadata.values() for n, t in file.tensors.items()}
+    return {n: (tuple(t.shape), t.dtype) for file in metadata.files_metadata.values() for n, t in file.tensors.items()}
 
 
-def _file_shapes(path: str) -> Shapes:
+def _file_headers(path: str) -> Headers:
     if path.lower().endswith(".safetensors"):
         from safetensors import safe_open
 
         with safe_open(path, framework="pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no mapping
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+            return {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
     import torch
 
     state = torch.load(path, map_location="meta", weights_only=True)
@@ -514,4 +645,4 @@ def _file_shapes(path: str) -> Shapes:
         raise ValueError(
             "wrapped in {'state_dict': …}, which mergekit-pytorch does not unwrap; save the inner dictionary"
         )
-    return {name: tuple(t.shape) for name, t in state.items() if isinstance(t, torch.Tensor)}
+    return {name: (tuple(t.shape), str(t.dtype)) for name, t in state.items() if isinstance(t, torch.Tensor)}

@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pydantic import TypeAdapter, ValidationError
+
 from mergekit_monosoup.layout import layer, natural
 
 if TYPE_CHECKING:
@@ -88,6 +90,9 @@ class Record:
         return json.dumps({k: v for k, v in asdict(self).items() if k not in unasked}, allow_nan=False)
 
 
+OLD = ".old"  # what the report of an earlier merge is called
+
+
 def check_path(path: str) -> str:
     """The absolute path of a report that may be written: a new file, or one that holds a report already.
 
@@ -104,17 +109,26 @@ def check_path(path: str) -> str:
         above = os.path.dirname(above)
     if not os.path.isdir(above):
         raise ValueError(f"{path} cannot be written: {above} is a file, not a folder")
-    if os.path.exists(place) and os.path.getsize(place):
-        try:
-            with open(place, encoding="utf-8") as file:
-                known = {"name", "action", "shape"} <= set(json.loads(file.readline(2**16)))
-        except (ValueError, TypeError):
-            known = False
-        if not known:
+    if not os.access(above, os.W_OK):
+        raise ValueError(f"{path} cannot be written: no permission to write in {above}")
+    for suffix in ("", OLD) if os.path.exists(place) else ("",):
+        if not _replaceable(place + suffix):
+            spelled = path + suffix
             raise ValueError(
-                f"{path} exists and is not a report; it would be replaced: name another file, or delete it"
+                f"{spelled} exists and is not a report; it would be replaced: name another file, or move that one"
             )
     return place
+
+
+def _replaceable(place: str) -> bool:
+    """Nothing is there, or a report (an empty one has no lines)."""
+    if not os.path.exists(place) or (os.path.isfile(place) and not os.path.getsize(place)):
+        return True
+    try:
+        with open(place, encoding="utf-8") as file:
+            return {"name", "action", "shape"} <= set(json.loads(file.readline(2**16)))
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def start(path: str) -> str:
@@ -127,7 +141,7 @@ def start(path: str) -> str:
     place = check_path(path)
     os.makedirs(os.path.dirname(place), exist_ok=True)
     if os.path.exists(place):
-        os.replace(place, place + ".old")
+        os.replace(place, place + OLD)
     return place
 
 
@@ -213,7 +227,7 @@ def read(path: str | Path) -> list[Record]:
     Raises:
         ValueError: names file, line and cause; a report that a killed merge cut off says so.
     """
-    known = {field.name for field in fields(Record)}
+    parse = TypeAdapter(Record).validate_json
     records = []
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
@@ -221,13 +235,12 @@ def read(path: str | Path) -> list[Record]:
         raise ValueError(f"{path}: not text, so not a report") from error
     for number, line in enumerate(lines, start=1):
         try:
-            values = json.loads(line)
-            if not isinstance(values["name"], str):
-                raise TypeError("`name` is not text")
-            records.append(Record(**{key: value for key, value in values.items() if key in known}))
-        except (ValueError, TypeError, AttributeError, KeyError) as error:
+            records.append(parse(line))
+        except ValidationError as error:
+            first = error.errors()[0]
+            cause = ": ".join([*(f"`{key}`" for key in first["loc"][:1]), first["msg"]])
             raise ValueError(
-                f"{path}, line {number}: not a monosoup record ({error}); was the merge interrupted, or is this "
+                f"{path}, line {number}: not a monosoup record ({cause}); was the merge interrupted, or is this "
                 "another file? Reports are written with `report: FILE` under `parameters`"
             ) from error
     if not records:

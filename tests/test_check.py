@@ -6,8 +6,10 @@ import json
 
 import checkpoints
 import pytest
+import torch
 import yaml
 from click.testing import CliRunner
+from safetensors.torch import save_file
 
 from mergekit_monosoup.check import check
 from mergekit_monosoup.cli import main
@@ -215,9 +217,83 @@ def test_tensors_that_a_model_lacks_and_damaged_files(write, models, tmp_path):
     save_file(state, folder / "model.safetensors")
     assert "lacks 1 tensor(s)" in messages(write(models=[{"model": str(folder)}]), "warning")[0]
     (folder / "model.safetensors").write_bytes(b"\x10")
-    assert "cannot be read" in messages(write(models=[{"model": str(folder)}]))[0]
+    without_config, damaged = messages(write(models=[{"model": str(folder)}]))
+    assert "has no config.json, which mergekit needs" in without_config and "cannot be read" in damaged
 
 
 def test_a_tokenizer_that_aligns_vocabularies(write, tmp_path):
     _, (other,) = checkpoints.pair(tmp_path, tuned_vocabulary=checkpoints.VOCABULARY + 8)
     assert messages(write(models=[{"model": str(other)}], tokenizer={"source": "base"})) == []
+
+
+@pytest.mark.parametrize("value", [3, "x", None, True, 0.5, [], [3], ["x"], {}, {"a": 1}, [{"R": 0.5}], [[]]])
+@pytest.mark.parametrize(
+    "place",
+    [
+        "merge_method",
+        "base_model",
+        "models",
+        "parameters",
+        "slices",
+        "modules",
+        "tokenizer",
+        "dtype",
+        "out_dtype",
+        "name",
+    ],
+)
+def test_nothing_that_yaml_can_say_is_a_traceback(write, models, place, value):
+    for changes in ({place: value}, {"models": [{"model": models[1][0], place: value}]}):
+        text = yaml.safe_dump({"merge_method": "monosoup", "base_model": models[0], "models": [], **changes})
+        for finding in check(write(text)):
+            assert finding.message
+
+
+def test_models_below_keys_of_their_own(write, models):
+    """`tokens` maps tokens to what they are made from, one of several kinds with keys of their own."""
+    tokens = {"<s>": {"source": {"kind": "model_token", "model": models[1][0], "token_id": 1}, "force": True}}
+    assert messages(write(tokenizer={"source": "union", "tokens": tokens})) == []
+    tokens["<s>"]["forse"] = True
+    (message,) = messages(write(tokenizer={"source": "union", "tokens": tokens}))
+    assert "tokenizer.tokens.<s>.forse: unknown key" in message and "`force`" in message
+
+
+def test_filters_go_by_the_names_of_mergekit(write, tmp_path):
+    """It stacks the experts that the files hold one by one."""
+    base, (tuned,) = checkpoints.pair(tmp_path, "qwen3moe")
+    given = {"base_model": str(base), "models": [{"model": str(tuned)}]}
+    stored = set(checkpoints.state_dict(base))
+    planned = {"gate_up_proj": True, "experts.0": any("experts.0." in name for name in stored)}
+    for wanted, there in (("gate_up_proj", True), ("experts.0", False)):
+        path = write(**given, parameters={"alpha": [{"filter": wanted, "value": 0.1}, {"value": 0.9}]})
+        found = [m for m in messages(path, "warning") if "filter" in m]
+        assert bool(found) is not there, found
+        assert not found or ("mergekit has them" in found[0]) is planned[wanted]
+
+
+def test_what_mergekit_would_refuse_at_its_start(write, models, tmp_path):
+    layers = [{"sources": [{"model": name, "layer_range": [0, 9]} for name in (models[0], models[1][0])]}]
+    assert f"layer_range [0, 9]: {models[0]} has 2" in messages(write(models=None, slices=layers))[0]
+    assert "cannot plan this merge" in messages(write(merge_method="breadcrumbs"))[0]
+    _, (llama,) = checkpoints.pair(tmp_path, "llama")
+    (message,) = messages(write(models=[{"model": str(llama)}]))[:1]
+    assert (
+        "is a LlamaForCausalLM" in message and "a Qwen3ForCausalLM; mergekit merges them with --allow-crimes" in message
+    )
+
+
+def test_adapters_and_codes_and_dtypes(write, models, tmp_path):
+    assert "the adapter ./no/lora: no such" in messages(write(models=[{"model": f"{models[1][0]}+./no/lora"}]))[0]
+    state = {"w": torch.randn(4, 4).to(torch.float8_e4m3fn), "b": torch.zeros(4)}
+    save_file(state, tmp_path / "codes.safetensors")
+    given = {"base_model": None, "models": [{"model": str(tmp_path / "codes.safetensors")}], "merge_method": "linear"}
+    assert "is quantised: 1 tensor(s) hold F8_E4M3 codes, w for one" in messages(write(**given))[0]
+    bf16 = checkpoints.pair(tmp_path / "bf16", dtype=torch.bfloat16)
+    given = {"base_model": str(bf16[0]), "models": [{"model": str(bf16[1][0])}]}
+    (message,) = messages(write(**given, out_dtype="float32"), "warning")
+    assert "only stores wider what was rounded to BF16 before: add `dtype: float32`" in message
+    (message,) = messages(write(out_dtype="bfloat16"), "warning")
+    assert "is that of F32" in message
+    assert (
+        check(write(**given, out_dtype="bfloat16")) == [] == check(write(**given, dtype="float32", out_dtype="float32"))
+    )

@@ -636,3 +636,17 @@ def test_memory_of_a_stack_grows_with_the_threads():
 def test_an_unknown_kind_of_plan_is_refused():
     with pytest.raises(plan.PlanError, match=r"not made as in 0\.1\.5"):
         plan.take_apart([])
+
+
+def test_a_report_that_cannot_be_written_costs_no_merge(world, tmp_path, monkeypatch, caplog):
+    path, out = config(world, tmp_path, parameters={"report": f"{tmp_path}/r.jsonl"}), tmp_path / "out"
+
+    def full(place):
+        raise OSError(28, "No space left on device", place)
+
+    monkeypatch.setattr(report, "start", full)
+    run(path, out, "--resume")
+    expected = stored(mergekit(config(world, tmp_path), tmp_path / "a" / "out"))
+    assert all(torch.equal(stored(out)[name], tensor) for name, tensor in expected.items())
+    assert {r.name for r in report.read(out / "monosoup-report.jsonl")} == set(expected)
+    assert "No space left" in caplog.text and str(out / "monosoup-report.jsonl") in caplog.text

@@ -202,10 +202,14 @@ class TestResuming:
         model.save_pretrained(copy)
         assert run.main(command) == 0 and asked == TASKS
 
-    def test_a_changed_suite_or_limit_is_asked_again(self, models, out, tmp_path, asked):
+    def test_a_changed_suite_or_limit_is_asked_again(self, models, out, tmp_path, asked, capsys):
+        names = ["finetuned.tiny.json", "finetuned.tiny.samples.jsonl.gz"]
+        before = [(out / name).read_bytes() for name in names]
         changed = tmp_path / "tiny.yml"
         changed.write_text((SHIPPED / "tiny.yml").read_text().replace("version: 1", "version: 2"))
         assert start(models, out, *self.LIMIT, suite=str(changed)) == 0 and asked == TASKS
+        assert [(out / f"{name}.old").read_bytes() for name in names] == before, "hours of asking are not thrown away"
+        assert "is now" in capsys.readouterr().out
         asked.clear()
         assert start(models, out, "--limit", "3", suite=str(changed)) == 0 and asked == TASKS
         assert result(out, "finetuned")["tasks"]["tiny_home"]["items"] == 3

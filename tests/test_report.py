@@ -124,6 +124,21 @@ def test_a_report_never_replaces_what_is_no_report(tmp_path, kind):
     assert sorted(tmp_path.iterdir()) == before and (kind == "folder" or path.read_bytes())
 
 
+def test_what_the_last_report_is_kept_as_may_be_somebodys_file(tmp_path):
+    path = tmp_path / "r.jsonl"
+    (tmp_path / "r.jsonl.old").write_text("my notes\n")
+    Journal().add([record("a")], str(path))
+    with pytest.raises(ValueError, match=r"r\.jsonl\.old exists and is not a report"):
+        Journal().add([record("b")], str(path))
+    assert (tmp_path / "r.jsonl.old").read_text() == "my notes\n" and [r.name for r in read(path)] == ["a"]
+
+
+def test_no_permission_to_write_there(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda place, mode: False)  # root may write everywhere
+    with pytest.raises(ValueError, match="no permission to write in"):
+        Journal().add([record("a")], str(tmp_path / "deep" / "r.jsonl"))
+
+
 def test_a_report_in_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     Journal().add([record("a")], "~/r.jsonl")
@@ -133,8 +148,10 @@ def test_a_report_in_the_home_folder(tmp_path, monkeypatch):
 def test_lines_of_the_wrong_type(tmp_path):
     path = tmp_path / "r.jsonl"
     path.write_text('{"name": null, "shape": [1], "dtype": "float32"}\n')
-    with pytest.raises(ValueError, match=r"line 1.*`name` is not text"):
+    with pytest.raises(ValueError, match=r"line 1: .*`name`: Input should be a valid string"):
         read(path)
+    path.write_text('{"name": "a", "shape": 3, "dtype": "float32"}\n')
+    assert "line 1: not a monosoup record (`shape`: " in CliRunner().invoke(main, ["report", str(path)]).output
     path.write_bytes(b"\xff\x00")
     with pytest.raises(ValueError, match="not text"):
         read(path)

@@ -223,8 +223,14 @@ class Distributor:
             for path, _, line in self.finished[number].reports:
                 if path:
                     lines[os.path.abspath(os.path.expanduser(path))].append(line + "\n")
-        for path, text in lines.items():
-            folders.write_text(Path(report.start(path)), "".join(text))
+        for number, (path, text) in enumerate(lines.items()):
+            try:
+                folders.write_text(Path(report.start(path)), "".join(text))
+            except (OSError, ValueError) as error:
+                # Hours of merging are not thrown away for it; mergekit-yaml would have stopped at the first tensor.
+                name = f"monosoup-report{number or ''}.jsonl"
+                folders.write_text(self.work.files / name, "".join(text))
+                LOG.warning("the report could not be written (%s): it is %s instead", error, self.work.out / name)
 
     def shards(self) -> dict[str, str]:
         """Final name → file in `done`, named as transformers expects; writes the index that goes with more than one."""
