@@ -139,7 +139,7 @@ def edit(
         SolverError: no eigensolver succeeded, and a float64 SVD did not either.
     """
     tuned = [finetuned] if isinstance(finetuned, Tensor) else list(finetuned)
-    check_inputs(pretrained, tuned)
+    check_inputs(pretrained, tuned, name)
     _check_parameters(mode, coefficients, R=R, alpha=alpha, min_rel_update=min_rel_update)
     return or_on_cpu(
         lambda base, others: _edit(
@@ -200,7 +200,7 @@ def preview(
     Returns:
         A record for each :data:`Mode`, ``action`` "inspected".
     """
-    check_inputs(pretrained, [finetuned])
+    check_inputs(pretrained, [finetuned], name)
     _check_parameters("freevariance", "monosoup", R=R, min_rel_update=min_rel_update)
     started = time.perf_counter()
     task_vector = TaskVector(pretrained, [finetuned])

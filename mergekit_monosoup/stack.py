@@ -99,7 +99,7 @@ def edit_batched(jobs: Sequence[Job], **settings: Any) -> Iterator[Result]:
 def _decomposed(batch: Sequence[Job], weights: Sequence[float] | None) -> list[Callable[[], Eigen] | None]:
     """The ladder of every matrix, with what the batch gave as its first rung."""
     for job in batch:
-        check_inputs(job.pretrained, job.tuned)
+        check_inputs(job.pretrained, job.tuned, job.name)
     name = f"batched eigh on {batch[0].pretrained.device}"
     try:
         grams = stacked_gram([TaskVector(job.pretrained, job.tuned, weights) for job in batch])

@@ -125,7 +125,7 @@ def calibrate(
     """
     if not tasks:
         raise ValueError("no task model was given")
-    check_inputs(pretrained, [*tasks, *([] if merged is None else [merged])])
+    check_inputs(pretrained, [*tasks, *([] if merged is None else [merged])], name)
     for key, value in (("alpha", alpha), ("scaling", scaling)):
         words, holds = RANGES[key]
         if not holds(value):

@@ -21,22 +21,23 @@ QUANTISED = (
 )
 
 
-def check_inputs(pretrained: Tensor, tuned: Sequence[Tensor]) -> None:
-    """Raises ValueError unless all are floating point and agree in shape, dtype and device."""
+def check_inputs(pretrained: Tensor, tuned: Sequence[Tensor], name: str) -> None:
+    """Raises ValueError unless all are floating point of 16 bits or more and agree in shape, dtype and device."""
+    where = f"{name}: " if name else ""
     if not tuned:
-        raise ValueError("no fine-tuned weight was given")
+        raise ValueError(f"{where}no fine-tuned weight was given")
     for w in (pretrained, *tuned):
         if not isinstance(w, Tensor):
             raise TypeError(f"weights must be torch tensors, got {type(w).__name__}")
         if w.is_floating_point() and w.dtype.itemsize == 1:
-            raise ValueError(f"{w.dtype}: {QUANTISED}")
+            raise ValueError(f"{where}{w.dtype}: {QUANTISED}")
         if not w.is_floating_point() or (w.shape, w.dtype, w.device) != (
             pretrained.shape,
             pretrained.dtype,
             pretrained.device,
         ):
             raise ValueError(
-                "weights must be floating point and agree in shape, dtype and device: the pretrained one is "
+                f"{where}weights must be floating point and agree in shape, dtype and device: the pretrained one is "
                 f"{tuple(pretrained.shape)} {pretrained.dtype} on {pretrained.device}, "
                 f"a fine-tuned one {tuple(w.shape)} {w.dtype} on {w.device}"
             )

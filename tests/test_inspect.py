@@ -184,8 +184,8 @@ def test_float8_is_refused_by_name(tmp_path):
     save_file({"w": W0.to(torch.float8_e4m3fn)}, tmp_path / "b.safetensors")
     with pytest.raises(ValueError, match=r"w is torch.float8_e4m3fn in .*b\.safetensors: 8-bit .* convert"):
         inspect(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
-    with pytest.raises(ValueError, match="float8_e4m3fn: 8-bit"):
-        edit(W0.to(torch.float8_e4m3fn), W0.to(torch.float8_e4m3fn))
+    with pytest.raises(ValueError, match=r"layers\.0\.w: torch\.float8_e4m3fn: 8-bit"):
+        edit(W0.to(torch.float8_e4m3fn), W0.to(torch.float8_e4m3fn), name="layers.0.w")
 
 
 def test_adapter_references(world, tmp_path):
