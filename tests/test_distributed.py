@@ -434,19 +434,22 @@ def test_a_finished_model_is_left_alone(world, tmp_path, monkeypatch):
     assert_same(out, mergekit(path, tmp_path / "c" / "out", *SMALL))
 
 
-def test_force_removes_weights_and_nothing_else(tmp_path):
+def test_force_removes_weights_and_nothing_else(world, tmp_path):
     weights = ["model.safetensors", "model-1.safetensors", "model-00001-of-00003.safetensors", "pytorch_model.bin"]
     weights += ["model.safetensors.index.json", "pytorch_model.bin.index.json", "config.json"]
-    others = ["README.md", "model_notes.bin", "my-model.safetensors", "adapter_model.safetensors", "tokenizer.json"]
+    others = ["notes.md", "model_notes.bin", "my-model.safetensors", "adapter_model.safetensors"]
+    path, out = config(world, tmp_path), tmp_path / "out"
+    out.mkdir()
     for name in weights + others:
-        (tmp_path / name).touch()
-    with folders.replacing(tmp_path):
-        assert {p.name for p in tmp_path.iterdir()} == {*others, folders.ASIDE}
-    assert {p.name for p in tmp_path.iterdir()} == set(others)
+        (out / name).touch()
+    run(path, out, "--force")
+    for name in others:
+        (out / name).unlink()
+    assert_same(out, mergekit(path, tmp_path / "a" / "out"))
 
 
-def test_what_fails_with_force_gives_the_old_model_back(world, tmp_path, monkeypatch):
-    """One process writes where the old model was: a misspelt path, a wrong value, Ctrl-C in the middle."""
+def test_what_fails_with_force_leaves_the_old_model_alone(world, tmp_path, monkeypatch):
+    """A misspelt path, a wrong method, Ctrl-C in the middle; and the new model replaces it even where it is an input."""
     path, out = config(world, tmp_path), tmp_path / "out"
     run(path, out)
     before = {p.name: p.read_bytes() for p in out.iterdir()}
@@ -455,22 +458,46 @@ def test_what_fails_with_force_gives_the_old_model_back(world, tmp_path, monkeyp
     wrong.write_text(path.read_text().replace("monosoup", "monosuop"))
     with pytest.raises(Exception, match="monosuop"):
         run(wrong, out, "--force")
-    own = tmp_path / "own.yml"
-    own.write_text(path.read_text().replace(f"{world}/qwen3/tuned0", str(out)))
-    assert str(out) in own.read_text()
-    assert "is an input of this merge" in run(own, out, "--force", code=1)
 
     def interrupted(**given):
-        (out / "model-00001-of-00002.safetensors").write_bytes(b"half")
+        (Path(given["out_path"]) / "model-00001-of-00002.safetensors").write_bytes(b"half")
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(command.run_yaml.main, "callback", interrupted)
         run(path, out, "--force", code=1)
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before
-    run(path, out, "--force")
-    assert_same(out, mergekit(path, tmp_path / "a" / "out"))
-    assert not (out / folders.ASIDE).exists()
+    own = tmp_path / "own.yml"
+    own.write_text(path.read_text().replace(f"{world}/qwen3/tuned0", str(out)))
+    assert str(out) in own.read_text()
+    shutil.copytree(out, tmp_path / "copy")
+    own_copy = tmp_path / "own_copy.yml"
+    own_copy.write_text(own.read_text().replace(str(out), str(tmp_path / "copy")))
+    expected = stored(mergekit(own_copy, tmp_path / "b" / "out"))
+    run(own, out, "--force")
+    assert all(torch.equal(stored(out)[name], tensor) for name, tensor in expected.items())
+    assert {p.name for p in out.iterdir()} == before.keys()
+
+
+def test_a_new_model_on_its_way_into_place_is_not_lost(world, tmp_path, monkeypatch):
+    path, out = config(world, tmp_path), tmp_path / "out"
+    run(path, out)
+    other = config(world, tmp_path, "linear", parameters={"weight": 0.5})
+    replace = os.replace
+
+    def full(source, target):
+        if os.path.basename(target) == "config.json" and Path(target).parent == out:
+            raise OSError(28, "No space left on device", str(target))
+        return replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        with pytest.raises(OSError, match="No space left"):
+            run(other, out, "--force")
+    assert not (out / "config.json").exists()
+    assert "--resume continues it" in run(other, out, code=1)
+    run(other, out, "--resume")
+    assert_same(out, mergekit(other, tmp_path / "a" / "out"))
 
 
 class Killed(BaseException):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import traceback
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -20,7 +18,7 @@ from mergekit.scripts import run_yaml
 
 from mergekit_monosoup.distributed.driver import MergeError, Request, merge
 from mergekit_monosoup.distributed.engines import InProcess, OnRay, import_ray
-from mergekit_monosoup.distributed.folder import Done, WorkFolder, replacing
+from mergekit_monosoup.distributed.folder import Done, WorkFolder
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 ALONE = "--gpus gives each of several workers a GPU: add --workers N, or take --cuda for one"
@@ -61,18 +59,22 @@ def run(
     """
     on_ray = address is not None or (workers or 1) > 1
     if not (on_ray or resume or seed_per_tensor):
+        work = WorkFolder(out_path)
         with _errors(out_path, verbose=False):
             if gpus:
                 raise ValueError(ALONE)
-            config, _ = _configuration(config_file)
-            if force and os.path.realpath(out_path) in map(os.path.realpath, _paths(config)):
-                raise ValueError(
-                    f"{out_path} is an input of this merge and would be replaced by it: name another folder"
-                )
-            with WorkFolder(out_path).claimed(resume=False, force=force):
+            _configuration(config_file)  # one line for what is wrong with it, as with several workers
+            with work.claimed(resume=False, force=force):
                 pass
-        with replacing(out_path) if force else contextlib.nullcontext():
-            run_yaml.main.callback(config_file=config_file, out_path=out_path, **merge_options.model_dump())  # type: ignore[misc]
+        mergekit_yaml = partial(run_yaml.main.callback, config_file=config_file, **merge_options.model_dump())  # type: ignore[misc, arg-type]
+        if not force:
+            mergekit_yaml(out_path=out_path)
+            return
+        with work.claimed(resume=False, force=True):  # the old model stays until the new one is complete
+            mergekit_yaml(out_path=str(work.files))
+            work.prepare({})
+            work.publish()
+            work.remove()
         return
     with _errors(out_path, merge_options.verbosity > 0):
         options = _checked(merge_options, on_ray, gpus)
@@ -99,14 +101,6 @@ def _configuration(path: str) -> tuple[MergeConfiguration, str]:
     """
     source = Path(path).read_text(encoding="utf-8")
     return MergeConfiguration.model_validate(_document(path, source)), source
-
-
-def _paths(config: MergeConfiguration) -> Iterator[str]:
-    """Of all models and adapters that it reads."""
-    for reference in config.referenced_models():
-        yield reference.model.path
-        if reference.lora:
-            yield reference.lora.path
 
 
 def _document(path: str, source: str) -> Any:

@@ -39,7 +39,6 @@ LOG = logging.getLogger("mergekit_monosoup")
 NAME = ".mergekit-monosoup"
 FORMAT = 1  # of what lies in the folder; raised when an older version could not continue it
 # As mergekit and transformers name them; model-1.safetensors is what mergekit-yaml leaves when it is interrupted.
-ASIDE = ".monosoup-replaced"
 WEIGHTS = re.compile(r"(model|pytorch_model)(-\d+(-of-\d+)?)?\.(safetensors|bin)(\.index\.json)?$")
 CHUNK = 2**22  # bytes read at a time for a checksum
 READERS = 8  # files checked at a time
@@ -165,6 +164,8 @@ class WorkFolder:
         Raises:
             FolderError: it does not; the message says in what.
         """
+        if not self._header.exists():  # one process with --force has none: its model is complete
+            return {}
         wanted = json.loads(json.dumps(wanted))  # tuples become lists, as in the file
         header: dict[str, Any] = json.loads(self._header.read_text(encoding="utf-8"))
         if header["format"] != FORMAT:
@@ -203,8 +204,8 @@ class WorkFolder:
 
     @property
     def begun(self) -> bool:
-        """Whether there is something to resume: at least one finished batch."""
-        return self._header.exists() and any(self.done.glob("*.json"))
+        """Whether there is something to resume: at least one finished batch, or a model on its way into place."""
+        return self.publishing or (self._header.exists() and any(self.done.glob("*.json")))
 
     @property
     def publishing(self) -> bool:
@@ -217,9 +218,6 @@ class WorkFolder:
         moves = {name: f"done/{file}" for name, file in shards.items()}
         moves |= {name: f"files/{self.files.name}/{name}" for name in others}
         moves["config.json"] = moves.pop("config.json")  # last: without it no program sees a model
-        # An old model in the folder stops being one before the first new file comes.
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(self.out / "config.json")
         old = [name for name in os.listdir(self.out) if WEIGHTS.match(name) and name not in moves]
         write_text(self._publish, json.dumps({"remove": old, "move": moves}))
 
@@ -230,7 +228,9 @@ class WorkFolder:
             FolderError: a file that should be renamed is gone.
         """
         steps = json.loads(self._publish.read_text(encoding="utf-8"))
-        for name in steps["remove"]:
+        # An old model in the folder stops being one before the first new file comes.
+        old = ["config.json"] if (self.path / steps["move"]["config.json"]).exists() else []
+        for name in [*old, *steps["remove"]]:
             with contextlib.suppress(FileNotFoundError):
                 os.remove(self.out / name)
         for name, source in steps["move"].items():
@@ -274,32 +274,6 @@ def check_free(out: str | Path, *, resume: bool, force: bool) -> None:
         raise FolderError(f"{out} holds a finished model; --force replaces it")
     if there:
         raise FolderError(f"{out} holds weights without a config.json ({there[0]}, …); --force replaces them")
-
-
-@contextlib.contextmanager
-def replacing(out: str | Path) -> Iterator[None]:
-    """Moves the model in ``out`` aside while another is written there directly: `--force` for one process.
-
-    Whatever is raised puts it back; success removes it. After a kill it is still in the folder aside, and comes back with
-    the next failure.
-    """
-    out = Path(out)
-    aside = out / ASIDE
-    if not aside.exists() and (old := _model_files(out)):
-        aside.mkdir()
-        for name in old:
-            os.replace(out / name, aside / name)
-    try:
-        yield
-    except BaseException:
-        if aside.exists():
-            for name in _model_files(out):
-                os.remove(out / name)
-            for name in reversed(_model_files(aside)):
-                os.replace(aside / name, out / name)
-            aside.rmdir()
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _model_files(folder: Path) -> list[str]:
