@@ -62,6 +62,8 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue  # `<<: *anchor`; what it brings in is there to be overwritten
             key = self.construct_object(key_node, deep=True)
             if isinstance(key, Hashable) and key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} appears twice", key_node.start_mark)
@@ -106,7 +108,8 @@ def _stage_names(documents: list[Any], stages: list[str]) -> Iterator[Finding]:
 
 def _strings(document: dict[str, Any]) -> set[str]:
     """Strings that are not model references: method, dtypes, parameter values."""
-    found = {v for k, v in document.items() if k not in ("name", "base_model") and isinstance(v, str)}
+    references = ("name", "base_model", "tokenizer_source")
+    found = {v for k, v in document.items() if k not in references and isinstance(v, str)}
     for _, parameters, _ in _parameter_sections(document):
         found |= {leaf for value in parameters.values() for leaf in _leaves(value) if isinstance(leaf, str)}
     return found
@@ -119,7 +122,10 @@ def _reports(document: dict[str, Any]) -> Iterator[str]:
 
 def _place(path: str) -> str:
     """One spelling of a local path."""
-    return os.path.realpath(os.path.expanduser(path))
+    try:
+        return os.path.realpath(os.path.expanduser(path))
+    except ValueError:  # a null byte
+        return path
 
 
 def _leaves(value: Any) -> Iterator[Any]:
@@ -236,7 +242,7 @@ class _Document:
         for number, piece in enumerate(config.slices or []):
             for source in piece.sources:
                 layers = getattr(source.model.config(), "num_hidden_layers", math.inf)
-                if source.layer_range is not None and source.layer_range[1] > layers:
+                if source.layer_range is not None and not 0 <= source.layer_range[0] <= source.layer_range[1] <= layers:
                     raise self._refused(
                         f"slices[{number}]", f"layer_range {list(source.layer_range)}: {source.model} has {layers}"
                     )
@@ -368,10 +374,7 @@ class _Document:
     # -- models -------------------------------------------------------------------------------------------------------
 
     def _inputs(self, method: MergeMethod) -> Iterator[Finding]:
-        base = self.data.get("base_model")
-        slices = self.data.get("slices")
-        groups = [s.get("sources") or [] for s in slices] if slices else [self.data.get("models") or []]
-        for number, group in enumerate(groups):
+        for place, group, base in self._groups():
             ids = [str(m.get("model")) for m in group]
             if twice := sorted({name for name in ids if ids.count(name) > 1}):
                 yield Finding("error", self._at("models"), f"listed twice: {', '.join(twice)}")
@@ -384,16 +387,25 @@ class _Document:
                         self._at(name),
                         f"is the same model as {places[_place(name)]}; mergekit takes two spellings for two models",
                     )
-            if base is not None and str(base) not in ids and not slices:
+            if base is not None and str(base) not in ids and place is None:
                 ids.append(str(base))
             try:
                 method.validate_inputs(
                     ids,
                     str(base) if base is not None else None,
-                    group_name=f"model.slices[{number}]" if slices else None,
+                    group_name=place,
                 )
             except ValueError as error:
                 yield Finding("error", self._at("models"), str(error))
+
+    def _groups(self) -> Iterator[tuple[str | None, list[Any], Any]]:
+        """(name of the slice or None, models, base model) of everything that is merged as one."""
+        for section in (self.data, *_mapping(self.data.get("modules")).values()):
+            base = self.data.get("base_model")
+            if section.get("models"):
+                yield None, section["models"], base
+            for number, piece in enumerate(section.get("slices") or []):
+                yield f"model.slices[{number}]", piece.get("sources") or [], piece.get("base_model") or base
 
     def _dtypes(self) -> Iterator[Finding]:
         sizes = {}
@@ -453,6 +465,9 @@ class _Document:
         stored = {tensor for tensors in found.values() for tensor in tensors}
         yield from self._filters(stored if planned is None else planned, stored)
         first, *others = found
+        # Of models that are cut into slices not every tensor is merged with that of the same name.
+        sections = (self.data, *map(_mapping, _mapping(self.data.get("modules")).values()))
+        level: Literal["error", "warning"] = "warning" if any(s.get("slices") for s in sections) else "error"
         aligned = self.data.get("tokenizer") is not None or self.data.get("tokenizer_source") is not None
         for other in others:
             differing = [
@@ -467,13 +482,13 @@ class _Document:
                 if _only_vocabulary(tensor, found[first][tensor], found[other][tensor]):
                     hint = "; the vocabularies differ: add `tokenizer: {source: base}`"
                 yield Finding(
-                    "error",
+                    level,
                     self._at(tensor),
                     f"{found[first][tensor]} in {first} but {found[other][tensor]} in {other}{hint}",
                 )
             if len(differing) > SHOWN:
                 yield Finding(
-                    "error", self._at(other), f"{len(differing) - SHOWN} more tensors differ in shape from {first}"
+                    level, self._at(other), f"{len(differing) - SHOWN} more tensors differ in shape from {first}"
                 )
             if found[first] and found[other] and not set(found[first]) & set(found[other]):
                 yield Finding(

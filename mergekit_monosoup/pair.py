@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 from zipfile import is_zipfile
 
 import torch
@@ -147,13 +148,15 @@ class _Pickled:
     def __init__(self, index: ShardedTensorIndex):
         self.index = index
         self._file = ""
-        self._tensors: dict[str, Tensor] = {}
+        self._tensors: dict[str, Any] = {}
 
     def get_tensor(self, name: str) -> Tensor:
         if self._file != (file := os.path.join(self.index.base_path, self.index.tensor_paths[name])):
             tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zipfile(file))
             self._file, self._tensors = file, tensors.get("state_dict", tensors)
-        return self._tensors[name]
+        if not isinstance(tensor := self._tensors[name], Tensor):
+            raise TypeError(f"it is no tensor but {tensor!r:.40}; save the weights alone")
+        return tensor
 
 
 def stored_dtype(tensors: Iterable[Tensor]) -> torch.dtype:

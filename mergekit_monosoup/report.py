@@ -102,6 +102,8 @@ def check_path(path: str) -> str:
     place = os.path.abspath(os.path.expanduser(path))
     if not path.strip():
         raise ValueError("is empty; leave the line out for no report")
+    if "\0" in path:
+        raise ValueError(f"{path!r} is no file name: it holds a null byte")
     if os.path.isdir(place):
         raise ValueError(f"{path} is a folder; name a file in it, {os.path.join(path, 'report.jsonl')}")
     above = os.path.dirname(place)
@@ -122,7 +124,11 @@ def check_path(path: str) -> str:
 
 def _replaceable(place: str) -> bool:
     """Nothing is there, or a report (an empty one has no lines)."""
-    if not os.path.exists(place) or (os.path.isfile(place) and not os.path.getsize(place)):
+    if not os.path.exists(place):
+        return True
+    if not os.path.isfile(place):
+        return False  # a pipe or a device: opening it may wait for ever, and renaming it would be worse
+    if not os.path.getsize(place):
         return True
     try:
         with open(place, encoding="utf-8") as file:

@@ -297,3 +297,40 @@ def test_adapters_and_codes_and_dtypes(write, models, tmp_path):
     assert (
         check(write(**given, out_dtype="bfloat16")) == [] == check(write(**given, dtype="float32", out_dtype="float32"))
     )
+
+
+def test_valid_ways_to_write_a_merge(write, models, tmp_path):
+    """Anchors with merge keys, modules, a base for one slice, other vocabularies in other slices, stages as tokenizers."""
+    base, tuned = models
+    text = f"""
+merge_method: monosoup
+base_model: {base}
+models:
+  - &first
+    model: {tuned[0]}
+    parameters: {{weight: 1}}
+  - <<: *first
+    model: {tuned[1]}
+"""
+    assert messages(write(text)) == []
+    entries = [{"model": base}, {"model": tuned[0]}]
+    assert messages(write(models=None, modules={"default": {"models": entries}})) == []
+    layers = [{"sources": [{**entry, "layer_range": [0, 2]} for entry in entries]}]
+    assert messages(write(models=None, modules={"default": {"slices": layers}})) == []
+    pair = [{"model": name, "layer_range": [0, 2]} for name in tuned]
+    slices = [{"base_model": tuned[1], "sources": pair}]
+    assert messages(write(merge_method="task_arithmetic", models=None, slices=slices, parameters={"weight": 1})) == []
+    assert messages(write(models=None, slices=[{"sources": pair}])), "the base is not among the sources"
+    _, (other,) = checkpoints.pair(tmp_path, tuned_vocabulary=checkpoints.VOCABULARY + 8)
+    parts = [[{"model": base, "layer_range": [0, 1]}], [{"model": str(other), "layer_range": [1, 2]}]]
+    given = {"merge_method": "passthrough", "base_model": None, "models": None}
+    path = write(**given, slices=[{"sources": part} for part in parts])
+    assert messages(path) == [] and any("vocabularies differ" in m for m in messages(path, "warning"))
+    parts[0][0]["layer_range"] = [-1, 1]
+    assert "layer_range [-1, 1]" in messages(write(**given, slices=[{"sources": part} for part in parts]))[0]
+    stages = [
+        {"name": "s1", "merge_method": "linear", "models": [{"model": t, "parameters": {"weight": 1}} for t in tuned]},
+        {"merge_method": "passthrough", "models": [{"model": "s1"}], "tokenizer_source": "s1"},
+    ]
+    assert messages(write(yaml.safe_dump_all(stages))) == []
+    assert check(write(parameters={"report": "a\0b"})), "a null byte is no file name"

@@ -178,6 +178,13 @@ def test_bin_files_that_a_lazy_unpickler_cannot_read(tmp_path, zipped):
     assert record.name == "w" and record.rel_update == pytest.approx(expected, rel=1e-6)
 
 
+def test_what_is_no_tensor_is_named(tmp_path):
+    for name in ("a.pt", "b.pt"):
+        torch.save({"w": torch.randn(4, 4), "epoch": 3}, tmp_path / name)
+    result = CliRunner().invoke(main, ["inspect", str(tmp_path / "a.pt"), str(tmp_path / "b.pt")])
+    assert result.exit_code == 1 and "epoch cannot be read from" in result.output and "no tensor but 3" in result.output
+
+
 def test_float8_is_refused_by_name(tmp_path):
     W0 = torch.randn(8, 6)
     save_file({"w": W0.bfloat16()}, tmp_path / "a.safetensors")

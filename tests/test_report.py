@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 import torch
@@ -131,6 +132,13 @@ def test_what_the_last_report_is_kept_as_may_be_somebodys_file(tmp_path):
     with pytest.raises(ValueError, match=r"r\.jsonl\.old exists and is not a report"):
         Journal().add([record("b")], str(path))
     assert (tmp_path / "r.jsonl.old").read_text() == "my notes\n" and [r.name for r in read(path)] == ["a"]
+
+
+def test_a_pipe_is_no_report(tmp_path):
+    """Looking into it would wait for a writer."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="is not a report"):
+        Journal().add([record("a")], str(tmp_path / "pipe"))
 
 
 def test_no_permission_to_write_there(tmp_path, monkeypatch):
