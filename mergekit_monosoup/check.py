@@ -224,10 +224,8 @@ class _Document:
                 raise self._refused(str(reference), "has no config.json, which mergekit needs")
             try:
                 kind = arch_info_for_config(reference.config())
-            except Exception:
-                return (
-                    None  # code of its own, which is not to be run here, or a type that this transformers does not know
-                )
+            except Exception:  # it has code of its own, not to be run here, or this transformers does not know it
+                return None
             if kind is None:
                 return None  # mergekit infers such architectures from all files
             kinds[reference] = kind

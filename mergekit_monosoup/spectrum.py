@@ -157,9 +157,8 @@ class Spectrum:
     def _decompose(self, reason: str) -> None:
         """The last rung: a float64 SVD on the CPU, of the triangular factor of X so that X still streams."""
         LOG.warning("falling back to a float64 SVD on the CPU: %s", reason)
-        device = torch.device(
-            "cpu"
-        )  # named below, for in a thread of --multi-gpu the GPU is where new tensors are made
+        # Named for the tensor below: in a thread of --multi-gpu new tensors are made on its GPU.
+        device = torch.device("cpu")
         triangle = torch.empty(0, self._width, dtype=torch.float64, device=device)
         try:
             for block in self._blocks():

@@ -269,19 +269,11 @@ def check_free(out: str | Path, *, resume: bool, force: bool) -> None:
                 f"{out} holds an unfinished merge ({count} batches done): --resume continues it, --force starts over"
             )
         return
-    there = _model_files(folder.out)
+    there = sorted(name for name in os.listdir(folder.out) if name == "config.json" or WEIGHTS.match(name))
     if "config.json" in there:
         raise FolderError(f"{out} holds a finished model; --force replaces it")
     if there:
         raise FolderError(f"{out} holds weights without a config.json ({there[0]}, …); --force replaces them")
-
-
-def _model_files(folder: Path) -> list[str]:
-    """config.json, without which the others are no model, and weights."""
-    names = os.listdir(folder) if folder.is_dir() else []
-    return sorted(
-        (name for name in names if name == "config.json" or WEIGHTS.match(name)), key=lambda name: name != "config.json"
-    )
 
 
 # -- of the workers ------------------------------------------------------------------------------------------------------
