@@ -76,11 +76,17 @@ def edit_each(jobs: Sequence[Job], **settings: Any) -> Iterator[Result]:
     Raises:
         What :func:`monosoup.edit` raises, for the first job that fails.
     """
-    shapes = {(job.pretrained.shape, job.pretrained.dtype, job.pretrained.device) for job in jobs}
-    if len(jobs) > 1 and len(shapes) == 1 and jobs[0].pretrained.device.type == "cuda" and jobs[0].pretrained.ndim > 1:
+    if _one_batch(jobs):
         yield from edit_batched(jobs, **settings)
     else:
         yield from each(lambda job: edit(job.pretrained, job.tuned, name=job.name, **settings), jobs)
+
+
+def _one_batch(jobs: Sequence[Job]) -> bool:
+    if len(jobs) < 2 or len({(job.pretrained.shape, job.pretrained.dtype, job.pretrained.device) for job in jobs}) > 1:
+        return False
+    # MPS has no float64: each of its matrices goes to the CPU by itself.
+    return jobs[0].pretrained.ndim > 1 and jobs[0].pretrained.device.type not in ("cpu", "mps")
 
 
 def edit_batched(jobs: Sequence[Job], **settings: Any) -> Iterator[Result]:

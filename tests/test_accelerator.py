@@ -1,0 +1,26 @@
+"""Runs ``accelerator/checks.py`` in a process of its own: the other tests would see its device, and torch would prefer it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from torch.utils import backend_registration
+
+TESTS = Path(__file__).parent
+
+
+@pytest.mark.skipif(
+    not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
+    reason="this torch has no devices written in Python",
+)
+def test_on_an_accelerator_that_any_machine_has():
+    checks = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(TESTS / "accelerator" / "checks.py")]
+    run = subprocess.run(
+        checks, cwd=TESTS.parent, env={**os.environ, "PYTHONPATH": str(TESTS)}, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "skipped" not in run.stdout
