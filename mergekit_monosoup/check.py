@@ -12,7 +12,7 @@ import os
 import re
 import types
 import typing
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +22,7 @@ from mergekit import merge_methods
 from mergekit.architecture import ModelArchitecture, arch_info_for_config
 from mergekit.common import ModelReference, dtype_from_name
 from mergekit.config import ConditionalParameter, MergeConfiguration
-from mergekit.io import ShardedTensorIndex
+from mergekit.io import LazyTensorLoader, ShardedTensorIndex
 from mergekit.io.tasks import SaveTensor
 from mergekit.merge_methods.base import MergeMethod, ParameterScope
 from mergekit.options import MergeOptions
@@ -30,6 +30,7 @@ from mergekit.plan import MergePlanner
 from mergekit.scripts.merge_raw_pytorch import RawPyTorchMergeConfig
 from pydantic import BaseModel, ValidationError
 
+from mergekit_monosoup.distributed import plan
 from mergekit_monosoup.pair import FILE_SUFFIXES, SHOWN, NotThereError, check_path
 
 # This package's methods and which of their parameters may differ between models; the others hold for the whole merge.
@@ -205,7 +206,7 @@ class _Document:
             )
         found += self._dtypes()
         yield from found
-        planned: set[str] | None = None
+        planned: list[SaveTensor] | None = None
         if isinstance(config, MergeConfiguration) and not any(finding.level == "error" for finding in found):
             try:
                 planned = self._plan(config)
@@ -213,8 +214,8 @@ class _Document:
                 yield error.finding
         yield from self._tensors(planned)
 
-    def _plan(self, config: MergeConfiguration) -> set[str] | None:
-        """Names of the tensors that mergekit would make; None where that takes more than the files that lie here."""
+    def _plan(self, config: MergeConfiguration) -> list[SaveTensor] | None:
+        """The tensors that mergekit would make; None where that takes more than the files that lie here."""
         references = config.referenced_models()
         if any(r.lora or not os.path.isdir(r.model.path) for r in references):
             return None
@@ -248,7 +249,7 @@ class _Document:
         try:  # on a copy, for the planner rewrites the configuration
             planner = MergePlanner(config.model_copy(deep=True), kinds[first], MergeOptions(quiet=True), shape)
             tasks = planner.plan_to_disk("")  # which only writes when it is executed
-            return {task.tensor_name for task in tasks if isinstance(task, SaveTensor)}
+            return [task for task in tasks if isinstance(task, SaveTensor)]
         except Exception as error:  # whatever it raises now it would raise in the merge
             raise self._refused("top level", f"mergekit cannot plan this merge: {error}") from error
 
@@ -421,7 +422,7 @@ class _Document:
                 "of `dtype`, what is stored may be less",
             )  # fmt: skip
 
-    def _tensors(self, planned: set[str] | None) -> Iterator[Finding]:
+    def _tensors(self, planned: list[SaveTensor] | None) -> Iterator[Finding]:
         """Compares tensors of the same name between the base (or first) model and each other one."""
         names = [str(m["model"]) for m in _models(self.data)]
         if self.data.get("base_model") is not None:
@@ -461,7 +462,15 @@ class _Document:
             return
         yield from self._working_dtype(dtypes)
         stored = {tensor for tensors in found.values() for tensor in tensors}
-        yield from self._filters(stored if planned is None else planned, stored)
+        yield from self._filters(stored if planned is None else {task.tensor_name for task in planned}, stored)
+        lacking = _lacking(planned) if planned and len(found) == len(set(names)) else {}
+        for model, needed in lacking.items():
+            yield Finding(
+                "error",
+                self._at(model),
+                f"lacks {len(needed)} tensor(s) that the merge needs, whole or in part: {', '.join(sorted(needed)[:SHOWN])}; "
+                "is the checkpoint complete?",
+            )
         first, *others = found
         # Of models that are cut into slices not every tensor is merged with that of the same name.
         sections = (self.data, *map(_mapping, _mapping(self.data.get("modules")).values()))
@@ -497,7 +506,7 @@ class _Document:
                 (set(found[first]) - set(found[other]), other, first),
                 (set(found[other]) - set(found[first]), first, other),
             ):
-                if missing:
+                if missing := missing - lacking.get(here, set()):
                     yield Finding(
                         "warning",
                         self._at(here),
@@ -617,6 +626,20 @@ def _members(annotation: Any) -> Iterator[Any]:
             yield from _members(argument)
     else:
         yield annotation
+
+
+def _lacking(tasks: Sequence[SaveTensor]) -> dict[str, set[str]]:
+    """Model -> tensors (mergekit's names) without which mergekit would stop; all models are readable folders."""
+    loads = dict.fromkeys(load for task in tasks for load in plan.loads(task.tensor_task))
+    models = {load.model for load in loads}
+    inputs = plan.Inputs({m: LazyTensorLoader(ShardedTensorIndex.from_disk(m.model.path)) for m in models})
+    found: dict[str, set[str]] = {}
+    for load in loads:
+        try:
+            inputs.sources(load)
+        except plan.LackingError:
+            found.setdefault(str(load.model), set()).add(load.tensor)
+    return found
 
 
 def headers(model: ModelReference) -> Headers:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 
 import checkpoints
 import pytest
 import torch
 import yaml
 from click.testing import CliRunner
-from safetensors.torch import save_file
+from mergekit.config import MergeConfiguration
+from mergekit.merge import run_merge
+from mergekit.options import MergeOptions
+from safetensors.torch import load_file, save_file
 
 from mergekit_monosoup.check import check
 from mergekit_monosoup.cli import main
@@ -206,10 +211,6 @@ def test_filters_that_match_nothing(write):
 
 
 def test_tensors_that_a_model_lacks_and_damaged_files(write, models, tmp_path):
-    from pathlib import Path
-
-    from safetensors.torch import load_file, save_file
-
     folder = tmp_path / "other"
     folder.mkdir()
     state = load_file(Path(models[0]) / "model.safetensors")
@@ -219,6 +220,28 @@ def test_tensors_that_a_model_lacks_and_damaged_files(write, models, tmp_path):
     (folder / "model.safetensors").write_bytes(b"\x10")
     without_config, damaged = messages(write(models=[{"model": str(folder)}]))
     assert "has no config.json, which mergekit needs" in without_config and "cannot be read" in damaged
+
+
+def test_tensors_that_the_merge_needs(write, tmp_path, monkeypatch):
+    """Tied heads and stacks of experts that are stored one by one are not missing, a part of such a stack is."""
+    monkeypatch.chdir(tmp_path)
+    base, (tuned,) = checkpoints.pair(tmp_path, "qwen3_moe", tied=True)
+    path = write(base_model=str(base), models=[{"model": str(tuned)}])
+    assert messages(path) == []
+    state = checkpoints.state_dict(tuned)
+    for gone in ("model.layers.1.self_attn.q_proj.weight", "model.layers.1.mlp.experts.3.up_proj.weight"):
+        del state[gone]
+    broken = tmp_path / "broken"
+    shutil.copytree(tuned, broken)
+    save_file(state, broken / "model.safetensors", metadata={"format": "pt"})
+    path = write(base_model=str(base), models=[{"model": str(broken)}])
+    (error,) = messages(path)
+    assert (
+        error.startswith(f"{broken}: lacks 2 tensor(s) that the merge needs, whole or in part: ") and "q_proj" in error
+    )
+    assert not any("q_proj" in warning for warning in messages(path, "warning"))
+    with pytest.raises(RuntimeError, match=r"required but not present|must match"):
+        run_merge(MergeConfiguration.model_validate(yaml.safe_load(path.read_text())), "out", MergeOptions(quiet=True))
 
 
 def test_a_tokenizer_that_aligns_vocabularies(write, tmp_path):

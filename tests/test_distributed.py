@@ -21,6 +21,7 @@ import yaml
 from click.testing import CliRunner
 from mergekit.options import MergeOptions
 from mergekit.scripts import run_yaml
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mergekit_monosoup import report
@@ -306,6 +307,22 @@ def test_what_cannot_be_honoured_is_refused(options, said, world, tmp_path, monk
     monkeypatch.setattr(command, "import_ray", lambda: None)  # there is none for the newest Python
     assert said in run(config(world, tmp_path), tmp_path / "out", *options, code=1)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("indexed", [False, True])
+def test_an_incomplete_model_is_noticed_before_anything_is_merged(indexed, world, tmp_path):
+    gone = "model.layers.0.mlp.up_proj.weight"
+    path, broken = config(world, tmp_path, family="wide"), tmp_path / "broken"
+    shutil.copytree(world / "wide" / "tuned0", broken)
+    state = load_file(broken / "model.safetensors")
+    if indexed:
+        index = {"weight_map": dict.fromkeys(state, "model.safetensors")}
+        (broken / "model.safetensors.index.json").write_text(json.dumps(index))
+    save_file({n: t for n, t in state.items() if n != gone}, broken / "model.safetensors", metadata={"format": "pt"})
+    path.write_text(path.read_text().replace(f"{world}/wide/tuned0", str(broken)))
+    output = run(path, tmp_path / "b" / "out", "--resume", code=1)
+    assert f"lacks {gone}" in output and "broken" in output and "is the checkpoint complete?" in output
+    assert not (tmp_path / "b" / "out").exists()
 
 
 def test_an_option_of_a_later_mergekit_is_refused(world, tmp_path, monkeypatch):

@@ -47,6 +47,10 @@ class PlanError(ValueError):
     """mergekit's plan holds what this package does not know how to divide."""
 
 
+class LackingError(ValueError):
+    """A model does not have a tensor that the merge needs."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """What mergekit's planner asks for, taken apart."""
@@ -171,19 +175,23 @@ class Inputs:
     _kinds: dict[ModelReference, str] = field(default_factory=dict)
 
     def footprint(self, task: SaveTensor) -> Footprint:
-        """Of one output tensor, from the headers of what it loads."""
-        loads = [(load, *self._loaded(load)) for load in dict.fromkeys(_loads(task.tensor_task))]
+        """Of one output tensor, from the headers of what it loads.
+
+        Raises:
+            LackingError: mergekit could not load one of its inputs.
+        """
+        inputs = [(load, *self.sources(load)) for load in dict.fromkeys(loads(task.tensor_task))]
         held, written = 0, 0
         lean = getattr(task.tensor_task, "method_name", "") in LEAN
-        for load, stored, shape in loads:
+        for load, stored, shape in inputs:
             if not stored:
                 continue
             # Alive twice while it is cast, or stacked from single experts.
             held += math.prod(shape) * _itemsize(load.dtype, stored[0].itemsize) + sum(source.size for source in stored)
             held += 0 if lean else WORKING * math.prod(shape)
             written = written or math.prod(shape) * _itemsize(task.dtype or load.dtype, stored[0].itemsize)
-        buffers = max((self._buffers(task.tensor_name, shape) for _, _, shape in loads), default=0)
-        sources = dict.fromkeys(source for _, stored, _ in loads for source in stored)
+        buffers = max((self._buffers(task.tensor_name, shape) for _, _, shape in inputs), default=0)
+        sources = dict.fromkeys(source for _, stored, _ in inputs for source in stored)
         return Footprint(
             files=tuple(dict.fromkeys(source.file for source in sources)),
             read=sum(source.size for source in sources),
@@ -200,8 +208,12 @@ class Inputs:
         one = SQUARES * min(len(matrix), matrix.numel() // len(matrix)) ** 2
         return max(one, min(one * min(self.threads, len(parts)), STACK_BUFFERS))
 
-    def _loaded(self, load: LoadTensor) -> tuple[list[Stored], tuple[int, ...]]:
-        """What is read for a tensor and its shape; nothing of an optional tensor that the model lacks."""
+    def sources(self, load: LoadTensor) -> tuple[list[Stored], tuple[int, ...]]:
+        """What is read for a tensor and its shape; nothing of an optional tensor that the model lacks.
+
+        Raises:
+            LackingError: the model lacks it, or a part of it.
+        """
         loader = self.loaders[load.model]
         paths = loader.index.tensor_paths
         for name in (load.tensor, *(load.aliases or ()), *(load.tied_names or ())):
@@ -214,9 +226,14 @@ class Inputs:
             for target in (load.tensor, *(load.aliases or ())):
                 read: list[Stored] = []
                 sources = {name: partial(self._empty, loader, name, read) for name in names}
-                made = convert_checkpoint_tensors(self._kind(load.model), sources, target)
+                try:
+                    made = convert_checkpoint_tensors(self._kind(load.model), sources, target)
+                except RuntimeError as error:  # a stack of experts, of which some are missing
+                    raise LackingError(f"{load.model} lacks parts of {load.tensor}: {error}") from error
                 if made is not None:
                     return read, tuple(made.shape)
+        if not load.optional:
+            raise LackingError(f"{load.model} lacks {load.tensor}, which the merge needs: is the checkpoint complete?")
         return [], ()
 
     def _near(self, model: ModelReference) -> dict[tuple[int, ...], list[str]]:
@@ -240,6 +257,8 @@ class Inputs:
         file = os.path.join(loader.index.base_path, loader.index.tensor_paths[name])
         if file not in self._headers:
             self._headers[file] = _header(file)
+        if name not in self._headers[file]:
+            raise LackingError(f"{file} lacks {name}, which the index beside it lists: is the checkpoint complete?")
         return self._headers[file][name]
 
 
@@ -248,11 +267,12 @@ def _itemsize(dtype: str | None, otherwise: int) -> int:
     return named.itemsize if named else otherwise
 
 
-def _loads(task: Task[Any]) -> Iterator[LoadTensor]:
+def loads(task: Task[Any]) -> Iterator[LoadTensor]:
+    """What a task reads, directly or through others; a tensor that several of these ask for comes several times."""
     if isinstance(task, LoadTensor):
         yield task
     for argument in task.arguments().values():
-        yield from _loads(argument)
+        yield from loads(argument)
 
 
 def _header(file: str) -> dict[str, Stored]:
