@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluation import sources, statistics, store
+from evaluation import fingerprint, sources, statistics, store
 from evaluation.statistics import Difference, Estimate
 from evaluation.suite import Suite, Task
 
@@ -55,6 +55,7 @@ class Comparison:
     cells: dict[str, list[Cell]]  # by model
     w0: str
     merges: dict[str, dict[str, Any] | None]  # what made each model, see `sources.Source.merge`
+    weights: dict[str, str]  # digest of each model's
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
@@ -63,11 +64,18 @@ def compare(
     folders: Sequence[Path], reference: str = "finetuned", only: Collection[str] | None = None
 ) -> list[Comparison]:
     """One comparison per suite that has results in all of the folders, of all models or `only` some."""
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise ComparisonError(
+            "a folder is given twice; several folders are runs of their own, with spread between them"
+        )
     runs = [_by_suite(folder, only) for folder in folders]
     names = sorted(set.intersection(*(set(run) for run in runs)))
     if not names:
         raise ComparisonError(f"no suite has results in {' and '.join(map(str, folders))}")
-    return [_compare(name, [run[name] for run in runs], list(map(str, folders)), reference) for name in names]
+    found = [_compare(name, [run[name] for run in runs], list(map(str, folders)), reference) for name in names]
+    if others := set.union(*(set(run) for run in runs)) - set(names):
+        found[0].warnings.append(f"Left out, for not every folder has them: the suites {', '.join(sorted(others))}.")
+    return found
 
 
 def _by_suite(folder: Path, only: Collection[str] | None) -> dict[str, dict[str, store.Result]]:
@@ -86,10 +94,13 @@ def _compare(name: str, runs: list[dict[str, store.Result]], folders: list[str],
         raise ComparisonError(
             f"suite {name}: no model named {reference} in every folder; there are {', '.join(models)}"
         )
-    suites = [Suite.model_validate(run[m].data["suite"], strict=False) for run in runs for m in models]
-    suite = suites[0]
-    # Several runs may differ in the world of their items and in the seed, in nothing else.
-    if any(other.model_copy(update={"world": suite.world, "seed": suite.seed}) != suite for other in suites):
+    suites = [[Suite.model_validate(run[m].data["suite"], strict=False) for m in models] for run in runs]
+    suite = suites[0][0]
+    # Several runs may differ in the world of their items and in the seed, in nothing else; the models of one run in nothing.
+    alike = all(one == run[0] for run in suites for one in run)
+    if not alike or any(
+        run[0].model_copy(update={"world": suite.world, "seed": suite.seed}) != suite for run in suites
+    ):
         raise ComparisonError(f"suite {name}: the results come from different versions of it; run the older ones again")
     for run, folder in zip(runs, folders, strict=True):
         _same_questions(run, models, reference, folder)
@@ -103,7 +114,8 @@ def _compare(name: str, runs: list[dict[str, store.Result]], folders: list[str],
     }
     cells[reference] = [replace(cell, difference=None, p_value=None) for cell in cells[reference]]
     merges = {model: runs[0][model].data["source"]["merge"] for model in models}
-    out = Comparison(suite, folders, reference, columns, cells, _w0(runs[0], models), merges)
+    weights = {model: runs[0][model].data["source"]["fingerprint"]["weights"] for model in models}
+    out = Comparison(suite, folders, reference, columns, cells, _w0(runs[0], models), merges, weights)
     out.notes = _notes(out, shared)
     out.warnings = list(_warnings(out, runs))
     return out
@@ -216,16 +228,28 @@ def _warnings(comparison: Comparison, runs: list[dict[str, store.Result]]) -> It
     models = list(comparison.cells)
     if message := sources.tuning_warning(comparison.suite.public, comparison.merges):
         yield message
+    if others := {m for run in runs for m in run} - set(models):
+        yield f"Left out, for not every folder has them: {', '.join(sorted(others))}."
     for run in runs:
         w0s = {(run[m].data["w0"] or {}).get("fingerprint", {}).get("weights") for m in models}
         if len(w0s) > 1:
             yield "The models were run beside different W0 (or none): run all of them in one command."
         yield from _other_base(run, models)
-        for setting in ("limit", "backend", "dtype"):
-            if len(found := {run[m].data["settings"][setting] for m in models}) > 1:
-                yield f"The models were run with different {setting}: {', '.join(map(str, sorted(found, key=str)))}."
+        for what, values in _circumstances(run, models):
+            if len(found := set(values)) > 1:
+                yield f"The models were run with different {what}: {', '.join(map(str, sorted(found, key=str)))}."
     if limits := {run[m].data["settings"]["limit"] for run in runs for m in models} - {None}:
         yield f"Only the first {max(limits)} items of each task were asked (--limit)."
+
+
+def _circumstances(run: dict[str, store.Result], models: Sequence[str]) -> Iterable[tuple[str, list[Any]]]:
+    """(what, its value for each model) of all that reaches the key of a result beside suite and weights."""
+    for setting in ("limit", "backend", "dtype", "device"):
+        values = [run[m].data["settings"][setting] for m in models]
+        yield setting, [str(v).partition(":")[0] for v in values] if setting == "device" else values
+    versions = [fingerprint.that_matter(run[m].data["versions"]) for m in models]
+    for package in sorted(set().union(*versions)):
+        yield f"versions of {package}", [found.get(package) for found in versions]
 
 
 def _other_base(run: dict[str, store.Result], models: Sequence[str]) -> Iterable[str]:

@@ -16,20 +16,27 @@ WISE_FT, LINES, MONOSOUP, MONOSOUP_WISE, SCALAR = (
 def family(merge: dict[str, Any] | None) -> tuple[str, float] | None:
     """(curve, the number) of a merge of one fine-tuned model; None for anything with more than one number."""
     config = (merge or {}).get("config")
-    if not isinstance(config, dict):
+    if not isinstance(config, dict) or (tuned := _tuned(config)) is None:
         return None
-    tuned = [
-        m for m in config.get("models") or [] if isinstance(m, dict) and m.get("model") != config.get("base_model")
-    ]
-    if len(tuned) != 1:
-        return None
-    parameters = {**(config.get("parameters") or {}), **(tuned[0].get("parameters") or {})}
+    parameters = {**(config.get("parameters") or {}), **(tuned.get("parameters") or {})}
     parameters.pop("report", None)
     if config.get("merge_method") == "task_arithmetic":
         return _task_arithmetic(parameters)
     if config.get("merge_method") == "monosoup":
         return _monosoup(parameters)
     return None
+
+
+def inputs(merge: dict[str, Any]) -> tuple[str, str]:
+    """(base model, fine-tuned model) of a merge that has a family, as its configuration calls them."""
+    return str(merge["config"].get("base_model")), str(_tuned(merge["config"])["model"])
+
+
+def _tuned(config: dict[str, Any]) -> Any:
+    """The entry of the only fine-tuned model; None if there are several."""
+    models = config.get("models") or []
+    tuned = [m for m in models if isinstance(m, dict) and m.get("model") != config.get("base_model")]
+    return tuned[0] if len(tuned) == 1 else None
 
 
 def _task_arithmetic(parameters: dict[str, Any]) -> tuple[str, float] | None:

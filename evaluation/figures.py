@@ -9,10 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.comparison import Cell, Comparison, ComparisonError, compare
-from evaluation.families import LINES, MONOSOUP, MONOSOUP_WISE, SCALAR, WISE_FT, family
+from evaluation.families import LINES, MONOSOUP, MONOSOUP_WISE, SCALAR, WISE_FT, family, inputs
 from evaluation.store import DamagedError
 
 Z = 1.959964  # of a 95 % normal interval
+MANY = 8  # models; more bars than these beside each other cannot be told apart, nor can the colours
+# W0 and W1 are the ends of Wise-FT, W1 is the end of LiNeS and W0 that of MonoSoup + Wise-FT.
+ENDS = {
+    WISE_FT: [(0.0, "pretrained"), (1.0, "finetuned")], LINES: [(1.0, "finetuned")], MONOSOUP_WISE: [(0.0, "pretrained")],
+}  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,7 +43,7 @@ def draw(comparisons: Sequence[Comparison], out: Path, form: str) -> Iterator[Pa
     """Write what the results allow, and name the files."""
     for comparison in comparisons:
         kinds: dict[str, Callable[[Comparison], Any]] = {"plane": plane, "bars": bars}
-        if MONOSOUP in curves(comparison):
+        if any(name.startswith(MONOSOUP) for name in curves(comparison)):
             kinds["R"] = energy
         for kind, figure in kinds.items():
             path = out / f"{comparison.suite.name}-{kind}.{form}"
@@ -58,16 +63,29 @@ def averages(comparison: Comparison, model: str) -> tuple[Cell, Cell]:
 def curves(comparison: Comparison) -> dict[str, list[tuple[float, str]]]:
     """(number, model) by curve, see `families`; fewer than three points are no curve.
 
-    W0 and W1 are the ends of Wise-FT, W1 is the end of LiNeS and W0 that of MonoSoup + Wise-FT.
+    A curve belongs to one W0 and one W1. Where there are several of a family, their names say of which fine-tuned model.
     """
-    found: dict[str, list[tuple[float, str]]] = {
-        WISE_FT: [(0.0, "pretrained"), (1.0, "finetuned")], LINES: [(1.0, "finetuned")], MONOSOUP_WISE: [(0.0, "pretrained")],
-    }  # fmt: skip
+    found: dict[tuple[str, str, str], list[tuple[float, str]]] = {}
+    weights, called = {}, {}
     for model in comparison.cells:
-        if (place := family(comparison.merges.get(model))) is not None:
-            found.setdefault(place[0], []).append((place[1], model))
-    present = {name: sorted((x, m) for x, m in points if m in comparison.cells) for name, points in found.items()}
-    return {name: points for name, points in present.items() if len(points) >= 3}
+        merge = comparison.merges.get(model)
+        if merge is None or (place := family(merge)) is None:
+            continue
+        digests, (base, tuned) = merge.get("inputs") or {}, inputs(merge)
+        key = place[0], digests.get(base, base), digests.get(tuned, tuned)
+        found.setdefault(key, []).append((place[1], model))
+        weights[key] = {"pretrained": digests.get(base), "finetuned": digests.get(tuned)}
+        called[key] = Path(tuned).name
+    for key, points in found.items():
+        for number, end in ENDS.get(key[0], []):
+            # Where the weights are not known (a folder that somebody merged elsewhere) the names are believed.
+            if end in comparison.cells and weights[key][end] in (None, comparison.weights[end]):
+                points.append((number, end))
+    kept = {key: sorted(points) for key, points in found.items() if len(points) >= 3}
+    families = [key[0] for key in kept]
+    return {
+        key[0] if families.count(key[0]) == 1 else f"{key[0]} of {called[key]}": points for key, points in kept.items()
+    }
 
 
 def plane(comparison: Comparison) -> Any:
@@ -95,8 +113,10 @@ def plane(comparison: Comparison) -> Any:
 
 
 def bars(comparison: Comparison) -> Any:
-    """Paired differences from the reference, per task and average, with their 95 % intervals."""
+    """Paired differences from the reference, per task and average, with their 95 % intervals; of many models the averages."""
     models = [model for model in comparison.cells if model != comparison.reference]
+    if len(models) > MANY:
+        return _many_bars(comparison, models)
     figure, axes = _figure(max(6.4, 1.1 * len(comparison.columns)), 4.0)
     width = 0.8 / max(len(models), 1)
     for number, model in enumerate(models):
@@ -112,24 +132,43 @@ def bars(comparison: Comparison) -> Any:
     headers = [c.header if c.average else f"{c.header}\n({c.group})" for c in comparison.columns]
     axes.set_xticks(range(len(headers)), headers, rotation=45, ha="right")
     axes.set(ylabel=f"difference from {comparison.reference}, points", title=comparison.suite.title)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def _many_bars(comparison: Comparison, models: Sequence[str]) -> Any:
+    """A panel for each group, a line for each model."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.0, 1.2 + 0.22 * len(models)), layout="constrained")
+    for panel, (number, group) in zip(figure.subplots(1, 2, sharey=True), enumerate(("ID", "OOD")), strict=True):
+        for place, model in enumerate(models):
+            gain = averages(comparison, model)[number].difference
+            assert gain is not None
+            panel.barh(place, 100 * gain.mean, color=f"C{number}")
+            if gain.low is not None and gain.high is not None:
+                reach = [[100 * (gain.mean - gain.low)], [100 * (gain.high - gain.mean)]]
+                panel.errorbar(100 * gain.mean, place, xerr=reach, color="black", capsize=2, fmt="none")
+        panel.axvline(0, color="black", linewidth=0.8)
+        panel.set(xlabel=f"{group}: difference from {comparison.reference}, points", ylim=(len(models) - 0.4, -0.6))
+        panel.set_yticks(range(len(models)), models)
+    figure.suptitle(comparison.suite.title)
     return figure
 
 
 def energy(comparison: Comparison) -> Any:
     """ID and OOD against R (paper, Figures 6 and 10), with the scalar control if it was run; bands are 95 % intervals."""
     figure, axes = _figure(6.4, 4.0)
-    for name, style in ((MONOSOUP, "-"), (SCALAR, "--")):
-        points = curves(comparison).get(name, [])
-        for number, group in enumerate(("ID", "OOD")):
-            cells = [averages(comparison, model)[number].estimate for _, model in points]
-            if cells:
-                values = [x for x, _ in points]
-                axes.plot(
-                    values, [100 * c.mean for c in cells], style, color=f"C{number}", label=f"{group}, {name[:-3]}"
-                )
+    found = curves(comparison)
+    for kind, style in ((MONOSOUP, "-"), (SCALAR, "--")):
+        for place, name in enumerate(name for name in found if name.startswith(kind)):
+            values = [x for x, _ in found[name]]
+            for number, group in enumerate(("ID", "OOD")):
+                cells = [averages(comparison, model)[number].estimate for _, model in found[name]]
+                color, label = f"C{2 * place + number}", f"{group}, {name.replace(', R', '')}"
+                axes.plot(values, [100 * c.mean for c in cells], style, color=color, label=label)
                 low, high = ([100 * (c.mean + sign * Z * c.standard_error) for c in cells] for sign in (-1, 1))
-                axes.fill_between(values, low, high, color=f"C{number}", alpha=0.12)
+                axes.fill_between(values, low, high, color=color, alpha=0.12)
     axes.set(xlabel="R", ylabel="%", title=comparison.suite.title)
     axes.legend(frameon=False)
     return figure

@@ -26,8 +26,13 @@ def suite(**changes: Any) -> Suite:
 def write(
     folder: Path, model: str, outcomes: Mapping[str, Sequence[float]], *, made: Suite | None = None,
     merge: dict[str, Any] | None = None, item: str = "", cluster: str = "", weights: str = "f" * 64, limit: int | None = None,
+    torch: str = "2.13.0",
 ) -> None:  # fmt: skip
-    """One finished result. `item` makes the questions others; `cluster` is the same in all tasks if given."""
+    """One finished result.
+
+    `weights` are those of W0; those of the model have its name. `item` makes the questions others; `cluster` is the same in
+    all tasks if given.
+    """
     made = made or suite()
     key = {task.task: task.key for task in made.tasks}
     results = [
@@ -44,7 +49,9 @@ def write(
     ]
     Pair(folder, model, made.name).finish(
         {
-            "key": "k", "model": model, "suite": made.model_dump(), "source": {"given": model, "merge": merge},
+            "key": "k", "model": model, "suite": made.model_dump(),
+            "source": {"given": model, "merge": merge, "fingerprint": {"weights": model}},
+            "versions": {"torch": torch, "transformers": "5.23.0", "lm-eval": "0.4.13"},
             "w0": {"given": "some/base", "fingerprint": {"weights": weights}},
             "settings": {"limit": limit, "backend": "hf", "dtype": "auto", "device": "cpu"},
         },

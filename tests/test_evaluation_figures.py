@@ -94,3 +94,31 @@ def test_R_is_drawn_where_it_was_varied(folder):
     assert set(lines) == {"ID, MonoSoup", "OOD, MonoSoup", "ID, scalar control", "OOD, scalar control"}
     assert lines["OOD, MonoSoup"] == [[0.5, 75], [0.7, 75], [0.9, 75]]
     assert (folder / "made-R.svg") in list(figures.draw([comparison], folder, "svg"))
+
+
+def test_a_curve_is_of_one_fine_tune(folder):
+    """Three models of one number each are three points, not a curve; nor is W1 the end of somebody else's."""
+    for model, tuned in (("m1", "other"), ("m2", "third")):
+        for alpha in (0.25, 0.5) if model == "m2" else (1.0,):
+            merge = made("monosoup", [{"model": tuned}], alpha=alpha) | {"inputs": {tuned: tuned, "base": "pretrained"}}
+            evaluations.write(folder, f"{model}_{alpha}", SOUP, merge=merge)
+    for weight in (0.1, 0.2, 0.3):
+        merge = wise(weight)
+        merge["config"]["models"][0]["model"] = "else"
+        merge["inputs"] = {"else": "e", "base": "pretrained"}
+        evaluations.write(folder, f"else{weight}", SOUP, merge=merge)
+    [comparison] = compare([folder])
+    assert {name: [model for _, model in points] for name, points in figures.curves(comparison).items()} == {
+        "Wise-FT of tuned": ["pretrained", "quarter", "half", "finetuned"],
+        "Wise-FT of else": ["pretrained", "else0.1", "else0.2", "else0.3"],
+        "MonoSoup + Wise-FT": ["pretrained", "m2_0.25", "m2_0.5"],
+    }
+
+
+def test_bars_of_many_models_are_averages(folder):
+    for number in range(figures.MANY):
+        evaluations.write(folder, f"soup{number}", SOUP)
+    [comparison] = compare([folder])
+    id_, ood = figures.bars(comparison).axes
+    assert [text.get_text() for text in id_.get_yticklabels()] == [m for m in comparison.cells if m != "finetuned"]
+    assert {patch.get_width() for patch in id_.patches} == {-75, 0} and {p.get_width() for p in ood.patches} == {75, 50}

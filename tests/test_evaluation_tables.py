@@ -212,6 +212,30 @@ class TestTables:
         evaluations.write(folder, "soup", SOUP, merge=merge)
         assert "not the W0" in " ".join(compare([folder])[0].warnings)
 
+    def test_what_else_differed_is_said(self, folder):
+        evaluations.write(folder, "soup", SOUP, torch="2.9.0")
+        assert "different versions of torch: 2.13.0, 2.9.0" in " ".join(compare([folder])[0].warnings)
+
+    def test_one_folder_is_one_suite(self, folder):
+        """Several folders may differ in seed and world; models of one were asked the same."""
+        evaluations.write(folder, "soup", SOUP, made=evaluations.suite(seed=2))
+        with pytest.raises(ComparisonError, match="different versions"):
+            compare([folder])
+
+    def test_what_not_every_folder_has_is_named(self, folder, tmp_path):
+        other = tmp_path / "other"
+        for model in ("pretrained", "finetuned"):
+            evaluations.write(other, model, TUNED, item="other")
+        evaluations.write(other, "finetuned", TUNED, made=evaluations.suite(name="more"))
+        assert [w for w in compare([folder, other])[0].warnings if "Left out" in w] == [
+            "Left out, for not every folder has them: soup.",
+            "Left out, for not every folder has them: the suites more.",
+        ]
+
+    def test_a_folder_is_one_run(self, folder):
+        with pytest.raises(ComparisonError, match="given twice"):
+            compare([folder, folder / "."])
+
     def test_the_papers_numbers_are_marked(self, tmp_path, capsys):
         made = load("qwen-mgsm")
         for model in ("pretrained", "finetuned"):
