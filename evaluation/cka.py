@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 
 from evaluation import fingerprint, sources
-from evaluation.run import PRETRAINED, model_argument, problems
+from evaluation.run import PRETRAINED, model_argument, positive, problems
 from evaluation.sweep import write_config
 
 Matrix = NDArray[np.float64]
@@ -97,10 +97,10 @@ def _parser() -> argparse.ArgumentParser:
         help="texts, one per line; JSON lines with a field `text` or `prompt` if the file ends in .jsonl. Give one set that "
         "is in distribution and one that is not",
     )  # fmt: skip
-    parser.add_argument("--batches", type=int, help="only the first N batches of each text set (default: all)")
-    parser.add_argument("--batch-size", type=int, default=32, help="default: %(default)s")
+    parser.add_argument("--batches", type=positive, help="only the first N batches of each text set (default: all)")
+    parser.add_argument("--batch-size", type=positive, default=32, help="default: %(default)s")
     parser.add_argument(
-        "--max-tokens", type=int, default=512, help="of a text, the rest is cut off (default: %(default)s)"
+        "--max-tokens", type=positive, default=512, help="of a text, the rest is cut off (default: %(default)s)"
     )
     parser.add_argument("--out", type=Path, default=Path("results", "cka"), help="folder (default: %(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
@@ -110,6 +110,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def run(options: argparse.Namespace, command: str) -> None:
     given = dict(options.model)
+    if len(given) < len(options.model) or len(dict(options.text)) < len(options.text):
+        raise sources.SourceError("two models, or two text sets, have the same name")
     if PRETRAINED not in given or len(given) + options.variants < 2:
         raise sources.SourceError(f"name one model {PRETRAINED} and at least one other")
     if options.variants:
@@ -159,17 +161,28 @@ def _variants(given: dict[str, str], folder: Path) -> dict[str, str]:
 
 def _texts(path: Path) -> list[str]:
     try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except OSError as error:
-        raise sources.SourceError(f"{path}: {error.strerror}") from error
+        # Not splitlines, which also splits at characters that a text, or JSON, may hold.
+        lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+    except UnicodeDecodeError as error:
+        raise sources.SourceError(f"{path}: not UTF-8: {error}") from error
     if path.suffix == ".jsonl":
-        rows = [json.loads(line) for line in lines]
+        rows = [_row(path, number, line) for number, line in enumerate(lines, 1)]
         if missing := [number for number, row in enumerate(rows, 1) if "text" not in row and "prompt" not in row]:
             raise sources.SourceError(f"{path}: line {missing[0]} has neither `text` nor `prompt`")
         lines = [row["text"] if "text" in row else row["prompt"] for row in rows]
     if len(lines) < 2:
         raise sources.SourceError(f"{path}: CKA needs two texts at least")
     return lines
+
+
+def _row(path: Path, number: int, line: str) -> dict[str, str]:
+    try:
+        row: dict[str, str] = dict(json.loads(line))
+    except (ValueError, TypeError) as error:
+        raise sources.SourceError(
+            f"{path}: line {number} (empty ones left out) is not a JSON object: {error}"
+        ) from error
+    return row
 
 
 def _compare(

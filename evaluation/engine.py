@@ -6,6 +6,7 @@ import difflib
 import functools
 import gc
 import hashlib
+import importlib.util
 import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -61,6 +62,26 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def check_settings(settings: Settings) -> None:
+    """Before any model is loaded. lm-eval takes a device that it does not know for the CPU, in silence.
+
+    Raises:
+        EngineError: this machine does not have such a device, torch no such dtype, or vLLM is not installed.
+    """
+    if settings.dtype != "auto" and not isinstance(getattr(torch, settings.dtype, None), torch.dtype):
+        raise EngineError(f"--dtype {settings.dtype}: not one of torch's; take float32, bfloat16, float16 or auto")
+    if settings.backend == "vllm":
+        if importlib.util.find_spec("vllm") is None:
+            raise EngineError("--backend vllm: vLLM is not installed here, and no extra of this package brings it")
+        return
+    try:
+        torch.empty(0, device=settings.device)
+    except (RuntimeError, AssertionError) as error:
+        raise EngineError(f"--device {settings.device}: {str(error).partition(chr(10))[0]}") from error
+    if torch.device(settings.device).type not in ("cpu", "cuda", "mps"):
+        raise EngineError(f"--device {settings.device}: lm-eval's hf models run on cpu, cuda, cuda:1, …, mps")
+
+
 # -- tasks ---------------------------------------------------------------------------------------------------------------
 
 
@@ -89,6 +110,13 @@ def _unknown(manager: TaskManager, task: Task) -> Iterator[str]:
             yield f"{leaf} sets num_fewshot 0, which lm-eval lets nobody change; the suite wants {task.num_fewshot}"
         if task.generation and config.get("output_type") != "generate_until":
             yield f"{leaf} generates nothing, so `generation` has no effect"
+    known = {"until", "max_gen_toks", *vars(transformers.GenerationConfig())}
+    for key in sorted(set(task.generation) - known):
+        near = difflib.get_close_matches(key, known, n=3)
+        yield f"{task.task}: generation has no {key}" + (f"; did you mean {', '.join(near)}?" if near else "")
+    until = task.generation.get("until", [])
+    if not isinstance(until, str | list):
+        yield f"{task.task}: generation: until must be a text or a list of texts, not {until!r}"
 
 
 def leaves(manager: TaskManager, name: str) -> list[str]:
@@ -146,9 +174,11 @@ class Model:
         # A checkpoint's generation_config.json holds sampling defaults (a repetition penalty, say) that leak into greedy
         # decoding, and mergekit does not always copy it: models would be compared under different rules.
         if settings.backend == "vllm":
-            self.lm = get_model("vllm")(**shared, batch_size="auto", seed=suite.seed, generation_config="vllm")
+            self.lm = _loaded(folder, "vllm", **shared, batch_size="auto", seed=suite.seed, generation_config="vllm")
             return
-        self.lm = get_model("hf")(**shared, device=settings.device, batch_size=suite.batch_size)
+        self.lm = _loaded(folder, "hf", **shared, device=settings.device, batch_size=suite.batch_size)
+        if suite.chat_template and not self.lm.tokenizer.chat_template:
+            raise EngineError(f"{folder}: its tokenizer has no chat template, which suite {suite.name} asks for")
         tokenizer = self.lm.tokenizer
         self.lm.model.generation_config = transformers.GenerationConfig(
             eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
@@ -194,6 +224,16 @@ class Model:
                 "lm_eval_results": {k: v for k, v in results["results"][task.task].items() if isinstance(v, float)},
             },
         )  # fmt: skip
+
+
+def _loaded(folder: Path, backend: str, **given: Any) -> Any:
+    try:
+        return get_model(backend)(**given)
+    except Exception as error:  # of a tokenizer, a configuration, weights: each library has its own
+        raise EngineError(
+            f"{folder} cannot be loaded ({type(error).__name__}: {error}): are config.json, the weights and the tokenizer's "
+            "files whole?"
+        ) from error
 
 
 def _rows(task: Task, leaf: str, samples: Sequence[dict[str, Any]]) -> Iterator[Row]:

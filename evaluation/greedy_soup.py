@@ -15,8 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from evaluation import store
-from evaluation.run import model_argument, problems, run
+from evaluation import sources, store
+from evaluation.run import model_argument, positive, problems, run
 from evaluation.suite import GroupName, Suite, SuiteError, load, shipped
 from evaluation.sweep import write_config
 
@@ -60,6 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         suite, models = load(options.suite), dict(options.model)
         if len(models) < len(options.model):
             raise SuiteError("--model: two models have the same name")
+        if joined := [name for name in models if "+" in name]:
+            raise SuiteError(f"--model: {joined[0]}: a + joins the names of a soup's models; take another character")
         if suite.public:
             print(
                 f"warning: {suite.name} is made of public test sets; a soup chosen by its score is tuned on them",
@@ -88,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--out", type=Path, help="folder of results and configurations (default: results/SUITE-greedy-soup)"
     )
-    parser.add_argument("--limit", type=int, help="only the first N items of each task")
+    parser.add_argument("--limit", type=positive, help="only the first N items of each task")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: cuda if there is one)")
     return parser
 
@@ -107,9 +109,13 @@ def _choose(
         results = {name: store.Pair(out, name, suite.name).result for name in given}
         return {name: json.loads(path.read_text("utf-8"))["groups"][group]["mean"] for name, path in results.items()}
 
+    # What a configuration merges to is what is averaged, not the configuration.
+    ingredients = {name: str(sources.find(name, path, out / "merged").folder) if path.lower().endswith((".yml", ".yaml"))
+                   else path for name, path in models.items()}  # fmt: skip
+
     def average(chosen: Sequence[str]) -> Path:
-        ingredients = [{"model": _reference(models[name]), "parameters": {"weight": 1.0}} for name in chosen]
-        config = {"merge_method": "linear", "models": ingredients}
+        entries = [{"model": _reference(ingredients[name]), "parameters": {"weight": 1.0}} for name in chosen]
+        config = {"merge_method": "linear", "models": entries}
         return write_config(out / "configs" / f"{'+'.join(chosen)}.yml", config)
 
     def score(chosen: Sequence[str]) -> float:

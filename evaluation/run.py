@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from evaluation import fingerprint, sources, statistics, store, tiny
+from evaluation.comparison import ComparisonError
 from evaluation.suite import GroupName, Suite, SuiteError, load, shipped
 
 if TYPE_CHECKING:
@@ -50,10 +51,14 @@ def problems(work: Callable[[], None]) -> int:
     """Do it; what the user can put right is said in one line, without a traceback."""
     try:
         work()
+    except KeyboardInterrupt:
+        print("interrupted: what was finished is kept, and the same command goes on from there", file=sys.stderr)
+        return 130
     except Exception as error:
         from evaluation.engine import EngineError
 
-        if not isinstance(error, SuiteError | sources.SourceError | EngineError | store.DamagedError):
+        ours = SuiteError | sources.SourceError | EngineError | store.DamagedError | ComparisonError
+        if not isinstance(error, ours | OSError):
             raise
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -69,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
         f"The one named {PRETRAINED} is W0, the one named finetuned what others are compared with",
     )  # fmt: skip
     parser.add_argument("--out", type=Path, help="folder of the results (default: results/SUITE)")
-    parser.add_argument("--limit", type=int, help="only the first N items of each task")
+    parser.add_argument("--limit", type=positive, help="only the first N items of each task")
     parser.add_argument("--backend", choices=("hf", "vllm"), default="hf", help="default: %(default)s")
     parser.add_argument("--device", help="for hf: cpu, cuda, cuda:1, mps (default: cuda if there is one)")
     parser.add_argument("--dtype", default="auto", help="for loading: float32, bfloat16 (default: the checkpoint's)")
@@ -78,6 +83,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--fresh", action="store_true", help="ask again what is finished or begun")
     return parser
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return int(text)
 
 
 def model_argument(text: str) -> tuple[str, str]:
@@ -103,6 +114,7 @@ def run(
     engine.check_tasks(manager, suite)
     device = device or engine.default_device()
     settings = engine.Settings(backend, device, dtype, limit)
+    engine.check_settings(settings)
     found = [sources.find(name, path, merge_cache) for name, path in given.items()]
     _warn(suite, found)
 
@@ -121,10 +133,8 @@ def run(
     todo = []
     for source in found:
         pair = store.Pair(out, source.name, suite.name)
-        if fresh:
-            pair.discard()
         key = fingerprint.digest({**context, "model": source.fingerprint})
-        if (old := pair.finished(key)) is not None:
+        if not fresh and (old := pair.finished(key)) is not None:
             print(f"{source.name}: finished before ({pair.result})", flush=True)
             if started_with["w0"] and old["w0"] != started_with["w0"]:
                 pair.rewrite({**old, "w0": started_with["w0"]})  # W0 is this run's, not that of the run that asked
@@ -135,9 +145,11 @@ def run(
     for number, (source, pair, key) in enumerate(todo, 1):
         title = f"[{number}/{len(todo)}] {source.name}"
         begun = time.perf_counter()
+        if fresh:
+            pair.forget()
         done = _ask(title, source, pair, key, suite, settings, manager)
         if pair.keep_old():
-            print(f"{title}: the result of other weights, settings or versions is now {pair.result}.old", flush=True)
+            print(f"{title}: the result that was there is now {pair.result}.old", flush=True)
         pair.finish(
             {
                 "key": key,

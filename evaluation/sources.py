@@ -41,7 +41,12 @@ def find(name: str, given: str, cache: Path) -> Source:
     else:
         folder = local(given)
         made_by = folder / "mergekit_config.yml"  # mergekit leaves it beside what it made
-        config = yaml.safe_load(made_by.read_text(encoding="utf-8")) if made_by.is_file() else None
+        try:
+            config = yaml.safe_load(made_by.read_text(encoding="utf-8")) if made_by.is_file() else None
+        except (UnicodeDecodeError, yaml.YAMLError) as error:
+            raise SourceError(
+                f"{made_by}: not YAML, though mergekit writes it ({error}); delete it if it is none"
+            ) from error
         merge = {"config": config, "inputs": {}} if isinstance(config, dict) else None
     return Source(name, given, folder, _fingerprint(folder), merge)
 
@@ -50,7 +55,7 @@ def local(given: str) -> Path:
     """A folder as it is; a hub name as its snapshot on this machine, downloaded if there is a network."""
     if Path(given).is_dir():
         return Path(given)
-    if given.startswith((".", "/", "~")) or given.count("/") != 1:
+    if given.startswith((".", "/", "~")) or given.count("/") != 1 or Path(given).parent.is_dir():
         raise SourceError(f"{given}: no such folder")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -81,6 +86,8 @@ def _merged(path: Path, cache: Path) -> tuple[Path, dict[str, Any]]:
 
     from mergekit_monosoup.check import check
 
+    if not path.is_file():
+        raise SourceError(f"{path}: no such file")
     if errors := [f"{f.where}: {f.message}" for f in check(path) if f.level == "error"]:
         raise SourceError("\n".join(f"{path}: {error}" for error in errors))
     documents = list(yaml.safe_load_all(path.read_text(encoding="utf-8")))
@@ -95,17 +102,29 @@ def _merged(path: Path, cache: Path) -> tuple[Path, dict[str, Any]]:
     key = fingerprint.digest({**content, "code": _merge_code()})[:32]
     target, unfinished = cache / key, cache / f"{key}.unfinished-{os.getpid()}"
     if not target.exists():
-        shutil.rmtree(unfinished, ignore_errors=True)
+        for left in cache.glob("*.unfinished-*"):
+            if not _alive(int(left.name.rpartition("-")[2])):
+                shutil.rmtree(left, ignore_errors=True)  # a killed run's, as large as a model
         unfinished.mkdir(parents=True)
         print(f"merging {path}", flush=True)
         # mergekit names a merged adapter after its path: kept longer, it would stand for another adapter under that path.
-        with tempfile.TemporaryDirectory(dir=cache) as adapters:
+        with tempfile.TemporaryDirectory(dir=cache, suffix=f".unfinished-{os.getpid()}") as adapters:
             LoaderCache.loaders.clear()  # of the whole process, by path: would hand out what an earlier merge read there
             options = MergeOptions(quiet=True, copy_tokenizer=True, lora_merge_cache=adapters)
             run_merge(config, str(unfinished), options)
         (unfinished / "evaluation-merge.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         unfinished.rename(target)  # last: what is interrupted must not look finished
     return target, content
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return process != os.getpid()  # ours: of an earlier process with the same number
 
 
 def _merge_code() -> dict[str, str]:

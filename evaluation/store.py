@@ -2,13 +2,14 @@
 
     NAME/<model>.<suite>.json              scores, settings, versions, fingerprints
     NAME/<model>.<suite>.samples.jsonl.gz  one line per item
-    NAME/<model>.<suite>.partial/          one file per finished task, until all are
+    NAME/<model>.<suite>.partial/KEY/      one file per finished task, until all are; KEY: of model, suite and settings
 
 Every file is written under another name and renamed: what has its name is whole.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import json
@@ -92,9 +93,9 @@ class Pair:
         return there
 
     def resume(self, key: str) -> dict[str, TaskResult]:
-        """Tasks finished under this key by a run that was interrupted; those of other keys are thrown away."""
+        """Tasks finished under this key by a run that was interrupted."""
         found = {}
-        for path in sorted(self.partial.glob("*.json.gz")):
+        for path in sorted(self._parts(key).glob("*.json.gz")):
             try:
                 with gzip.open(path, "rt", encoding="utf-8") as file:
                     data = json.load(file)
@@ -102,15 +103,16 @@ class Pair:
                 continue
             if data.get("key") == key:
                 found[data["task"]] = TaskResult(data["task"], [Row(**row) for row in data["rows"]], data["info"])
-        if not found:
-            shutil.rmtree(self.partial, ignore_errors=True)
         return found
+
+    def _parts(self, key: str) -> Path:
+        # A folder for each key: a quick look with --limit must not cost the tasks of the whole run that it came between.
+        return self.partial / key[:16]
 
     def keep(self, key: str, result: TaskResult) -> None:
         """Save one finished task."""
         content = {"key": key, "task": result.task, "rows": [asdict(row) for row in result.rows], "info": result.info}
-        self.partial.mkdir(parents=True, exist_ok=True)
-        _write(self.partial / f"{result.task}.json.gz", _zipped([json.dumps(content, ensure_ascii=False)]))
+        _write(self._parts(key) / f"{result.task}.json.gz", _zipped([json.dumps(content, ensure_ascii=False)]))
 
     def finish(self, data: dict[str, Any], results: Iterable[TaskResult]) -> None:
         """Write the answers, then the result that names their digest, then drop the parts."""
@@ -118,14 +120,15 @@ class Pair:
         _write(self.samples, _zipped(json.dumps(asdict(row), ensure_ascii=False) for row in rows))
         samples = {"file": self.samples.name, "rows": len(rows), "sha256": _sha256(self.samples)}
         self.rewrite({"format": FORMAT, **data, "samples": samples})
-        shutil.rmtree(self.partial, ignore_errors=True)
+        shutil.rmtree(self._parts(data["key"]), ignore_errors=True)
+        with contextlib.suppress(OSError):  # not empty: parts of another run
+            self.partial.rmdir()
 
     def rewrite(self, data: dict[str, Any]) -> None:
         _write(self.result, (json.dumps(data, indent=1, ensure_ascii=False) + "\n").encode())
 
-    def discard(self) -> None:
-        self.result.unlink(missing_ok=True)
-        self.samples.unlink(missing_ok=True)
+    def forget(self) -> None:
+        """Drops what interrupted runs have finished, under any key."""
         shutil.rmtree(self.partial, ignore_errors=True)
 
 

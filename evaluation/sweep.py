@@ -11,7 +11,7 @@ import math
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from safetensors import safe_open
 from evaluation import sources
 from evaluation.comparison import compare
 from evaluation.figures import averages, draw
-from evaluation.run import PRETRAINED, problems, run
+from evaluation.run import PRETRAINED, positive, problems, run
 from evaluation.suite import load, shipped
 from evaluation.tables import difference_text
 
@@ -58,11 +58,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             suite, given, out, command=command, limit=options.limit, device=options.device, dtype=options.dtype,
             merge_cache=options.merge_cache,
         )  # fmt: skip
-        for line in against_controls(out, suite.name):
+        for line in against_controls(out, suite.name, list(given)):
             print(line)
         if "monosoup" in options.methods and (remark := dominated(Path(finetuned), Path(pretrained))):
             print(remark)
-        for path in draw(compare([out], FINETUNED), out, "png"):
+        for path in draw(compare([out], FINETUNED, given), out, "png"):
             print(path)
 
     return problems(work)
@@ -81,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--methods", type=_methods, default=list(METHODS), help=f"default: {','.join(METHODS)}")
     parser.add_argument("--out", type=Path, help="folder of the results (default: results/SUITE-sweep)")
-    parser.add_argument("--limit", type=int, help="only the first N items of each task")
+    parser.add_argument("--limit", type=positive, help="only the first N items of each task")
     parser.add_argument("--device", help="cpu, cuda, … (default: cuda if there is one)")
     parser.add_argument("--dtype", default="auto", help="for loading (default: the checkpoint's)")
     parser.add_argument(
@@ -193,11 +193,13 @@ def _readers(folder: Path) -> dict[str, Callable[[], torch.Tensor]]:
     return found
 
 
-def against_controls(out: Path, suite: str) -> list[str]:
-    """One line per MonoSoup and control: the paired difference, in words that cannot be misread."""
+def against_controls(out: Path, suite: str, models: Collection[str]) -> list[str]:
+    """One line per MonoSoup and control of `models`: the paired difference, in words that cannot be misread.
+
+    The folder may hold models of an earlier sweep, of another fine-tune.
+    """
     lines = []
-    models = sorted(path.name.removesuffix(f".{suite}.json") for path in out.glob(f"*.{suite}.json"))
-    for model in models:
+    for model in sorted(models):
         for kind in ("scalar", "same_norm"):
             control = model.replace("monosoup", kind)
             if control == model or control not in models:

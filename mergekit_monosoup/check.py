@@ -57,7 +57,7 @@ class _RefusedError(Exception):
         self.finding = finding
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
+class UniqueKeyLoader(yaml.SafeLoader):
     """YAML lets the last of two equal keys win without a word."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
@@ -77,7 +77,7 @@ def check(path: str | Path) -> list[Finding]:
     """Findings for a file meant for mergekit-yaml, mergekit-multi (several documents) or mergekit-pytorch."""
     try:
         with open(path, encoding="utf-8") as file:
-            documents = [d for d in yaml.load_all(file, Loader=_UniqueKeyLoader) if d is not None]
+            documents = [d for d in yaml.load_all(file, Loader=UniqueKeyLoader) if d is not None]
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         return [Finding("error", str(path), f"cannot be read as YAML: {error}")]
     if not documents:

@@ -142,3 +142,23 @@ class TestRun:
         words = ["--model", base, "--model", tuned, "--text", f"ID={tmp_path / 'bad.jsonl'}", "--out", str(tmp_path)]
         assert cka.main(words) == 1
         assert "line 2 has neither" in capsys.readouterr().err
+        for content, message in (
+            (b'{"text": "w1"}\n{"text\n', "line 2"),
+            (b'{"text": "\xe9"}\n[1]\n', "not UTF-8"),
+            (b"[1]\n", "line 1"),
+        ):
+            (tmp_path / "bad.jsonl").write_bytes(content)
+            assert cka.main(words) == 1
+            assert message in capsys.readouterr().err
+        assert cka.main([*words, "--text", f"ID={folder / 'id.txt'}"]) == 1
+        assert "have the same name" in capsys.readouterr().err
+
+    def test_a_line_ends_where_a_line_ends(self, tmp_path):
+        """Not at U+2028 or U+0085, which JSON leaves as they are."""
+        lines = ["a\u2028b", "c\x85d"]
+        for name, texts in (
+            ("t.jsonl", [json.dumps({"text": x}, ensure_ascii=False) for x in lines]),
+            ("t.txt", lines),
+        ):
+            (tmp_path / name).write_text("\n".join(texts) + "\n", encoding="utf-8")
+            assert cka._texts(tmp_path / name) == lines

@@ -231,7 +231,9 @@ class TestResuming:
         finally:
             config.write_text(before)
 
-    def test_an_interrupted_run_goes_on_after_the_last_task(self, models, tmp_path, monkeypatch, asked, finished):
+    def test_an_interrupted_run_goes_on_after_the_last_task(
+        self, models, tmp_path, monkeypatch, asked, finished, capsys
+    ):
         recorded = engine.Model.ask
 
         def stopped(self, task, *arguments):
@@ -241,8 +243,8 @@ class TestResuming:
 
         with monkeypatch.context() as patch:
             patch.setattr(engine.Model, "ask", stopped)
-            with pytest.raises(KeyboardInterrupt):
-                start(models, tmp_path, *self.LIMIT)
+            assert start(models, tmp_path, *self.LIMIT) == 130
+        assert "the same command goes on" in capsys.readouterr().err
         assert not (tmp_path / "finetuned.tiny.json").exists() and asked == TASKS[:3]
         asked.clear()
         assert start(models, tmp_path, *self.LIMIT) == 0
@@ -253,12 +255,16 @@ class TestResuming:
     def test_parts_of_another_key_or_half_written_are_not_used(self, tmp_path):
         pair = store.Pair(tmp_path, "m", "s")
         pair.keep("old", store.TaskResult("a", []))
-        assert pair.resume("new") == {} and not pair.partial.exists()
+        assert pair.resume("new") == {}
         pair.keep("key", store.TaskResult("a", []))
         pair.keep("key", store.TaskResult("b", []))
-        part = pair.partial / "b.json.gz"
+        part = pair.partial / "key" / "b.json.gz"
         part.write_bytes(part.read_bytes()[:-9])
         assert set(pair.resume("key")) == {"a"}
+        pair.finish({"key": "key"}, [])  # a quick look between costs nothing
+        assert set(pair.resume("old")) == {"a"} and pair.resume("key") == {}
+        pair.finish({"key": "old"}, [])
+        assert not pair.partial.exists()
 
     def test_a_killed_run_goes_on(self, models, tmp_path, asked):
         command = [sys.executable, "-m", "evaluation.run", "tiny", "--model", f"finetuned={models / 'finetuned'}"]
@@ -277,12 +283,12 @@ class TestResuming:
         )
         part = tmp_path / "finetuned.tiny.partial"
         deadline = time.monotonic() + 120
-        while not (done := list(part.glob("*.json.gz"))) and time.monotonic() < deadline and child.poll() is None:
+        while not (done := list(part.glob("*/*.json.gz"))) and time.monotonic() < deadline and child.poll() is None:
             time.sleep(0.005)
         child.send_signal(signal.SIGKILL)
         said = child.communicate()[1]
         assert child.returncode == -signal.SIGKILL and done, said
-        kept = [json.loads(gzip.decompress(path.read_bytes()))["task"] for path in part.glob("*.json.gz")]
+        kept = [json.loads(gzip.decompress(path.read_bytes()))["task"] for path in part.glob("*/*.json.gz")]
         assert 0 < len(kept) < len(TASKS)
         assert start(models, tmp_path) == 0
         assert asked == [task for task in TASKS if task not in kept]
@@ -296,12 +302,58 @@ class TestErrors:
             (["no-such", "--model", "a=b"], "shipped suites"),
             (["tiny", "--model", "a=/no/such/folder"], "/no/such/folder: no such folder"),
             (["tiny", "--model", "a=b", "--model", "a=c"], "two models have the same name"),
+            (["tiny", "--model", "a=tests/nothing"], "tests/nothing: no such folder"),
+            (["tiny", "--model", "a=none.yml"], "none.yml: no such file"),
+            (["tiny", "--model", "a=tests", "--dtype", "float31"], "--dtype float31: not one of torch's"),
+            (["tiny", "--model", "a=tests", "--device", "gpu"], "--device gpu"),
+            (["tiny", "--model", "a=tests", "--device", "meta"], "--device meta: lm-eval's hf models run on"),
+            (["tiny", "--model", "a=tests", "--backend", "vllm"], "vLLM is not installed"),
         ],
     )
     def test_said_in_one_line(self, arguments, message, capsys, tmp_path):
         assert run.main([*arguments, "--out", str(tmp_path)]) == 1
         said = capsys.readouterr().err
         assert message in said and "Traceback" not in said
+
+    def test_a_folder_that_cannot_be(self, tmp_path, capsys):
+        (tmp_path / "file").touch()
+        assert run.main(["tiny", "--model", "a=b", "--out", str(tmp_path / "file")]) == 1
+        assert f"{tmp_path / 'file'}" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("gone", ["tokenizer.json", "model.safetensors", "config.json", "mergekit_config.yml"])
+    def test_a_damaged_checkpoint_is_named(self, models, tmp_path, gone, capsys):
+        copy = shutil.copytree(models / "finetuned", tmp_path / "copy")
+        for file in copy.glob("tokenizer*") if gone == "tokenizer.json" else [copy / gone]:
+            file.write_text("{")
+        assert start(models, tmp_path / "out", "--model", f"broken={copy}", "--limit", "2", names=()) == 1
+        assert str(copy) in capsys.readouterr().err
+
+    def test_a_chat_template_that_is_not_there(self, models, tmp_path, capsys):
+        suite = tmp_path / "chat.yml"
+        suite.write_text((ROOT / "evaluation" / "suites" / "tiny.yml").read_text() + "\nchat_template: true\n")
+        assert start(models, tmp_path / "out", "--limit", "2", suite=str(suite)) == 1
+        assert "no chat template, which suite chat asks for" in capsys.readouterr().err
+
+    def test_fresh_keeps_the_old_result_until_there_is_a_new_one(self, models, finished, tmp_path, monkeypatch):
+        out = shutil.copytree(finished, tmp_path / "results")
+        before = (out / "finetuned.tiny.json").read_bytes()
+        with monkeypatch.context() as patch:
+            patch.setattr(engine.Model, "ask", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            assert start(models, out, "--limit", "40", "--fresh") == 130
+        assert (out / "finetuned.tiny.json").read_bytes() == before
+        assert start(models, out, "--limit", "40", "--fresh") == 0
+        assert (out / "finetuned.tiny.json.old").read_bytes() == before
+
+    def test_what_a_killed_merge_left_is_removed(self, models, tmp_path):
+        child = subprocess.Popen(["true"])
+        child.wait()
+        left, other = (
+            tmp_path / f"{name}.unfinished-{number}" for name, number in (("a", child.pid), ("b", os.getppid()))
+        )
+        left.mkdir()
+        other.mkdir()
+        sources.find("soup", str(models / "soup.yml"), tmp_path)
+        assert not left.exists() and other.exists()
 
     def test_a_folder_that_is_no_checkpoint(self, tmp_path, capsys):
         assert run.main(["tiny", "--model", f"a={tmp_path}", "--out", str(tmp_path / "out")]) == 1

@@ -50,6 +50,7 @@ class TestFiles:
         ("changes", "message"),
         [
             ({"sed": 1}, "mine.yml: sed: Extra inputs"),
+            ({"seed": -1}, "mine.yml: seed: Input should be greater than or equal to 0"),
             ({"ID": [{"task": "a", "metric": "acc", "num_fewshots": 5}]}, "mine.yml: ID.0.num_fewshots: Extra inputs"),
             ({"ID": []}, "mine.yml: ID: "),
             ({"version": "1"}, "mine.yml: version: Input should be a valid integer"),
@@ -64,6 +65,13 @@ class TestFiles:
         with pytest.raises(suite.SuiteError) as caught:
             load(tmp_path, **changes)
         assert message in str(caught.value) and str(tmp_path) in str(caught.value)
+        assert "at least 1 item" not in str(caught.value) or changes == {"ID": []}
+
+    def test_a_key_given_twice(self, tmp_path):
+        path = tmp_path / "mine.yml"
+        path.write_text(yaml.safe_dump(MINIMAL) + "seed: 1\nseed: 2\n")
+        with pytest.raises(suite.SuiteError, match="'seed' appears twice"):
+            suite.load(str(path))
 
     def test_unreadable_files(self, tmp_path):
         with pytest.raises(suite.SuiteError, match=r"no-such: No such file.*shipped suites: qwen-general"):
@@ -115,6 +123,19 @@ class TestShipped:
             ),
             ({"task": "mmlu_humanities", "metric": "f1"}, "mmlu_philosophy has no f1,none; it has acc,none"),
             ({"task": "sciq", "metric": "acc", "generation": {"max_gen_toks": 5}}, "sciq generates nothing"),
+            (
+                {
+                    "task": "gsm8k",
+                    "metric": "exact_match",
+                    "filter": "strict-match",
+                    "generation": {"max_gen_tokens": 8},
+                },
+                "gsm8k: generation has no max_gen_tokens; did you mean max_gen_toks",
+            ),
+            (
+                {"task": "gsm8k", "metric": "exact_match", "filter": "strict-match", "generation": {"until": 5}},
+                "until must be a text or a list of texts, not 5",
+            ),
         ],
     )
     def test_what_lm_eval_lacks_is_named(self, tmp_path, manager, task, message):
