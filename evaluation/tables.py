@@ -99,7 +99,7 @@ def as_markdown(comparison: Comparison, paper: dict[str, dict[str, float]]) -> s
     lines = [f"## {comparison.suite.title}", ""]
     for title, rows in grids(comparison, paper):
         lines += [f"**{title}**", ""]
-        header, *body = ["| " + " | ".join(row) + " |" for row in rows]
+        header, *body = ["| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in rows]
         lines += [header, "|---" * len(rows[0]) + "|", *body, ""]
     lines += [f"* {note}" for note in said(comparison, paper)]
     return "\n".join(lines)
@@ -113,7 +113,22 @@ def said(comparison: Comparison, paper: dict[str, dict[str, float]]) -> list[str
 
 
 _LATEX = str.maketrans(
-    {"%": r"\%", "_": r"\_", "&": r"\&", "#": r"\#", "±": r"$\pm$", "−": "$-$", "[": "{[}", "]": "{]}"}
+    {
+        "%": r"\%",
+        "_": r"\_",
+        "&": r"\&",
+        "#": r"\#",
+        "±": r"$\pm$",
+        "−": "$-$",
+        "[": "{[}",
+        "]": "{]}",
+        "$": r"\$",
+        "{": r"\{",
+        "}": r"\}",
+        "^": r"\textasciicircum{}",
+        "~": r"\textasciitilde{}",
+        "\\": r"\textbackslash{}",
+    }
 )
 
 

@@ -242,3 +242,10 @@ def test_a_seed_from_training_to_json_and_again(tmp_path, monkeypatch, capsys):
     (tmp_path / "evidence" / "seed-4.json").write_text(before.replace('"limit": 3', '"limit": null'))
     with pytest.raises(SourceError, match="different --limit"):
         report.read(tmp_path / "evidence")
+
+
+def test_seeds_that_agree_to_the_last_digit_decide_nothing():
+    flat = collect.Effect.of([0.1, 0.1, 0.1])
+    assert [judge(flat) for judge in (claims.more, claims.less, claims.kept, claims.best)] == [claims.UNDECIDED] * 4
+    assert claims.always(collect.Effect.of([1.0, 1.0])) == claims.HOLDS
+    assert claims.Finding("", flat, None).text() == "+10.0 in every seed"

@@ -10,7 +10,7 @@ import numpy as np
 from evaluation.evidence.collect import GROUPS, Effect, Seed, effect
 from evaluation.evidence.models import ALPHAS, ENERGIES, SUITE, TWO_TASKS
 from evaluation.suite import GroupName
-from evaluation.tables import with_interval
+from evaluation.tables import points, with_interval
 
 MARGIN = 0.01  # "keeps" a score: the whole interval lies above −1 point
 
@@ -28,6 +28,8 @@ class Finding:
 
     def text(self) -> str:
         scale, digits = (100.0, 1) if self.in_points else (1.0, 3)
+        if self.effect.flat:
+            return f"{points(self.effect.mean, scale, digits)} in every seed"
         return with_interval(self.effect.mean, self.effect.low, self.effect.high, scale, digits)
 
 
@@ -46,6 +48,8 @@ class Claim:
 
 def more(found: Effect) -> str:
     """The claim is that this is above zero."""
+    if found.flat:  # no interval: seeds that agree to the last digit say nothing of the next one
+        return UNDECIDED
     return HOLDS if found.low > 0 else CONTRADICTED if found.high < 0 else UNDECIDED
 
 
@@ -55,11 +59,15 @@ def less(found: Effect) -> str:
 
 def kept(found: Effect) -> str:
     """The claim is that nothing is lost."""
+    if found.flat:
+        return UNDECIDED
     return HOLDS if found.low > -MARGIN else CONTRADICTED if found.high < 0 else UNDECIDED
 
 
 def best(found: Effect) -> str:
     """The claim is that R of the best balance is at most 0.8; half a step of the sweep more is no contradiction."""
+    if found.flat:
+        return UNDECIDED
     return HOLDS if found.high < 0.025 else CONTRADICTED if found.low > 0.025 else UNDECIDED
 
 

@@ -110,6 +110,11 @@ class Effect:
     low: float
     high: float
 
+    @property
+    def flat(self) -> bool:
+        """All seeds have the same number, so there is no interval."""
+        return self.low == self.high
+
     @classmethod
     def of(cls, by_seed: Sequence[float]) -> Effect:
         # Every seed has a world and items of its own, so the spread over seeds holds the noise of the items, too.
