@@ -35,7 +35,7 @@ from pydantic import ValidationError, WrapValidator
 from mergekit_monosoup import monosoup as monosoup_kernel
 from mergekit_monosoup import svc as svc_kernel
 from mergekit_monosoup.eigen import SolverError
-from mergekit_monosoup.layout import matrices
+from mergekit_monosoup.layout import TRANSPOSED, Index, matrices
 from mergekit_monosoup.monosoup import Mode, Rule, edit
 from mergekit_monosoup.report import Journal, Record, check_path
 from mergekit_monosoup.stack import Job, each, edit_each
@@ -330,9 +330,14 @@ def _each_matrix(
         record.shape = tuple(base.shape)
         return merged.reshape(base.shape), [record]
     merged, records = torch.empty_like(base), []
-    jobs = [Job(base[index], [w[index] for w in tuned], name + suffix) for suffix, index in parts]
+    turned = bool(TRANSPOSED.search(name))
+
+    def matrix(stack: torch.Tensor, index: Index) -> torch.Tensor:
+        return stack[index].mT if turned else stack[index]  # [out, in], which svc's answer depends on
+
+    jobs = [Job(matrix(base, index), [matrix(w, index) for w in tuned], name + suffix) for suffix, index in parts]
     for (_, index), (part, record) in zip(parts, kernel(jobs), strict=True):
-        merged[index] = part
+        merged[index] = part.mT if turned else part
         records.append(record)
     return merged, records
 
@@ -361,6 +366,10 @@ def _worded(method: str, group: TensorGroup, way_out: str) -> Iterator[None]:
         yield
     except NonFiniteError as error:
         raise ValueError(_name_non_finite(method, name, group, error.name)) from None
+    except OverflowError as error:
+        raise ValueError(
+            f"{method}: {name}: {error}. Nothing of this tensor was written. `dtype: float32` has a wider range than float16"
+        ) from error
     except SolverError as error:
         raise RuntimeError(
             f"{method}: {name} {tuple(group.entries[0].tensor.shape)}: its spectrum could not be computed ({error}). "
@@ -396,6 +405,8 @@ class EditingMethod(FunctionalGroupMergeMethod):
         self, input_ids: Sequence[Hashable], base_id: Hashable | None = None, *, group_name: str | None = None
     ) -> None:
         one_tensor = group_name is not None and not self._WHOLE_SLICE.search(group_name)
+        if group_name is not None and not one_tensor:
+            JOURNAL.begin()
         where = f" ({group_name})" if group_name else ""
         if base_id is None:
             raise ValueError(

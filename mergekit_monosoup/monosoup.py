@@ -22,7 +22,15 @@ from mergekit_monosoup.eigen import Eigen
 from mergekit_monosoup.report import Record
 from mergekit_monosoup.spectrum import Spectrum, effective_rank, nonzero_rows, quantile_curve
 from mergekit_monosoup.task_vector import TaskVector
-from mergekit_monosoup.weight import assemble, check_inputs, new_record, or_on_cpu, predict, spectrum_of
+from mergekit_monosoup.weight import (
+    assemble,
+    check_inputs,
+    check_number,
+    new_record,
+    or_on_cpu,
+    predict,
+    spectrum_of,
+)
 
 Mode = Literal["freevariance", "variance"]
 Rule = Literal["monosoup", "rho", "cos", "uniform", "high", "low", "scalar"]
@@ -136,6 +144,7 @@ def edit(
     Raises:
         ValueError: a parameter out of range, shapes or dtypes that differ.
         NonFiniteError: NaN or infinite entries in an input.
+        OverflowError: entries of the result leave the range of the input dtype, or squares that of float64.
         SolverError: no eigensolver succeeded, and a float64 SVD did not either.
     """
     tuned = [finetuned] if isinstance(finetuned, Tensor) else list(finetuned)
@@ -228,9 +237,7 @@ def _check_parameters(mode: str, coefficients: str, **numbers: float) -> None:
         if value not in choices:
             raise ValueError(f"{key} must be one of {', '.join(choices)}, got {value!r}")
     for key, number in numbers.items():
-        words, holds = RANGES[key]
-        if not holds(number):
-            raise ValueError(f"{key} must be {words}, got {number!r}")
+        check_number(key, number, RANGES)
 
 
 def _reason_to_skip(pretrained: Tensor, record: Record, min_rel_update: float) -> str:

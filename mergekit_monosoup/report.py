@@ -154,14 +154,15 @@ def start(path: str) -> str:
 class Journal:
     """Writes records as they come and warns once per merge.
 
-    mergekit tells a method neither when a merge starts nor when it ends. A tensor seen for the second time can only
-    belong to a new merge (a second ``run_merge``, the next stage of a mergekit-multi file), so that is where one begins.
+    mergekit tells a method neither when a merge starts nor when it ends. It does ask methods about whole slices while it
+    plans (:meth:`begin`), and elsewhere a tensor seen for the second time can only belong to a new merge.
     Thread-safe: mergekit's multi-GPU executor calls methods from several threads.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._seen: dict[str | None, set[str]] = defaultdict(set)
+        self._started: set[str | None] = set()
         self._warned: set[str | None] = set()
         self._diversion: list[tuple[str | None, str, Record]] | None = None
 
@@ -181,6 +182,11 @@ class Journal:
             with self._lock:
                 self._diversion = None
 
+    def begin(self) -> None:
+        """A merge is being planned: what comes next belongs to it, whatever its tensors are called."""
+        with self._lock:
+            self._started.clear()
+
     def add(self, records: Sequence[Record], path: str | None = None, method: str = "monosoup") -> None:
         """Append ``records`` (all of one tensor) to ``path``; the first of a merge starts the file anew.
 
@@ -196,8 +202,9 @@ class Journal:
                 return
             seen = self._seen[key]
             # Unnamed tensors (merge_tensors without a name) cannot be told apart, so they never start a new one.
-            starts = not seen or any(record.name and record.name in seen for record in records)
+            starts = key not in self._started or any(record.name and record.name in seen for record in records)
             if starts:
+                self._started.add(key)
                 seen.clear()
                 self._warned.discard(key)
             seen.update(record.name for record in records)

@@ -19,7 +19,7 @@ from torch import Tensor
 from mergekit_monosoup.report import Record
 from mergekit_monosoup.spectrum import effective_rank
 from mergekit_monosoup.task_vector import TaskVector, normalise
-from mergekit_monosoup.weight import assemble, check_inputs, new_record, or_on_cpu, spectrum_of
+from mergekit_monosoup.weight import assemble, check_inputs, check_number, new_record, or_on_cpu, spectrum_of
 
 # The range of every numeric parameter, in words and as a test; nan fails each.
 RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
@@ -121,15 +121,14 @@ def calibrate(
     Raises:
         ValueError: a parameter out of range, shapes or dtypes that differ.
         NonFiniteError: NaN or infinite entries in an input.
+        OverflowError: entries of the result leave the range of the input dtype, or squares that of float64.
         SolverError: no eigensolver succeeded, and a float64 SVD did not either.
     """
     if not tasks:
         raise ValueError("no task model was given")
     check_inputs(pretrained, [*tasks, *([] if merged is None else [merged])], name)
     for key, value in (("alpha", alpha), ("scaling", scaling)):
-        words, holds = RANGES[key]
-        if not holds(value):
-            raise ValueError(f"{key} must be {words}, got {value!r}")
+        check_number(key, value, RANGES)
     if merged is None:
         tuned, shares = (
             list(tasks),

@@ -42,10 +42,12 @@ def normalise(weights: Sequence[float]) -> list[float]:
     """Averaging weights that sum to one.
 
     Raises:
-        ValueError: a weight is negative or not finite, or none is positive.
+        ValueError: a weight is negative or not finite, none is positive, or they are too large to be added.
     """
-    if any(not (0 <= w < math.inf) for w in weights) or not sum(weights) > 0:
-        raise ValueError(f"weights of the fine-tuned models must be >= 0 and at least one > 0, got {list(weights)}")
+    if any(not (0 <= w < math.inf) for w in weights) or not 0 < sum(weights) < math.inf:
+        raise ValueError(
+            f"weights of the fine-tuned models must be >= 0, at least one > 0, and their sum finite, got {list(weights)}"
+        )
     return [w / sum(weights) for w in weights]
 
 
@@ -133,14 +135,20 @@ class TaskVector:
 
         Raises:
             NonFiniteError: an input has NaN or infinite entries (they would pass arithmetic in silence).
+            OverflowError: the inputs are finite, their squares are not, not even in float64.
         """
         delta, base = self._norms(self.dtype)
         if not (math.isfinite(delta) and math.isfinite(base)):
             counts = [int((~torch.isfinite(w)).sum()) for w in (self._base, *self._tuned)]
             if any(counts):
                 raise NonFiniteError(counts)
+            self.dtype = torch.float64  # W1 − W0 itself may leave the range of float32
         if not all(0 < norm < math.inf for norm in (delta, base)):
             delta, base = self._norms(torch.float64)  # squares may leave the range of float32; eight times slower
+        if not (math.isfinite(delta) and math.isfinite(base)):
+            raise OverflowError(
+                f"its entries are so large that their squares overflow float64 (‖ΔW‖ {delta}, ‖W0‖ {base})"
+            )
         return delta, base
 
     def _norms(self, dtype: torch.dtype) -> tuple[float, float]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -15,6 +16,9 @@ from mergekit_monosoup.task_vector import NonFiniteError, TaskVector, flat
 
 # ‖W_exact − W1‖ in units of eps·‖ΔW‖ under which nothing was intended.
 NO_EDIT = 32
+
+# ‖ΔW‖² whose products float32 holds, down to those of an edit that is nearly none: (NO_EDIT·eps)² = 1.5e-11 of it.
+SMALLEST = 1e-24
 
 QUANTISED = (
     "8-bit numbers are codes, which mean a weight only with their scales; convert the checkpoint to bfloat16 first"
@@ -41,6 +45,13 @@ def check_inputs(pretrained: Tensor, tuned: Sequence[Tensor], name: str) -> None
                 f"{tuple(pretrained.shape)} {pretrained.dtype} on {pretrained.device}, "
                 f"a fine-tuned one {tuple(w.shape)} {w.dtype} on {w.device}"
             )
+
+
+def check_number(key: str, number: object, ranges: Mapping[str, tuple[str, Callable[[float], bool]]]) -> None:
+    """Raises ValueError: not a number, or out of its range."""
+    words, holds = ranges[key]
+    if isinstance(number, bool) or not isinstance(number, Real) or not holds(float(number)):
+        raise ValueError(f"{key} must be a number {words}, got {number!r}")
 
 
 @torch.no_grad()  # a module's own parameters are the most natural input, and NumPy refuses tensors that require grad
@@ -105,6 +116,9 @@ def assemble(
     Returns:
         The weight; ‖W − W1‖_F of the rounded weight, W1 = W0 + ΔW; and the share of the intended edit that survived the
         rounding, ⟨W − W1, W_exact − W1⟩/‖W_exact − W1‖² (None when no edit was intended, see :data:`NO_EDIT`).
+
+    Raises:
+        OverflowError: W has entries that the input dtype cannot hold.
     """
     weight = torch.empty(pretrained.shape, dtype=pretrained.dtype, device=pretrained.device)
     return weight, *_rounded(task_vector, recombine, alpha, pretrained.dtype, out=TaskVector.tall(weight))
@@ -131,6 +145,22 @@ def _rounded(
 
     ``also_tuned`` rounds W1 too.
     """
+    sums = _sums(task_vector, recombine, alpha, dtype, out, also_tuned)
+    if task_vector.dtype == torch.float32 and not (sums[3] > SMALLEST and all(map(math.isfinite, sums))):
+        sums = _sums(task_vector, recombine, alpha, dtype, out, also_tuned, torch.float64)
+    if not all(map(math.isfinite, sums)):
+        raise OverflowError(f"its edited entries leave the range of {str(dtype).removeprefix('torch.')}")
+    survived, squared_intended, squared_actual, squared_update = sums
+    # Rounding of the recombination itself is no edit: `svc` with alpha = 1 multiplies by 1 in a roundabout way.
+    some = squared_intended > (NO_EDIT * torch.finfo(task_vector.dtype).eps) ** 2 * squared_update
+    return math.sqrt(squared_actual), survived / squared_intended if some else None
+
+
+def _sums(
+    task_vector: TaskVector, recombine: Callable[[Tensor], Tensor], alpha: float, dtype: torch.dtype, out: Tensor | None,
+    also_tuned: bool, accurate: torch.dtype | None = None,
+) -> list[float]:  # fmt: skip
+    """⟨W − W1, I⟩, ‖I‖², ‖W − W1‖², ‖ΔW‖² with the intended edit I, for :func:`_rounded`; products in ``accurate``."""
     sums = torch.zeros(4, dtype=torch.float64, device=task_vector.device)
     for block in task_vector.blocks():
         change = recombine(block.delta).mul_(alpha)
@@ -145,11 +175,11 @@ def _rounded(
         intended = change.sub_(block.delta).to(actual.dtype)
         actual, intended = flat(actual), flat(intended)
         update = flat(block.delta)
+        if accurate is not None:
+            actual, intended, update = (x.to(accurate) for x in (actual, intended, update))
         products = [
             torch.dot(a, b) for a, b in ((actual, intended), (intended, intended), (actual, actual), (update, update))
         ]
         sums += torch.stack(products).double()
-    survived, squared_intended, squared_actual, squared_update = sums.tolist()
-    # Rounding of the recombination itself is no edit: `svc` with alpha = 1 multiplies by 1 in a roundabout way.
-    some = squared_intended > (NO_EDIT * torch.finfo(task_vector.dtype).eps) ** 2 * squared_update
-    return math.sqrt(squared_actual), survived / squared_intended if some else None
+    found: list[float] = sums.tolist()
+    return found

@@ -113,7 +113,7 @@ class Effect:
     @property
     def flat(self) -> bool:
         """All seeds have the same number, so there is no interval."""
-        return self.low == self.high
+        return min(self.by_seed) == max(self.by_seed)
 
     @classmethod
     def of(cls, by_seed: Sequence[float]) -> Effect:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import traceback
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -15,10 +16,12 @@ import yaml
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 from mergekit.scripts import run_yaml
+from safetensors import SafetensorError
 
 from mergekit_monosoup.distributed.driver import MergeError, Request, merge
 from mergekit_monosoup.distributed.engines import InProcess, OnRay, import_ray
 from mergekit_monosoup.distributed.folder import Done, WorkFolder
+from mergekit_monosoup.distributed.plan import read_header
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 ALONE = "--gpus gives each of several workers a GPU: add --workers N, or take --cuda for one"
@@ -63,18 +66,20 @@ def run(
         with _errors(out_path, verbose=False):
             if gpus:
                 raise ValueError(ALONE)
-            _configuration(config_file)  # one line for what is wrong with it, as with several workers
+            config, _ = _configuration(config_file)
+            _check_places(out_path, config)
             with work.claimed(resume=False, force=force):
                 pass
         mergekit_yaml = partial(run_yaml.main.callback, config_file=config_file, **merge_options.model_dump())  # type: ignore[misc, arg-type]
-        if not force:
-            mergekit_yaml(out_path=out_path)
-            return
-        with work.claimed(resume=False, force=True):  # the old model stays until the new one is complete
-            mergekit_yaml(out_path=str(work.files))
-            work.prepare({})
-            work.publish()
-            work.remove()
+        with _errors(out_path, merge_options.verbosity > 0):
+            if not force:
+                mergekit_yaml(out_path=out_path)
+                return
+            with work.claimed(resume=False, force=True):  # the old model stays until the new one is complete
+                mergekit_yaml(out_path=str(work.files))
+                work.prepare({})
+                work.publish()
+                work.remove()
         return
     with _errors(out_path, merge_options.verbosity > 0):
         options = _checked(merge_options, on_ray, gpus)
@@ -86,6 +91,7 @@ def run(
             threads = threads or 1
             engine = partial(OnRay, address, workers, threads, gpus)
         config, source = _configuration(config_file)
+        _check_places(out_path, config)
         seed = (options.random_seed or 0) if seed_per_tensor else None
         request = Request(config, source, Path(out_path), options, threads, seed, engine)
         records = merge(request, resume=resume, force=force)
@@ -101,6 +107,16 @@ def _configuration(path: str) -> tuple[MergeConfiguration, str]:
     """
     source = Path(path).read_text(encoding="utf-8")
     return MergeConfiguration.model_validate(_document(path, source)), source
+
+
+def _check_places(out_path: str, config: MergeConfiguration) -> None:
+    """Raises ValueError: OUT is one of the models that are merged, which the merge would replace; or a file is cut off."""
+    parts = [part for r in config.referenced_models() for part in (r.model, r.lora) if part is not None]
+    for place in (part.path for part in parts if os.path.isdir(part.path)):
+        if os.path.realpath(place) == os.path.realpath(out_path):
+            raise ValueError(f"{out_path} is an input of this merge, which would replace it: name another folder")
+        for file in sorted(Path(place).glob("*.safetensors")):
+            read_header(str(file))
 
 
 def _document(path: str, source: str) -> Any:
@@ -151,11 +167,12 @@ def _errors(out_path: str, verbose: bool) -> Iterator[None]:
     except KeyboardInterrupt:
         click.echo(f"Interrupted. {_kept(out_path) or 'No batch was finished.'}", err=True)
         raise SystemExit(INTERRUPTED) from None
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
+    except (ValueError, OSError, ImportError, RuntimeError, KeyError, SafetensorError) as error:
         if verbose:
             click.echo(error.details if isinstance(error, MergeError) else traceback.format_exc(), err=True)
         kept = _kept(out_path) if isinstance(error, RuntimeError) else ""
-        raise click.ClickException(f"{error}\n{kept}".rstrip()) from error
+        said = f"{type(error).__name__}: {error}" if isinstance(error, KeyError | SafetensorError) else str(error)
+        raise click.ClickException(f"{said}\n{kept}".rstrip()) from error
 
 
 def _kept(out_path: str) -> str:

@@ -29,7 +29,7 @@ from mergekit.tokenizer import BuildTokenizer, TokenizerInfo
 from mergekit_monosoup import report
 from mergekit_monosoup.distributed import folder as folders
 from mergekit_monosoup.distributed.engines import Engine
-from mergekit_monosoup.distributed.fingerprint import Fingerprint, fingerprint, versions
+from mergekit_monosoup.distributed.fingerprint import Fingerprint, document, fingerprint, versions
 from mergekit_monosoup.distributed.folder import Done, FolderError, WorkFolder
 from mergekit_monosoup.distributed.plan import Batch, Inputs, Plan, PlanError, batch_bytes, divide, in_order, take_apart
 from mergekit_monosoup.distributed.progress import Bar
@@ -78,7 +78,7 @@ def merge(request: Request, *, resume: bool, force: bool) -> list[Done]:
     asked = request.config.model_copy(deep=True)
     with work.claimed(resume=resume, force=force):
         if work.publishing:
-            work.check_same({"configuration": asked.model_dump(mode="json", exclude_none=True)})
+            work.check_same({"configuration": document(request.source)})
         else:
             distributor = Distributor(request, asked, work)
             with distributor.in_place_of_executor():
@@ -162,7 +162,8 @@ class Distributor:
         return self.request.threads or torch.get_num_threads()
 
     def _fingerprint(self, loaders: Mapping[ModelReference, LazyTensorLoader]) -> Fingerprint:
-        return fingerprint(self.asked, self.request.options, loaders, threads=self._threads, seed=self.request.seed)
+        asked = self.request
+        return fingerprint(asked.source, asked.options, loaders, threads=self._threads, seed=asked.seed)
 
     def _tokenizer(self, task: BuildTokenizer) -> TokenizerInfo:
         """Built once per merge and kept: a union of vocabularies comes out in another order in another process."""

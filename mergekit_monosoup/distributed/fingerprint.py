@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -9,8 +10,8 @@ from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+import yaml
 from mergekit.common import ModelReference
-from mergekit.config import MergeConfiguration
 from mergekit.io import LazyTensorLoader
 from mergekit.options import MergeOptions
 
@@ -39,8 +40,13 @@ def versions() -> dict[str, str]:
     return found
 
 
+def document(source: str) -> Any:
+    """A configuration as JSON has it. mergekit's own dump of one fails where a model's path holds a space."""
+    return json.loads(json.dumps(yaml.safe_load(source), default=str))
+
+
 def fingerprint(
-    config: MergeConfiguration,
+    source: str,
     options: MergeOptions,
     loaders: Mapping[ModelReference, LazyTensorLoader],
     *,
@@ -50,14 +56,14 @@ def fingerprint(
     """JSON of everything that the weights depend on.
 
     Args:
-        config: as read; mergekit's planner rewrites it.
+        source: the configuration, as it was read.
         loaders: of every model that is referred to.
         threads: per worker; sums are rounded differently with another number.
         seed: of the streams per tensor; None where every tensor is to come out the same without.
     """
     settings = {name: getattr(options, name) for name in OPTIONS}
     return {
-        "configuration": config.model_dump(mode="json", exclude_none=True),
+        "configuration": document(source),
         "options": {**settings, "threads per worker (-j)": threads, "seed of each tensor": seed},
         "inputs": {file: stamp for loader in loaders.values() for file, stamp in _stamps(loader)},
         "versions": versions(),

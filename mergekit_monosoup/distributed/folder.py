@@ -40,6 +40,11 @@ NAME = ".mergekit-monosoup"
 FORMAT = 1  # of what lies in the folder; raised when an older version could not continue it
 # As mergekit and transformers name them; model-1.safetensors is what mergekit-yaml leaves when it is interrupted.
 WEIGHTS = re.compile(r"(model|pytorch_model)(-\d+(-of-\d+)?)?\.(safetensors|bin)(\.index\.json)?$")
+# What else belongs to a model: left beside another one, it would be loaded with that.
+BESIDE = re.compile(
+    r"(tokenizer(_config)?|special_tokens_map|added_tokens|vocab|generation_config|(pre)?processor_config|chat_template)\.json$"
+    r"|mergekit_config\.yml$|(merges|vocab)\.txt$|(tokenizer|spiece|sentencepiece.*)\.model$|chat_template\.jinja$"
+)
 CHUNK = 2**22  # bytes read at a time for a checksum
 READERS = 8  # files checked at a time
 
@@ -218,7 +223,9 @@ class WorkFolder:
         moves = {name: f"done/{file}" for name, file in shards.items()}
         moves |= {name: f"files/{self.files.name}/{name}" for name in others}
         moves["config.json"] = moves.pop("config.json")  # last: without it no program sees a model
-        old = [name for name in os.listdir(self.out) if WEIGHTS.match(name) and name not in moves]
+        old = [
+            name for name in os.listdir(self.out) if (WEIGHTS.match(name) or BESIDE.match(name)) and name not in moves
+        ]
         write_text(self._publish, json.dumps({"remove": old, "move": moves}))
 
     def publish(self) -> None:

@@ -256,7 +256,7 @@ class Inputs:
     def _stored(self, loader: LazyTensorLoader, name: str) -> Stored:
         file = os.path.join(loader.index.base_path, loader.index.tensor_paths[name])
         if file not in self._headers:
-            self._headers[file] = _header(file)
+            self._headers[file] = read_header(file)
         if name not in self._headers[file]:
             raise LackingError(f"{file} lacks {name}, which the index beside it lists: is the checkpoint complete?")
         return self._headers[file][name]
@@ -275,13 +275,20 @@ def loads(task: Task[Any]) -> Iterator[LoadTensor]:
         yield from loads(argument)
 
 
-def _header(file: str) -> dict[str, Stored]:
+def read_header(file: str) -> dict[str, Stored]:
+    """Raises LackingError: a safetensors file is cut off."""
     if not file.lower().endswith(".safetensors"):
         state = torch.load(file, map_location="meta", weights_only=True, mmap=is_zipfile(file))
         return {name: Stored(file, name, tuple(t.shape), t.nbytes) for name, t in state.items()}
     with open(file, "rb") as opened:
-        (length,) = struct.unpack("<Q", opened.read(8))
-        entries = json.loads(opened.read(length))
+        (length,) = struct.unpack("<Q", opened.read(8).ljust(8))
+        try:
+            entries = json.loads(opened.read(length))
+        except (ValueError, MemoryError, OverflowError) as error:
+            raise LackingError(f"{file} is no safetensors file, or cut off in its header: download it again") from error
+    whole = 8 + length + max((e["data_offsets"][1] for n, e in entries.items() if n != "__metadata__"), default=0)
+    if (there := os.path.getsize(file)) < whole:
+        raise LackingError(f"{file} is cut off: {there} of {whole} bytes are there; download it again")
     return {
         name: Stored(file, name, tuple(entry["shape"]), entry["data_offsets"][1] - entry["data_offsets"][0])
         for name, entry in entries.items()
