@@ -246,6 +246,9 @@ class _Document:
                         f"slices[{number}]", f"layer_range {list(source.layer_range)}: {source.model} has {layers}"
                     )
         shape = first.config()
+        if unknown := sorted(set(config.modules or {}) - set(kinds[first].modules)):
+            known = ", ".join(kinds[first].modules)
+            raise self._refused(f"modules.{unknown[0]}", f"{first} has no such module, it has: {known}")
         try:  # on a copy, for the planner rewrites the configuration
             planner = MergePlanner(config.model_copy(deep=True), kinds[first], MergeOptions(quiet=True), shape)
             tasks = planner.plan_to_disk("")  # which only writes when it is executed
@@ -463,7 +466,18 @@ class _Document:
         yield from self._working_dtype(dtypes)
         stored = {tensor for tensors in found.values() for tensor in tensors}
         yield from self._filters(stored if planned is None else {task.tensor_name for task in planned}, stored)
-        lacking = _lacking(planned) if planned and len(found) == len(set(names)) else {}
+        # Of models that are cut into slices not every tensor is merged, nor with that of the same name.
+        sections = (self.data, *map(_mapping, _mapping(self.data.get("modules")).values()))
+        sliced = any(s.get("slices") for s in sections)
+        level: Literal["error", "warning"] = "warning" if sliced else "error"
+        lacking, unread = _missed(planned) if planned and len(found) == len(set(names)) else ({}, {})
+        for model, left in unread.items() if not sliced else ():
+            yield Finding(
+                "warning",
+                self._at(model),
+                f"{len(left)} tensor(s) that mergekit does not read, so the merged model will not have them: "
+                f"{', '.join(sorted(left)[:SHOWN])}",
+            )
         for model, needed in lacking.items():
             yield Finding(
                 "error",
@@ -472,9 +486,6 @@ class _Document:
                 "is the checkpoint complete?",
             )
         first, *others = found
-        # Of models that are cut into slices not every tensor is merged with that of the same name.
-        sections = (self.data, *map(_mapping, _mapping(self.data.get("modules")).values()))
-        level: Literal["error", "warning"] = "warning" if any(s.get("slices") for s in sections) else "error"
         aligned = self.data.get("tokenizer") is not None or self.data.get("tokenizer_source") is not None
         for other in others:
             differing = [
@@ -628,18 +639,24 @@ def _members(annotation: Any) -> Iterator[Any]:
         yield annotation
 
 
-def _lacking(tasks: Sequence[SaveTensor]) -> dict[str, set[str]]:
-    """Model -> tensors (mergekit's names) without which mergekit would stop; all models are readable folders."""
+def _missed(tasks: Sequence[SaveTensor]) -> tuple[dict[str, set[str]], dict[str, set[str]]]:
+    """Model -> tensors (mergekit's names) without which mergekit would stop, and tensors (of the files) that it passes by.
+
+    All models are readable folders.
+    """
     loads = dict.fromkeys(load for task in tasks for load in plan.loads(task.tensor_task))
     models = {load.model for load in loads}
     inputs = plan.Inputs({m: LazyTensorLoader(ShardedTensorIndex.from_disk(m.model.path)) for m in models})
-    found: dict[str, set[str]] = {}
+    lacking: dict[str, set[str]] = {}
+    unread = {str(model): set(inputs.loaders[model].index.tensor_paths) for model in models}
     for load in loads:
+        # Tied weights are stored under several names, and any of them will do.
+        unread[str(load.model)] -= {load.tensor, *(load.aliases or ()), *(load.tied_names or ())}
         try:
-            inputs.sources(load)
+            unread[str(load.model)] -= {stored.name for stored in inputs.sources(load)[0]}
         except plan.LackingError:
-            found.setdefault(str(load.model), set()).add(load.tensor)
-    return found
+            lacking.setdefault(str(load.model), set()).add(load.tensor)
+    return lacking, {model: left for model, left in unread.items() if left}
 
 
 def headers(model: ModelReference) -> Headers:

@@ -196,6 +196,8 @@ def soup(
     from mergekit_monosoup.pair import Checkpoints
 
     with _errors():
+        if out.suffix.lower() not in (".yml", ".yaml"):
+            raise ValueError(f"--out {out}: what is written is a configuration, name it .yml")
         if out.exists() and not force:
             raise ValueError(f"{out} exists; --force overwrites it")
         if not out.parent.is_dir():

@@ -9,6 +9,7 @@ from pathlib import Path
 import checkpoints
 import pytest
 import torch
+import transformers
 import yaml
 from click.testing import CliRunner
 from mergekit.config import MergeConfiguration
@@ -242,6 +243,30 @@ def test_tensors_that_the_merge_needs(write, tmp_path, monkeypatch):
     assert not any("q_proj" in warning for warning in messages(path, "warning"))
     with pytest.raises(RuntimeError, match=r"required but not present|must match"):
         run_merge(MergeConfiguration.model_validate(yaml.safe_load(path.read_text())), "out", MergeOptions(quiet=True))
+
+
+def test_tensors_that_mergekit_passes_by(write, tmp_path):
+    """mergekit knows no biases of Llama's attention; they would be gone, and load as zeros."""
+    paths = []
+    for name in ("base", "tuned"):
+        config = checkpoints.config("llama")
+        config.attention_bias = True
+        torch.manual_seed(len(paths))
+        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / name)
+        paths.append(str(tmp_path / name))
+    base, tuned = paths
+    said = [m for m in messages(write(base_model=base, models=[{"model": tuned}]), "warning") if "not read" in m]
+    assert len(said) == 2 and said[0].startswith(f"{base}: 8 tensor(s) that mergekit does not read")
+    assert "model.layers.0.self_attn.k_proj.bias" in said[0]
+    layers = [{"sources": [{"model": path, "layer_range": [0, 1]} for path in paths]}]
+    assert not [m for m in messages(write(base_model=base, models=None, slices=layers), "warning") if "not read" in m]
+
+
+def test_modules_that_the_architecture_lacks(write, models):
+    path = write(models=None, modules={"text_decoder": {"models": [{"model": models[1][0]}]}})
+    assert [m for m in messages(path) if "module" in m] == [
+        f"modules.text_decoder: {models[0]} has no such module, it has: default"
+    ]
 
 
 def test_a_tokenizer_that_aligns_vocabularies(write, tmp_path):

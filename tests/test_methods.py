@@ -203,6 +203,16 @@ def test_lora_reference(tmp_path):
     assert k.reason == "no update" and torch.equal(merged[k.name], W0[k.name])
 
 
+def test_reports_of_two_merges_of_one_process(tmp_path):
+    """Tied and untied: lm_head.weight comes first in one of them only."""
+    path = str(tmp_path / "r.jsonl")
+    for tied in (True, False):
+        base, (tuned,) = checkpoints.pair(tmp_path / str(tied), tied=tied)
+        merged = merge(base, [tuned], tmp_path / str(tied) / "out", parameters={"report": path})
+    assert {r.name for r in report.read(path)} == set(merged) and "lm_head.weight" in merged
+    assert "lm_head.weight" not in {r.name for r in report.read(f"{path}.old")}
+
+
 def test_dtype_and_out_dtype(tmp_path):
     base, (tuned,) = checkpoints.pair(tmp_path, dtype=torch.bfloat16)
     path = str(tmp_path / "r.jsonl")

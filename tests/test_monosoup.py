@@ -16,8 +16,9 @@ import oracle
 import pytest
 import torch
 import zoo
+from mergekit.merge_methods import merge_tensors
 
-from mergekit_monosoup import task_vector
+from mergekit_monosoup import calibrate, task_vector
 from mergekit_monosoup.monosoup import Split, edit, split_rank
 from mergekit_monosoup.spectrum import Spectrum, effective_rank
 from mergekit_monosoup.task_vector import NonFiniteError
@@ -364,11 +365,17 @@ def test_non_finite_entries_are_counted_per_input():
 
 @pytest.mark.parametrize(
     "settings", [dict(R=0.0), dict(R=1.5), dict(R=math.nan), dict(alpha=-0.1), dict(min_rel_update=-1), dict(mode="x"),
-                 dict(coefficients="half"), dict(weights=[-1.0]), dict(weights=[0.0])],
+                 dict(coefficients="half"), dict(weights=[-1.0]), dict(weights=[0.0]), dict(R="0.5"), dict(alpha=None)],
 )  # fmt: skip
 def test_values_out_of_range(settings):
     with pytest.raises(ValueError, match=next(iter(settings))):
         edit(torch.zeros(3, 3), torch.ones(3, 3), **settings)
+
+
+def test_weights_whose_sum_overflows_are_no_average():
+    """Shares of w/∞ = 0 would give the pretrained model back, as if that were the merge."""
+    with pytest.raises(ValueError, match="their sum finite"):
+        edit(torch.zeros(3, 3), [torch.ones(3, 3)] * 2, weights=[1e308, 1e308])
 
 
 def test_inputs_that_do_not_fit():
@@ -389,6 +396,30 @@ def test_squares_beyond_float32(scale):
     expected, other = edit(W0, delta.float(), mode="variance")
     assert record.action == "edited" and record.k == other.k
     assert torch.allclose(weight.double() / scale, expected.double(), rtol=1e-4, atol=1e-6)
+    assert record.edit_norm == pytest.approx(scale * other.edit_norm, rel=1e-4)
+    assert record.realised == pytest.approx(other.realised, rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_differences_beyond_float32(dtype):
+    """3e38 − (−3e38) is no float32; the result is one."""
+    W0, W1 = (torch.randn(48, 64) * 1e37).to(dtype), (torch.randn(48, 64) * 1e37).to(dtype)
+    W0[5, 7], W1[5, 7] = 3e38, -3e38
+    weight, record = edit(W0, W1)
+    expected, _ = edit(W0.double(), W1.double())
+    assert record.action == "edited" and torch.isfinite(weight).all()
+    assert torch.allclose(weight.double(), expected, rtol=1e-2, atol=1e35)
+
+
+def test_what_the_dtype_cannot_hold_is_said():
+    W0, W1 = torch.full((8,), 3e4, dtype=torch.float16), torch.full((8,), 6e4, dtype=torch.float16)
+    assert torch.equal(calibrate(W0, [W1, W1], normalize=True)[0], W1)
+    with pytest.raises(OverflowError, match="leave the range of float16"):
+        calibrate(W0, [W1, W1])  # 3e4 + 2·3e4
+    with pytest.raises(ValueError, match=r"svc: a\.b: its edited entries leave the range of float16.*`dtype: float32`"):
+        merge_tensors([W0, W1, W1], "svc", base_index=0, name="a.b")
+    with pytest.raises(OverflowError, match="squares overflow float64"):
+        edit(1e160 * torch.randn(8, 8, dtype=torch.float64), 1e160 * torch.randn(8, 8, dtype=torch.float64))
 
 
 def test_reduced_matmul_precision_is_not_inherited():

@@ -48,6 +48,17 @@ def test_a_second_merge_starts_the_file_anew_and_keeps_the_old_one(tmp_path):
     assert [r.name for r in read(path)] == ["z"]
 
 
+def test_a_planned_merge_starts_the_file_anew_whatever_its_tensors_are_called(tmp_path):
+    """The second model has a head before what both have: it must not go into the first one's report."""
+    journal, path = Journal(), tmp_path / "r.jsonl"
+    for names in (["a", "b"], ["head", "a", "b"]):
+        journal.begin()
+        for name in names:
+            journal.add([record(name)], str(path))
+    assert [r.name for r in read(path)] == ["head", "a", "b"]
+    assert [r.name for r in read(f"{path}.old")] == ["a", "b"]
+
+
 def test_unnamed_tensors_are_appended(tmp_path):
     path = str(tmp_path / "r.jsonl")
     for _ in range(3):

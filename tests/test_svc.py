@@ -378,6 +378,18 @@ def test_every_tensor_of_a_checkpoint(tmp_path, qwen3, parameters, per_model):
         assert records[name].action == "edited" and records[name].gamma_max == pytest.approx(gamma.max(), rel=1e-6)
 
 
+def test_experts_that_are_stored_transposed_are_turned():
+    """Llama 4 has them as [in, out]; svc, unlike monosoup, gives another answer then."""
+    torch.manual_seed(0)
+    W0, *tasks = (torch.randn(3, 24, 40) for _ in range(3))
+    merged = merge_tensors([W0, *tasks], "svc", base_index=0, name="layers.0.feed_forward.experts.down_proj")
+    plain = merge_tensors([W0, *tasks], "svc", base_index=0, name="layers.0.mlp.experts.down_proj")
+    for e in range(3):
+        expected, _ = calibrate(W0[e].T, [w[e].T for w in tasks])
+        assert torch.allclose(merged[e], expected.T, atol=1e-5)
+        assert not torch.allclose(merged[e], plain[e], atol=1e-2)
+
+
 def test_mixture_of_experts_is_calibrated_expert_by_expert(tmp_path):
     base, tuned = checkpoints.pair(tmp_path, "qwen3_moe", tuned=2)
     merged = merge(base, tuned, tmp_path / "out", parameters={"report": str(tmp_path / "r.jsonl")})
