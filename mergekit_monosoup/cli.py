@@ -136,7 +136,7 @@ def inspect(
     console = _console()
     console.print(inspection.table(records, console.width, every_layer=layers))
     rest = (
-        [f"{unedited} tensors hold no matrix of floating point (norms, biases, integers): they stay as fine-tuned."]
+        [f"{unedited} tensors hold no matrix of floating point (norms, biases, integers): they are not edited."]
         if unedited
         else []
     )

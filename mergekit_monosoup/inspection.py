@@ -221,7 +221,7 @@ def _sentence(verdict: str, where: str, records: Sequence[Record]) -> str:
     high, low = (_mean(records, f) or 0.0 for f in (lambda r: r.lambda_high, lambda r: r.lambda_low))
     change = _mean(records, lambda r: r.edit_norm / r.delta_norm if r.edit_norm is not None and r.delta_norm else None)
     return {
-        "no update": f"{where} did not move, and stays as it is.",
+        "no update": f"no update in {where}: nothing to edit there.",
         "nothing below the cut": f"the cut is at the rank in {where}: MonoSoup leaves it as fine-tuned.",
         "flat": f"the update is nearly flat in {where}, MonoSoup ≈ uniform scaling by {(high + low) / 2:.2f} there.",
         "tail first": f"in {where} the tail weighs more than the head (λ_low {low:.2f} > λ_high {high:.2f}): a flat "

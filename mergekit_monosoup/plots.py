@@ -45,6 +45,8 @@ def check_suffix(path: Path) -> None:
     """Raises ValueError: said before a figure is drawn."""
     if path.suffix.lower() not in SUFFIXES:
         raise ValueError(f"{path}: a figure is a {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file")
+    if not path.parent.is_dir():
+        raise ValueError(f"{path}: there is no folder {path.parent}")
 
 
 def draw(files: Mapping[str, Sequence[Record]], *, mode: str | None = None) -> Figure:

@@ -316,7 +316,7 @@ def test_reading_by_hand():
     assert "tail weighs more" in inspection.reading([made("a.b", 0.3)])[0]
     assert "cut is at the rank" in inspection.reading([made("a.b", 1.0, k=4)])[0]
     untouched = Record("a.b", (8, 4), "bfloat16", "inspected", "no update", mode="variance", R=0.8, delta_norm=0.0)
-    assert inspection.reading([untouched]) == ["variance, R = 0.8: a.b did not move, and stays as it is."]
+    assert inspection.reading([untouched]) == ["variance, R = 0.8: no update in a.b: nothing to edit there."]
 
 
 def printed(records, width, **options) -> str:
@@ -361,7 +361,7 @@ def test_command(world, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "mlp.up_proj" in done.stdout and "variance, R = 0.7: " in done.stdout
     assert (
-        "9 tensors hold no matrix of floating point (norms, biases, integers): they stay as fine-tuned." in done.stdout
+        "9 tensors hold no matrix of floating point (norms, biases, integers): they are not edited." in done.stdout
     )
     records = report.read(out)
     assert len({r.name for r in records}) * 2 == len(records)
@@ -377,4 +377,4 @@ def test_command_refuses_by_name(world):
     result = CliRunner().invoke(main, ["inspect", str(world / "base"), "./nowhere"])
     assert result.exit_code == 1 and result.output.startswith("Error: ./nowhere: no such file")
     result = CliRunner().invoke(main, ["inspect", str(world / "base"), str(world / "tuned0"), "--R", "2"])
-    assert result.exit_code == 1 and "R must be in (0, 1], got 2" in result.output
+    assert result.exit_code == 1 and "R must be a number in (0, 1], got 2" in result.output
