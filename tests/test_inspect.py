@@ -360,9 +360,7 @@ def test_command(world, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "mlp.up_proj" in done.stdout and "variance, R = 0.7: " in done.stdout
-    assert (
-        "9 tensors hold no matrix of floating point (norms, biases, integers): they are not edited." in done.stdout
-    )
+    assert "9 tensors hold no matrix of floating point (norms, biases, integers): they are not edited." in done.stdout
     records = report.read(out)
     assert len({r.name for r in records}) * 2 == len(records)
     assert {len(r.spectrum) for r in records} == {inspection.POINTS} and all(r.cosine for r in records)
