@@ -79,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     command = shlex.join(["python", "-m", "evaluation.cka", *(sys.argv[1:] if arguments is None else arguments)])
-    return problems(lambda: run(options, command))
+    return problems(lambda: run(options, command), kept="")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -47,12 +47,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return problems(work)
 
 
-def problems(work: Callable[[], None]) -> int:
-    """Do it; what the user can put right is said in one line, without a traceback."""
+KEPT = ": what was finished is kept, and the same command goes on from there (with --fresh it starts over)"
+
+
+def problems(work: Callable[[], None], kept: str = KEPT) -> int:
+    """Do it; what the user can put right is said in one line, without a traceback. ``kept``: said of an interruption."""
     try:
         work()
     except KeyboardInterrupt:
-        print("interrupted: what was finished is kept, and the same command goes on from there", file=sys.stderr)
+        print(f"interrupted{kept}", file=sys.stderr)
         return 130
     except Exception as error:
         from evaluation.engine import EngineError

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ def local(given: str) -> Path:
     """A folder as it is; a hub name as its snapshot on this machine, downloaded if there is a network."""
     if Path(given).is_dir():
         return Path(given)
-    if given.startswith((".", "/", "~")) or given.count("/") != 1 or Path(given).parent.is_dir():
+    if given.startswith((".", "/", "~")) or given.count("/") != 1:
         raise SourceError(f"{given}: no such folder")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -103,8 +104,9 @@ def _merged(path: Path, cache: Path) -> tuple[Path, dict[str, Any]]:
     target, unfinished = cache / key, cache / f"{key}.unfinished-{os.getpid()}"
     if not target.exists():
         for left in cache.glob("*.unfinished-*"):
-            if not _alive(int(left.name.rpartition("-")[2])):
+            if _abandoned(left):
                 shutil.rmtree(left, ignore_errors=True)  # a killed run's, as large as a model
+        shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
         print(f"merging {path}", flush=True)
         # mergekit names a merged adapter after its path: kept longer, it would stand for another adapter under that path.
@@ -117,14 +119,17 @@ def _merged(path: Path, cache: Path) -> tuple[Path, dict[str, Any]]:
     return target, content
 
 
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
+def _abandoned(unfinished: Path) -> bool:
+    """No process of this machine has its number, nor, most likely, one of another that shares the folder."""
+    if time.time() - unfinished.stat().st_mtime < 86400:
         return False
-    except PermissionError:
+    try:
+        os.kill(int(unfinished.name.rpartition("-")[2]), 0)
+    except ProcessLookupError:
         return True
-    return process != os.getpid()  # ours: of an earlier process with the same number
+    except (PermissionError, ValueError):
+        return False
+    return False
 
 
 def _merge_code() -> dict[str, str]:

@@ -645,7 +645,7 @@ def _missed(tasks: Sequence[SaveTensor]) -> tuple[dict[str, set[str]], dict[str,
     All models are readable folders.
     """
     loads = dict.fromkeys(load for task in tasks for load in plan.loads(task.tensor_task))
-    models = {load.model for load in loads}
+    models = dict.fromkeys(load.model for load in loads)
     inputs = plan.Inputs({m: LazyTensorLoader(ShardedTensorIndex.from_disk(m.model.path)) for m in models})
     lacking: dict[str, set[str]] = {}
     unread = {str(model): set(inputs.loaders[model].index.tensor_paths) for model in models}

@@ -113,7 +113,7 @@ class Effect:
     @property
     def flat(self) -> bool:
         """All seeds have the same number, so there is no interval."""
-        return min(self.by_seed) == max(self.by_seed)
+        return len(set(self.by_seed)) == 1
 
     @classmethod
     def of(cls, by_seed: Sequence[float]) -> Effect:

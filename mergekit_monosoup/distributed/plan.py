@@ -280,14 +280,17 @@ def read_header(file: str) -> dict[str, Stored]:
     if not file.lower().endswith(".safetensors"):
         state = torch.load(file, map_location="meta", weights_only=True, mmap=is_zipfile(file))
         return {name: Stored(file, name, tuple(t.shape), t.nbytes) for name, t in state.items()}
+    there = os.path.getsize(file)
     with open(file, "rb") as opened:
-        (length,) = struct.unpack("<Q", opened.read(8).ljust(8))
+        length = struct.unpack("<Q", opened.read(8))[0] if there >= 8 else there
         try:
-            entries = json.loads(opened.read(length))
-        except (ValueError, MemoryError, OverflowError) as error:
-            raise LackingError(f"{file} is no safetensors file, or cut off in its header: download it again") from error
+            entries = json.loads(opened.read(length)) if length <= there - 8 else None
+        except ValueError:
+            entries = None
+    if not isinstance(entries, dict):
+        raise LackingError(f"{file} is no safetensors file, or cut off in its header: download it again")
     whole = 8 + length + max((e["data_offsets"][1] for n, e in entries.items() if n != "__metadata__"), default=0)
-    if (there := os.path.getsize(file)) < whole:
+    if there < whole:
         raise LackingError(f"{file} is cut off: {there} of {whole} bytes are there; download it again")
     return {
         name: Stored(file, name, tuple(entry["shape"]), entry["data_offsets"][1] - entry["data_offsets"][0])
