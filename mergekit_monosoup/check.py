@@ -471,12 +471,12 @@ class _Document:
         sliced = any(s.get("slices") for s in sections)
         level: Literal["error", "warning"] = "warning" if sliced else "error"
         lacking, unread = _missed(planned) if planned and len(found) == len(set(names)) else ({}, {})
-        for model, left in unread.items() if not sliced else ():
+        for model in [] if sliced else sorted(unread, key=[*found, *unread].index):
             yield Finding(
                 "warning",
                 self._at(model),
-                f"{len(left)} tensor(s) that mergekit does not read, so the merged model will not have them: "
-                f"{', '.join(sorted(left)[:SHOWN])}",
+                f"{len(unread[model])} tensor(s) that mergekit does not read, so the merged model will not have them: "
+                f"{', '.join(sorted(unread[model])[:SHOWN])}",
             )
         for model, needed in lacking.items():
             yield Finding(
