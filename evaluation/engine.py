@@ -78,8 +78,10 @@ def check_settings(settings: Settings) -> None:
         torch.empty(0, device=settings.device)
     except (RuntimeError, AssertionError) as error:
         raise EngineError(f"--device {settings.device}: {str(error).partition(chr(10))[0]}") from error
-    if torch.device(settings.device).type not in ("cpu", "cuda", "mps"):
-        raise EngineError(f"--device {settings.device}: lm-eval's hf models run on cpu, cuda, cuda:1, …, mps")
+    if torch.device(settings.device).type not in ("cpu", "cuda", "mps", "xpu", "npu", "hpu"):
+        raise EngineError(
+            f"--device {settings.device}: lm-eval's hf models run on cpu, cuda, cuda:1, …, mps, xpu, npu, hpu"
+        )
 
 
 # -- tasks ---------------------------------------------------------------------------------------------------------------
@@ -90,9 +92,11 @@ def task_manager(folder: Path | None = None) -> TaskManager:
     return TaskManager() if folder is None else TaskManager(include_path=str(folder), include_defaults=False)
 
 
-def check_tasks(manager: TaskManager, suite: Suite) -> None:
-    """Every task, metric and filter of the suite exists in the installed lm-eval. Reads no data."""
+def check_tasks(manager: TaskManager, suite: Suite, backend: str = "hf") -> None:
+    """Every task, metric, filter and generation setting of the suite exists in the installed lm-eval. Reads no data."""
     wrong = [f"suite {suite.name}: {line}" for task in suite.tasks for line in _unknown(manager, task)]
+    if backend == "hf":  # vLLM has names of its own
+        wrong += [f"suite {suite.name}: {line}" for task in suite.tasks for line in _unknown_generation(task)]
     if wrong:
         raise EngineError("\n".join(wrong))
 
@@ -110,7 +114,10 @@ def _unknown(manager: TaskManager, task: Task) -> Iterator[str]:
             yield f"{leaf} sets num_fewshot 0, which lm-eval lets nobody change; the suite wants {task.num_fewshot}"
         if task.generation and config.get("output_type") != "generate_until":
             yield f"{leaf} generates nothing, so `generation` has no effect"
-    known = {"until", "max_gen_toks", *vars(transformers.GenerationConfig())}
+
+
+def _unknown_generation(task: Task) -> Iterator[str]:
+    known = {"until", "max_gen_toks", "max_tokens", "max_completion_tokens", *vars(transformers.GenerationConfig())}
     for key in sorted(set(task.generation) - known):
         near = difflib.get_close_matches(key, known, n=3)
         yield f"{task.task}: generation has no {key}" + (f"; did you mean {', '.join(near)}?" if near else "")

@@ -75,16 +75,21 @@ def curves(comparison: Comparison) -> dict[str, list[tuple[float, str]]]:
         key = place[0], digests.get(base, base), digests.get(tuned, tuned)
         found.setdefault(key, []).append((place[1], model))
         weights[key] = {"pretrained": digests.get(base), "finetuned": digests.get(tuned)}
-        called[key] = Path(tuned).name
+        called[key] = base, tuned
     for key, points in found.items():
         for number, end in ENDS.get(key[0], []):
             # Where the weights are not known (a folder that somebody merged elsewhere) the names are believed.
             if end in comparison.cells and weights[key][end] in (None, comparison.weights[end]):
                 points.append((number, end))
     kept = {key: sorted(points) for key, points in found.items() if len(points) >= 3}
-    families = [key[0] for key in kept]
+    # The shortest name that tells them apart.
+    labels = {key: [key[0], f"{key[0]} of {Path(tuned).name}", f"{key[0]} of {tuned} from {base}", " ".join(key)]
+              for key, (base, tuned) in called.items() if key in kept}  # fmt: skip
     return {
-        key[0] if families.count(key[0]) == 1 else f"{key[0]} of {called[key]}": points for key, points in kept.items()
+        next(
+            name for i, name in enumerate(labels[key]) if [other[i] for other in labels.values()].count(name) == 1
+        ): points
+        for key, points in kept.items()
     }
 
 

@@ -50,13 +50,18 @@ def of_model(folder: Path) -> dict[str, str]:
     """
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} is not a checkpoint: it has no config.json")
+    return {
+        "weights": of_weights(folder),
+        "config": of_files(folder, ("config.json",)),
+        "tokenizer": of_files(folder, TOKENIZER),
+    }
+
+
+def of_weights(folder: Path) -> str:
+    """Of the first format that is there, as transformers and mergekit look for them: a trainer leaves its own .bin beside."""
     for pattern in WEIGHTS:
         if any(folder.glob(pattern)):
-            return {
-                "weights": of_files(folder, (pattern,)),
-                "config": of_files(folder, ("config.json",)),
-                "tokenizer": of_files(folder, TOKENIZER),
-            }
+            return of_files(folder, (pattern,))
     raise FileNotFoundError(f"{folder} is not a checkpoint: it has none of {', '.join(WEIGHTS)}")
 
 

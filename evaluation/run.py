@@ -47,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return problems(work)
 
 
+ASIDE = "the result that was there is now {}.old"
 KEPT = ": what was finished is kept, and the same command goes on from there (with --fresh it starts over)"
 
 
@@ -114,7 +115,7 @@ def run(
         folder = out / f"{suite.name}.tasks"
         tiny.write_tasks(suite.world, folder)
     manager = engine.task_manager(folder)
-    engine.check_tasks(manager, suite)
+    engine.check_tasks(manager, suite, backend)
     device = device or engine.default_device()
     settings = engine.Settings(backend, device, dtype, limit)
     engine.check_settings(settings)
@@ -150,9 +151,9 @@ def run(
         begun = time.perf_counter()
         if fresh:
             pair.forget()
-        done = _ask(title, source, pair, key, suite, settings, manager)
+        done = _ask(title, source, pair, key, suite, settings, manager, fresh)
         if pair.keep_old():
-            print(f"{title}: the result that was there is now {pair.result}.old", flush=True)
+            print(f"{title}: {ASIDE.format(pair.result)}", flush=True)
         pair.finish(
             {
                 "key": key,
@@ -191,6 +192,7 @@ def _ask(
     suite: Suite,
     settings: Settings,
     manager: TaskManager,
+    fresh: bool,
 ) -> dict[str, store.TaskResult]:
     """All tasks, those that an interrupted run finished from its files."""
     from evaluation import engine
@@ -204,6 +206,9 @@ def _ask(
         with engine.Model(source.folder, suite, settings) as model:
             for task in missing:
                 result = model.ask(task, suite, settings, manager)
+                # Before the first is kept: an interrupted run could not go on beside a result of the same key.
+                if fresh and not done and pair.keep_old():
+                    print(f"{title}: {ASIDE.format(pair.result)}", flush=True)
                 pair.keep(key, result)
                 done[task.task] = result
                 score = np.mean([row.values[task.key] for row in result.rows])

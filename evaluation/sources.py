@@ -98,7 +98,7 @@ def _merged(path: Path, cache: Path) -> tuple[Path, dict[str, Any]]:
     inputs = {}
     for reference in config.referenced_models():
         for part in filter(None, (reference.model, reference.lora)):
-            inputs[part.path] = fingerprint.of_files(local(part.path), fingerprint.WEIGHTS)
+            inputs[part.path] = fingerprint.of_weights(local(part.path))
     content = {"config": documents[0], "inputs": inputs}
     key = fingerprint.digest({**content, "code": _merge_code()})[:32]
     target, unfinished = cache / key, cache / f"{key}.unfinished-{os.getpid()}"

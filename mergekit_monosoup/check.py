@@ -32,6 +32,7 @@ from pydantic import BaseModel, ValidationError
 
 from mergekit_monosoup.distributed import plan
 from mergekit_monosoup.pair import FILE_SUFFIXES, SHOWN, NotThereError, check_path
+from mergekit_monosoup.report import REHEARSAL
 
 # This package's methods and which of their parameters may differ between models; the others hold for the whole merge.
 PER_MODEL = {"monosoup": {"weight"}, "svc": {"weight", "merged"}}
@@ -75,6 +76,14 @@ class UniqueKeyLoader(yaml.SafeLoader):
 
 def check(path: str | Path) -> list[Finding]:
     """Findings for a file meant for mergekit-yaml, mergekit-multi (several documents) or mergekit-pytorch."""
+    rehearsal = REHEARSAL.set(True)  # a merge that runs in another thread goes on with its report
+    try:
+        return _check(path)
+    finally:
+        REHEARSAL.reset(rehearsal)
+
+
+def _check(path: str | Path) -> list[Finding]:
     try:
         with open(path, encoding="utf-8") as file:
             documents = [d for d in yaml.load_all(file, Loader=UniqueKeyLoader) if d is not None]
@@ -517,7 +526,7 @@ class _Document:
                 (set(found[first]) - set(found[other]), other, first),
                 (set(found[other]) - set(found[first]), first, other),
             ):
-                if missing := missing - lacking.get(here, set()):
+                if missing and here not in lacking:
                     yield Finding(
                         "warning",
                         self._at(here),
@@ -648,15 +657,17 @@ def _missed(tasks: Sequence[SaveTensor]) -> tuple[dict[str, set[str]], dict[str,
     models = dict.fromkeys(load.model for load in loads)
     inputs = plan.Inputs({m: LazyTensorLoader(ShardedTensorIndex.from_disk(m.model.path)) for m in models})
     lacking: dict[str, set[str]] = {}
-    unread = {str(model): set(inputs.loaders[model].index.tensor_paths) for model in models}
+    stored = {str(model): set(inputs.loaders[model].index.tensor_paths) for model in models}
+    read: set[str] = set()
     for load in loads:
         # Tied weights are stored under several names, and any of them will do.
-        unread[str(load.model)] -= {load.tensor, *(load.aliases or ()), *(load.tied_names or ())}
+        read |= {load.tensor, *(load.aliases or ()), *(load.tied_names or ())}
         try:
-            unread[str(load.model)] -= {stored.name for stored in inputs.sources(load)[0]}
+            read |= {source.name for source in inputs.sources(load)[0]}
         except plan.LackingError:
             lacking.setdefault(str(load.model), set()).add(load.tensor)
-    return lacking, {model: left for model, left in unread.items() if left}
+    # What is read of any model is in the merged one: modules may take their tensors from different models.
+    return lacking, {m: left for m, names in stored.items() if m not in lacking and (left := names - read)}
 
 
 def headers(model: ModelReference) -> Headers:

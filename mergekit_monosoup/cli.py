@@ -240,7 +240,7 @@ def _errors() -> Iterator[None]:
 
     try:
         yield
-    except (ValueError, OSError, ImportError, SolverError) as error:
+    except (ValueError, OSError, ImportError, SolverError, OverflowError) as error:
         raise click.ClickException(str(error)) from error
 
 

@@ -338,6 +338,7 @@ def _each_matrix(
     jobs = [Job(matrix(base, index), [matrix(w, index) for w in tuned], name + suffix) for suffix, index in parts]
     for (_, index), (part, record) in zip(parts, kernel(jobs), strict=True):
         merged[index] = part.mT if turned else part
+        record.shape = tuple(base[index].shape)  # as stored
         records.append(record)
     return merged, records
 
@@ -367,8 +368,9 @@ def _worded(method: str, group: TensorGroup, way_out: str) -> Iterator[None]:
     except NonFiniteError as error:
         raise ValueError(_name_non_finite(method, name, group, error.name)) from None
     except OverflowError as error:
+        where = "" if str(error).startswith(name) else f"{name}: "  # of a stack the error names the expert
         raise ValueError(
-            f"{method}: {name}: {error}. Nothing of this tensor was written. `dtype: float32` has a wider range than float16"
+            f"{method}: {where}{error}. Nothing of this tensor was written. `dtype: float32` has a wider range than float16"
         ) from error
     except SolverError as error:
         raise RuntimeError(

@@ -225,7 +225,10 @@ def preview(
         if found is not None:
             recombine = _plan(found, task_vector, mode, R, "monosoup", record)
             if not recombine.keeps:
-                record.edit_norm, record.realised = predict(pretrained, task_vector, recombine, dtype)
+                try:
+                    record.edit_norm, record.realised = predict(pretrained, task_vector, recombine, dtype)
+                except OverflowError:  # the merge would say so; the rest of the inspection holds
+                    record.edit_norm = record.realised = None
         # The spectrum is on the first one's account.
         record.seconds, started = time.perf_counter() - started, time.perf_counter()
         records.append(record)

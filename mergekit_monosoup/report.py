@@ -11,6 +11,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -89,6 +90,9 @@ class Record:
         unasked = [f.name for f in fields(self) if f.metadata == ON_REQUEST and getattr(self, f.name) is None]
         return json.dumps({k: v for k, v in asdict(self).items() if k not in unasked}, allow_nan=False)
 
+
+# Set while somebody plans a merge that will not be run.
+REHEARSAL: ContextVar[bool] = ContextVar("rehearsal", default=False)
 
 OLD = ".old"  # what the report of an earlier merge is called
 
@@ -184,6 +188,8 @@ class Journal:
 
     def begin(self) -> None:
         """A merge is being planned: what comes next belongs to it, whatever its tensors are called."""
+        if REHEARSAL.get():
+            return
         with self._lock:
             self._started.clear()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from numbers import Real
 
 import torch
 from torch import Tensor
@@ -50,7 +49,11 @@ def check_inputs(pretrained: Tensor, tuned: Sequence[Tensor], name: str) -> None
 def check_number(key: str, number: object, ranges: Mapping[str, tuple[str, Callable[[float], bool]]]) -> None:
     """Raises ValueError: not a number, or out of its range."""
     words, holds = ranges[key]
-    if isinstance(number, bool) or not isinstance(number, Real) or not holds(float(number)):
+    try:
+        fits = not isinstance(number, bool | str) and holds(float(number))  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        fits = False
+    if not fits:
         raise ValueError(f"{key} must be a number {words}, got {number!r}")
 
 
@@ -81,11 +84,14 @@ def new_record(name: str, pretrained: Tensor, task_vector: TaskVector) -> Record
 
     Raises:
         NonFiniteError: an input has NaN or infinite entries.
+        OverflowError: their squares are not finite.
     """
     try:
         delta_norm, base_norm = task_vector.norms()
     except NonFiniteError as error:
         raise NonFiniteError(error.counts, name) from None
+    except OverflowError as error:
+        raise OverflowError(f"{name}: {error}" if name else str(error)) from None
     return Record(
         name=name,
         shape=tuple(pretrained.shape),

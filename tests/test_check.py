@@ -262,6 +262,14 @@ def test_tensors_that_mergekit_passes_by(write, tmp_path):
     assert not [m for m in messages(write(base_model=base, models=None, slices=layers), "warning") if "not read" in m]
 
 
+def test_what_lies_beside_the_tensors_of_a_bin_file(write, models, tmp_path):
+    shutil.copytree(models[1][0], tmp_path / "other")
+    state = load_file(tmp_path / "other" / "model.safetensors")
+    (tmp_path / "other" / "model.safetensors").unlink()
+    torch.save({**state, "epoch": 3}, tmp_path / "other" / "pytorch_model.bin")
+    assert messages(write(models=[{"model": str(tmp_path / "other")}])) == []
+
+
 def test_modules_that_the_architecture_lacks(write, models):
     path = write(models=None, modules={"text_decoder": {"models": [{"model": models[1][0]}]}})
     assert [m for m in messages(path) if "module" in m] == [

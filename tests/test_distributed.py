@@ -345,6 +345,23 @@ def test_paths_with_spaces(world, tmp_path):
     assert_same(out, mergekit(path, tmp_path / "a" / "out"))
 
 
+def test_what_lies_beside_the_weights_is_no_matter(world, tmp_path):
+    path, tuned = config(world, tmp_path), tmp_path / "tuned"
+    shutil.copytree(world / "qwen3" / "tuned0", tuned)
+    (tuned / "._model.safetensors").write_bytes(b"of a file manager")
+    (tuned / "optimizer.safetensors").mkdir()
+    path.write_text(path.read_text().replace(f"{world}/qwen3/tuned0", str(tuned)))
+    run(path, tmp_path / "b" / "out", "--resume")
+
+
+def test_a_tokenizer_without_a_model_is_nobodys_leftover(world, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "chat_template.jinja").write_text("mine")
+    run(config(world, tmp_path), out, "--resume", "--no-copy-tokenizer")
+    assert (out / "chat_template.jinja").read_text() == "mine" and (out / "config.json").exists()
+
+
 def test_nothing_of_the_old_model_is_left_beside_the_new_one(world, tmp_path):
     path, out = config(world, tmp_path), tmp_path / "out"
     for options in ([], ["--seed-per-tensor"]):

@@ -107,10 +107,16 @@ def test_a_curve_is_of_one_fine_tune(folder):
         merge["config"]["models"][0]["model"] = "else"
         merge["inputs"] = {"else": "e", "base": "pretrained"}
         evaluations.write(folder, f"else{weight}", SOUP, merge=merge)
+    for weight in (0.1, 0.2, 0.3):  # another folder of the same name
+        merge = wise(weight)
+        merge["config"]["models"][0]["model"] = "there/else"
+        merge["inputs"] = {"there/else": "t", "base": "pretrained"}
+        evaluations.write(folder, f"there{weight}", SOUP, merge=merge)
     [comparison] = compare([folder])
     assert {name: [model for _, model in points] for name, points in figures.curves(comparison).items()} == {
+        "Wise-FT of there/else from base": ["pretrained", "there0.1", "there0.2", "there0.3"],
         "Wise-FT of tuned": ["pretrained", "quarter", "half", "finetuned"],
-        "Wise-FT of else": ["pretrained", "else0.1", "else0.2", "else0.3"],
+        "Wise-FT of else from base": ["pretrained", "else0.1", "else0.2", "else0.3"],
         "MonoSoup + Wise-FT": ["pretrained", "m2_0.25", "m2_0.5"],
     }
 

@@ -295,6 +295,10 @@ class TestResuming:
         assert result(tmp_path, "finetuned")["samples"]["rows"] == sum(len(items) for items in WORLD.test.values())
 
 
+def stop():
+    raise KeyboardInterrupt
+
+
 class TestErrors:
     @pytest.mark.parametrize(
         ("arguments", "message"),
@@ -333,14 +337,24 @@ class TestErrors:
         assert start(models, tmp_path / "out", "--limit", "2", suite=str(suite)) == 1
         assert "no chat template, which suite chat asks for" in capsys.readouterr().err
 
-    def test_fresh_keeps_the_old_result_until_there_is_a_new_one(self, models, finished, tmp_path, monkeypatch):
+    def test_fresh_keeps_the_old_result_until_there_is_a_new_one(self, models, finished, tmp_path, monkeypatch, asked):
         out = shutil.copytree(finished, tmp_path / "results")
         before = (out / "finetuned.tiny.json").read_bytes()
         with monkeypatch.context() as patch:
-            patch.setattr(engine.Model, "ask", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            patch.setattr(engine.Model, "ask", lambda *_: stop())
             assert start(models, out, "--limit", "40", "--fresh") == 130
         assert (out / "finetuned.tiny.json").read_bytes() == before
-        assert start(models, out, "--limit", "40", "--fresh") == 0
+        asks = engine.Model.ask
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                engine.Model,
+                "ask",
+                lambda self, task, *rest: stop() if task.task == TASKS[1] else asks(self, task, *rest),
+            )
+            assert start(models, out, "--limit", "40", "--fresh") == 130
+        assert (out / "finetuned.tiny.json.old").read_bytes() == before
+        asked.clear()
+        assert start(models, out, "--limit", "40") == 0 and asked == TASKS[1:]  # goes on
         assert (out / "finetuned.tiny.json.old").read_bytes() == before
 
     def test_what_a_killed_merge_left_is_removed(self, models, tmp_path):

@@ -371,6 +371,13 @@ def test_command(world, tmp_path):
     assert refused.exit_code == 1 and "holds an inspection" in refused.output
 
 
+def test_numbers_beyond_float64_name_their_tensor(tmp_path):
+    for name in ("a", "b"):
+        save_file({"w.weight": 1e160 * torch.randn(8, 8, dtype=torch.float64)}, tmp_path / f"{name}.safetensors")
+    result = CliRunner().invoke(main, ["inspect", *(str(tmp_path / f"{name}.safetensors") for name in ("a", "b"))])
+    assert result.exit_code == 1 and "w.weight: its entries are so large" in result.output
+
+
 def test_command_refuses_by_name(world):
     result = CliRunner().invoke(main, ["inspect", str(world / "base"), "./nowhere"])
     assert result.exit_code == 1 and result.output.startswith("Error: ./nowhere: no such file")

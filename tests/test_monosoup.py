@@ -372,6 +372,13 @@ def test_values_out_of_range(settings):
         edit(torch.zeros(3, 3), torch.ones(3, 3), **settings)
 
 
+def test_numbers_may_come_from_elsewhere():
+    W0, W1 = torch.zeros(3, 3), torch.randn(3, 3)
+    expected, _ = edit(W0, W1, alpha=0.5)
+    for half in (torch.tensor(0.5), np.float32(0.5)):
+        assert torch.equal(edit(W0, W1, alpha=half)[0], expected)
+
+
 def test_weights_whose_sum_overflows_are_no_average():
     """Shares of w/∞ = 0 would give the pretrained model back, as if that were the merge."""
     with pytest.raises(ValueError, match="their sum finite"):

@@ -10,7 +10,7 @@ import torch
 from click.testing import CliRunner
 from mergekit.merge_methods import merge_tensors
 
-from mergekit_monosoup import edit
+from mergekit_monosoup import edit, report
 from mergekit_monosoup.cli import main
 from mergekit_monosoup.report import Journal, Record, layer_group, read, summarise
 
@@ -57,6 +57,16 @@ def test_a_planned_merge_starts_the_file_anew_whatever_its_tensors_are_called(tm
             journal.add([record(name)], str(path))
     assert [r.name for r in read(path)] == ["head", "a", "b"]
     assert [r.name for r in read(f"{path}.old")] == ["a", "b"]
+
+
+def test_a_rehearsal_leaves_the_report_of_a_running_merge_alone(tmp_path):
+    journal, path = Journal(), tmp_path / "r.jsonl"
+    journal.add([record("a")], str(path))
+    rehearsal = report.REHEARSAL.set(True)
+    journal.begin()
+    report.REHEARSAL.reset(rehearsal)
+    journal.add([record("b")], str(path))
+    assert [r.name for r in read(path)] == ["a", "b"]
 
 
 def test_unnamed_tensors_are_appended(tmp_path):

@@ -378,12 +378,16 @@ def test_every_tensor_of_a_checkpoint(tmp_path, qwen3, parameters, per_model):
         assert records[name].action == "edited" and records[name].gamma_max == pytest.approx(gamma.max(), rel=1e-6)
 
 
-def test_experts_that_are_stored_transposed_are_turned():
+def test_experts_that_are_stored_transposed_are_turned(tmp_path):
     """Llama 4 has them as [in, out]; svc, unlike monosoup, gives another answer then."""
     torch.manual_seed(0)
     W0, *tasks = (torch.randn(3, 24, 40) for _ in range(3))
-    merged = merge_tensors([W0, *tasks], "svc", base_index=0, name="layers.0.feed_forward.experts.down_proj")
+    path = str(tmp_path / "r.jsonl")
+    merged = merge_tensors(
+        [W0, *tasks], "svc", base_index=0, name="layers.0.feed_forward.experts.down_proj", parameters={"report": path}
+    )
     plain = merge_tensors([W0, *tasks], "svc", base_index=0, name="layers.0.mlp.experts.down_proj")
+    assert {r.shape for r in report.read(path)} == {(24, 40)}  # as stored
     for e in range(3):
         expected, _ = calibrate(W0[e].T, [w[e].T for w in tasks])
         assert torch.allclose(merged[e], expected.T, atol=1e-5)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import traceback
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -115,8 +116,17 @@ def _check_places(out_path: str, config: MergeConfiguration) -> None:
     for place in (part.path for part in parts if os.path.isdir(part.path)):
         if os.path.realpath(place) == os.path.realpath(out_path):
             raise ValueError(f"{out_path} is an input of this merge, which would replace it: name another folder")
-        for file in sorted(Path(place).glob("*.safetensors")):
+        for file in _weights(Path(place)):
             read_header(str(file))
+
+
+def _weights(folder: Path) -> Iterator[Path]:
+    """Safetensors files that mergekit will open, whatever else lies beside them."""
+    names = {"model.safetensors", "adapter_model.safetensors"}
+    with suppress(OSError, ValueError, KeyError, AttributeError):
+        index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
+        names = set(index["weight_map"].values())
+    yield from sorted(path for name in names if (path := folder / name).is_file() and path.suffix == ".safetensors")
 
 
 def _document(path: str, source: str) -> Any:

@@ -223,9 +223,10 @@ class WorkFolder:
         moves = {name: f"done/{file}" for name, file in shards.items()}
         moves |= {name: f"files/{self.files.name}/{name}" for name in others}
         moves["config.json"] = moves.pop("config.json")  # last: without it no program sees a model
-        old = [
-            name for name in os.listdir(self.out) if (WEIGHTS.match(name) or BESIDE.match(name)) and name not in moves
-        ]
+        there = os.listdir(self.out)
+        # A tokenizer without a model is no old model's: somebody put it there.
+        model = any(name == "config.json" or WEIGHTS.match(name) for name in there)
+        old = [name for name in there if name not in moves and (WEIGHTS.match(name) or (model and BESIDE.match(name)))]
         write_text(self._publish, json.dumps({"remove": old, "move": moves}))
 
     def publish(self) -> None:

@@ -279,7 +279,8 @@ def read_header(file: str) -> dict[str, Stored]:
     """Raises LackingError: a safetensors file is cut off."""
     if not file.lower().endswith(".safetensors"):
         state = torch.load(file, map_location="meta", weights_only=True, mmap=is_zipfile(file))
-        return {name: Stored(file, name, tuple(t.shape), t.nbytes) for name, t in state.items()}
+        tensors = {name: t for name, t in state.get("state_dict", state).items() if isinstance(t, torch.Tensor)}
+        return {name: Stored(file, name, tuple(t.shape), t.nbytes) for name, t in tensors.items()}
     there = os.path.getsize(file)
     with open(file, "rb") as opened:
         length = struct.unpack("<Q", opened.read(8))[0] if there >= 8 else there
