@@ -246,6 +246,8 @@ def test_a_seed_from_training_to_json_and_again(tmp_path, monkeypatch, capsys):
 
 def test_seeds_that_agree_to_the_last_digit_decide_nothing():
     flat = collect.Effect.of([0.1, 0.1, 0.1])
-    assert [judge(flat) for judge in (claims.more, claims.less, claims.kept, claims.best)] == [claims.UNDECIDED] * 4
-    assert claims.always(collect.Effect.of([1.0, 1.0])) == claims.HOLDS
+    judges = (claims.more, claims.less, claims.kept, claims.best)
+    assert [claims.verdict(flat, judge) for judge in judges] == [claims.UNDECIDED] * 4
+    assert claims.verdict(collect.Effect.of([0.1, 0.1, 0.11]), claims.more) == claims.HOLDS
+    assert claims.verdict(collect.Effect.of([1.0, 1.0]), claims.always) == claims.HOLDS
     assert claims.Finding("", flat, None).text() == "+10.0 in every seed"

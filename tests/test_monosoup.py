@@ -416,6 +416,7 @@ def test_differences_beyond_float32(dtype):
     expected, _ = edit(W0.double(), W1.double())
     assert record.action == "edited" and torch.isfinite(weight).all()
     assert torch.allclose(weight.double(), expected, rtol=1e-2, atol=1e35)
+    assert not torch.allclose(weight.double(), W1.double(), rtol=1e-2, atol=1e35)
 
 
 def test_what_the_dtype_cannot_hold_is_said():

@@ -48,8 +48,6 @@ class Claim:
 
 def more(found: Effect) -> str:
     """The claim is that this is above zero."""
-    if found.flat:  # no interval: seeds that agree to the last digit say nothing of the next one
-        return UNDECIDED
     return HOLDS if found.low > 0 else CONTRADICTED if found.high < 0 else UNDECIDED
 
 
@@ -59,15 +57,11 @@ def less(found: Effect) -> str:
 
 def kept(found: Effect) -> str:
     """The claim is that nothing is lost."""
-    if found.flat:
-        return UNDECIDED
     return HOLDS if found.low > -MARGIN else CONTRADICTED if found.high < 0 else UNDECIDED
 
 
 def best(found: Effect) -> str:
     """The claim is that R of the best balance is at most 0.8; half a step of the sweep more is no contradiction."""
-    if found.flat:
-        return UNDECIDED
     return HOLDS if found.high < 0.025 else CONTRADICTED if found.low > 0.025 else UNDECIDED
 
 
@@ -77,6 +71,15 @@ def always(share: Effect) -> str:
 
 
 Judge = Callable[[Effect], str]
+
+
+def verdict(found: Effect, judge: Judge | None) -> str | None:
+    """None where nothing is claimed. Seeds that agree to the last digit give no interval, and say nothing of the next one."""
+    if judge is None:
+        return None
+    return UNDECIDED if found.flat and judge is not always else judge(found)
+
+
 MODES = {"freevariance": "free", "variance": "R0.8"}
 CONTROLS = {"scalar": "its norm-matched scalar", "same_norm": "Wise-FT of its norm"}
 RULES = {"rho": "ρ alone", "cos": "cos α alone", "uniform": "one half of both parts", "high": "high alone"}
@@ -89,7 +92,7 @@ def claims(seeds: Sequence[Seed]) -> list[Claim]:
         label: str, model: str, reference: str, group: GroupName, judge: Judge | None, suite: str = SUITE
     ) -> Finding:
         found = effect(seeds, suite, model, reference, group)
-        return Finding(f"{label}, {group}", found, judge(found) if judge else None)
+        return Finding(f"{label}, {group}", found, verdict(found, judge))
 
     def both(
         label: str, model: str, reference: str, id_: Judge | None, ood: Judge | None, suite: str = SUITE
@@ -100,7 +103,7 @@ def claims(seeds: Sequence[Seed]) -> list[Claim]:
         label: str, judge: Judge | None, value: Callable[..., float], *given: str, points: bool = False
     ) -> Finding:
         found = Effect.of([value(seed, *given) for seed in seeds])
-        return Finding(label, found, judge(found) if judge else None, points)
+        return Finding(label, found, verdict(found, judge), points)
 
     found: list[tuple[str, str, list[Finding]]] = [
         ("Editing one checkpoint raises OOD accuracy", "abstract; Tables 1, 2",

@@ -162,8 +162,8 @@ class Distributor:
         return self.request.threads or torch.get_num_threads()
 
     def _fingerprint(self, loaders: Mapping[ModelReference, LazyTensorLoader]) -> Fingerprint:
-        asked = self.request
-        return fingerprint(asked.source, asked.options, loaders, threads=self._threads, seed=asked.seed)
+        request = self.request
+        return fingerprint(request.source, request.options, loaders, threads=self._threads, seed=request.seed)
 
     def _tokenizer(self, task: BuildTokenizer) -> TokenizerInfo:
         """Built once per merge and kept: a union of vocabularies comes out in another order in another process."""
