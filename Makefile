@@ -9,8 +9,8 @@ CANDIDATES := python3 python3.14 python3.13 python3.12 python3.11 python3.10
 PYTHON ?= $(shell for p in $(CANDIDATES); do if $$p $(NEW_ENOUGH) 2>/dev/null; then echo $$p; break; fi; done)
 
 # Editable installs see changes to the package at once, but for what is copied to site-packages or recorded at install time.
-COPIED := pyproject.toml constraints.txt Makefile mergekit_monosoup/__init__.py _mergekit_monosoup_autoload.py \
-	$(wildcard startup/*)
+COPIED := pyproject.toml constraints.txt Makefile mergekit_monosoup/__init__.py \
+	$(wildcard _mergekit_monosoup_autoload/*.*)
 INSTALL := $(VENV)/bin/python -m pip install --disable-pip-version-check --constraint constraints.txt
 
 demo: $(VENV)/ready-plots
@@ -27,6 +27,8 @@ lint: $(VENV)/ready-lint
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
+# setuptools: some dependencies (rouge-score, sqlitedict, word2number) come as source only, and a new environment's own
+# setuptools is too old to build them without isolation.
 # ready-X: the extra X is installed. `unfinished` lies in the environment while pip works, so that one interrupted half-way
 # is thrown away instead of being trusted.
 $(VENV)/ready-%: $(COPIED)
@@ -35,7 +37,7 @@ $(VENV)/ready-%: $(COPIED)
 	@if test -e $(VENV)/unfinished; then echo "An earlier set-up did not finish: starting over."; rm -rf $(VENV); fi
 	$(PYTHON) -m venv $(VENV)
 	@touch $(VENV)/unfinished
-	$(INSTALL) hatchling
+	$(INSTALL) hatchling setuptools
 	$(INSTALL) --no-build-isolation --editable '.[$*]'
 	@rm $(VENV)/unfinished
 	@touch $@
