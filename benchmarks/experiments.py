@@ -35,8 +35,8 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import kernel  # noqa: E402
 
-from mergekit_monosoup.monosoup import Split, split_rank  # noqa: E402
-from mergekit_monosoup.spectrum import Spectrum, effective_rank  # noqa: E402
+from mergekit_monosoup.kernel.monosoup import Split, split_rank  # noqa: E402
+from mergekit_monosoup.kernel.spectrum import Spectrum, effective_rank  # noqa: E402
 
 ROWS = 1024  # summed in float32 before they join the float64 sum
 OUTLIER = 8.0  # times the mean of the eigenvalues below

@@ -28,7 +28,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import reference  # noqa: E402
 
-from mergekit_monosoup.stack import Job, edit_each  # noqa: E402
+from mergekit_monosoup.kernel.batch import Job, edit_each  # noqa: E402
 
 
 @dataclass(frozen=True)

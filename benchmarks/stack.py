@@ -36,8 +36,8 @@ def measure(options: argparse.Namespace) -> None:
     import torch
 
     from mergekit_monosoup import edit
-    from mergekit_monosoup.lapack import one_thread_each
-    from mergekit_monosoup.stack import Job, edit_each
+    from mergekit_monosoup.kernel.batch import Job, edit_each
+    from mergekit_monosoup.kernel.lapack import one_thread_each
 
     torch.manual_seed(0)
     W0 = 0.02 * torch.randn(options.experts, *map(int, options.shape.split("x")))

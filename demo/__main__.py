@@ -18,9 +18,10 @@ from rich.console import Console
 from tqdm import tqdm
 from transformers import AutoTokenizer, Qwen3ForCausalLM
 
-from demo import merge, summary, train
+from demo import merge, summary
 from demo.score import Estimate, Values, grade, mean_over_skills, paired_difference
-from demo.world import OTHER_SKILLS, SKILLS, TUNED_SKILL, Item, build_world
+from evaluation.worlds import training as train
+from evaluation.worlds.sums import OTHER_SKILLS, SKILLS, TUNED_SKILL, Item, build_world
 
 MARK = ".monosoup-demo"
 RESULTS = "results.json"

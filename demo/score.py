@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from scipy.stats import norm
 from transformers import GenerationConfig, PreTrainedTokenizerBase, Qwen3ForCausalLM
 
-from demo.world import Item
 from evaluation.statistics import estimate
+from evaluation.worlds.sums import Item
 
 BATCH = 256
 ANSWER_TOKENS = 8  # longest answer seen, with its end token: 4

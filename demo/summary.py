@@ -7,7 +7,7 @@ from rich.table import Table
 
 from demo.merge import CONTROL, FREE, SOUPS, VARIED, WISE
 from demo.score import Estimate, Values, mean_over_skills, paired_difference
-from demo.world import OTHER_SKILLS, SKILLS, TUNED_SKILL, Item, World
+from evaluation.worlds.sums import OTHER_SKILLS, SKILLS, TUNED_SKILL, Item, World
 
 PRETRAINED, FINETUNED = "pretrained", "fine-tuned"
 UNCHANGED = "unchanged"

@@ -43,6 +43,11 @@ def of_files(folder: Path, patterns: tuple[str, ...]) -> str:
     return digest({name: of_file(folder / name) for name in names})
 
 
+def of_tree(folder: Path, pattern: str) -> str:
+    """Of the files that match at any depth: their paths relative to ``folder``, and their contents."""
+    return digest({path.relative_to(folder).as_posix(): of_file(path) for path in folder.rglob(pattern)})
+
+
 def of_model(folder: Path) -> dict[str, str]:
     """Digests of weights, configuration and tokenizer of a checkpoint.
 

@@ -16,14 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from evaluation import fingerprint, sources, statistics, store, tiny
+from evaluation import fingerprint, sources, statistics, store
 from evaluation.comparison import ComparisonError
 from evaluation.suite import GroupName, Suite, SuiteError, load, shipped
+from evaluation.worlds import tasks as tiny
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
-    from evaluation.engine import Settings
+    from evaluation.engines.language import Settings
 
 PRETRAINED = "pretrained"  # the model of this name is W0
 
@@ -59,7 +60,7 @@ def problems(work: Callable[[], None], kept: str = KEPT) -> int:
         print(f"interrupted{kept}", file=sys.stderr)
         return 130
     except Exception as error:
-        from evaluation.engine import EngineError
+        from evaluation.engines.language import EngineError
 
         ours = SuiteError | sources.SourceError | EngineError | store.DamagedError | ComparisonError
         if not isinstance(error, ours | OSError):
@@ -107,7 +108,7 @@ def run(
     device: str | None = None, dtype: str = "auto", merge_cache: Path = Path("results", "merged"), fresh: bool = False,
 ) -> None:  # fmt: skip
     """Make the results of every model in `out`; what is finished there under the same key is left alone."""
-    from evaluation import engine
+    from evaluation.engines import language as engine
 
     engine.quiet()
     folder = None
@@ -195,7 +196,7 @@ def _ask(
     fresh: bool,
 ) -> dict[str, store.TaskResult]:
     """All tasks, those that an interrupted run finished from its files."""
-    from evaluation import engine
+    from evaluation.engines import language as engine
 
     done = pair.resume(key)
     if done:

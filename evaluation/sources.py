@@ -136,7 +136,7 @@ def _merge_code() -> dict[str, str]:
     import mergekit_monosoup
 
     found = fingerprint.versions()
-    own = fingerprint.of_files(Path(mergekit_monosoup.__file__).parent, ("*.py",))
+    own = fingerprint.of_tree(Path(mergekit_monosoup.__file__).parent, "*.py")
     return {"mergekit": found["mergekit"], "torch": found["torch"], "mergekit_monosoup": own}
 
 

@@ -10,21 +10,21 @@ from typing import TYPE_CHECKING, Any
 import _mergekit_monosoup_autoload
 
 if TYPE_CHECKING:
-    from mergekit_monosoup.monosoup import edit
+    from mergekit_monosoup.kernel.batch import Job, edit_each
+    from mergekit_monosoup.kernel.monosoup import edit
+    from mergekit_monosoup.kernel.svc import calibrate
     from mergekit_monosoup.report import Record
-    from mergekit_monosoup.stack import Job, edit_each
-    from mergekit_monosoup.svc import calibrate
 
 __version__ = "0.1.0"
 __all__ = ["Job", "Record", "__version__", "calibrate", "edit", "edit_each"]
 
 # Looked up on first use: importing the package must not import torch, which takes seconds.
 _HOMES = {
-    "Job": "mergekit_monosoup.stack",
+    "Job": "mergekit_monosoup.kernel.batch",
     "Record": "mergekit_monosoup.report",
-    "calibrate": "mergekit_monosoup.svc",
-    "edit": "mergekit_monosoup.monosoup",
-    "edit_each": "mergekit_monosoup.stack",
+    "calibrate": "mergekit_monosoup.kernel.svc",
+    "edit": "mergekit_monosoup.kernel.monosoup",
+    "edit_each": "mergekit_monosoup.kernel.batch",
 }
 
 

@@ -17,7 +17,7 @@ from mergekit_monosoup import __version__
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from mergekit_monosoup.pair import Storage
+    from mergekit_monosoup.checkpoints.reader import Storage
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -85,7 +85,7 @@ def _loading(command: Callable[..., None]) -> Callable[..., None]:
     def with_storage(
         transformers_cache: str | None, lora_merge_cache: str | None, trust_remote_code: bool, **rest: Any
     ) -> None:
-        from mergekit_monosoup.pair import Storage
+        from mergekit_monosoup.checkpoints.reader import Storage
 
         command(storage=Storage(transformers_cache, lora_merge_cache, trust_remote_code), **rest)
 
@@ -114,7 +114,7 @@ def inspect(
     Models as in mergekit: a folder, a hub name, BASE+ADAPTER. One tensor is in memory at a time.
     """
     from mergekit_monosoup import inspection
-    from mergekit_monosoup.pair import Checkpoints
+    from mergekit_monosoup.checkpoints.reader import Checkpoints
     from mergekit_monosoup.report import Journal, Record, check_path
 
     with _errors():
@@ -193,7 +193,7 @@ def soup(
     The first MODEL is the best in distribution, unless --scores says which is. No data is needed; one pass over the files.
     """
     from mergekit_monosoup import soup as soups
-    from mergekit_monosoup.pair import Checkpoints
+    from mergekit_monosoup.checkpoints.reader import Checkpoints
 
     with _errors():
         if out.suffix.lower() not in (".yml", ".yaml"):
@@ -236,7 +236,7 @@ def run(context: click.Context, arguments: tuple[str, ...]) -> None:
 @contextmanager
 def _errors() -> Iterator[None]:
     """A wrong input is a message, not a traceback; a bug keeps its traceback."""
-    from mergekit_monosoup.eigen import SolverError
+    from mergekit_monosoup.kernel.eigen import SolverError
 
     try:
         yield

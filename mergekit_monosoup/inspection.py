@@ -10,11 +10,11 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from mergekit_monosoup.layout import layer, matrices, projection
-from mergekit_monosoup.monosoup import preview
-from mergekit_monosoup.pair import Checkpoints, named_errors, stored_dtype
+from mergekit_monosoup.checkpoints.names import layer, matrices, projection
+from mergekit_monosoup.checkpoints.reader import Checkpoints, named_errors, stored_dtype
+from mergekit_monosoup.kernel.monosoup import preview
+from mergekit_monosoup.kernel.task_vector import cosine, inner_products
 from mergekit_monosoup.report import REALISED_WARNING, Record, by_depth, rank_share
-from mergekit_monosoup.task_vector import cosine, inner_products
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -1,7 +1,7 @@
 """The merge methods `monosoup` and `svc` as mergekit sees them: the only file that imports mergekit at module level.
 
 Values arrive here from YAML through mergekit's planner (filters and gradients resolved), leave as one tensor and its
-records. The mathematics is in :mod:`mergekit_monosoup.monosoup` and :mod:`mergekit_monosoup.svc`.
+records. The mathematics is in :mod:`mergekit_monosoup.kernel.monosoup` and :mod:`mergekit_monosoup.kernel.svc`.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from mergekit.merge_methods.registry import register as register_with_mergekit
 from mergekit.merge_methods.registry import registered_methods
 from pydantic import ValidationError, WrapValidator
 
-from mergekit_monosoup import monosoup as monosoup_kernel
-from mergekit_monosoup import svc as svc_kernel
-from mergekit_monosoup.eigen import SolverError
-from mergekit_monosoup.layout import TRANSPOSED, Index, matrices
-from mergekit_monosoup.monosoup import Mode, Rule, edit
+from mergekit_monosoup.checkpoints.names import TRANSPOSED, Index, matrices
+from mergekit_monosoup.kernel import monosoup as monosoup_kernel
+from mergekit_monosoup.kernel import svc as svc_kernel
+from mergekit_monosoup.kernel.batch import Job, each, edit_each
+from mergekit_monosoup.kernel.eigen import SolverError
+from mergekit_monosoup.kernel.monosoup import Mode, Rule, edit
+from mergekit_monosoup.kernel.svc import calibrate
+from mergekit_monosoup.kernel.task_vector import NonFiniteError
 from mergekit_monosoup.report import Journal, Record, check_path
-from mergekit_monosoup.stack import Job, each, edit_each
-from mergekit_monosoup.svc import calibrate
-from mergekit_monosoup.task_vector import NonFiniteError
 
 LOG = logging.getLogger("mergekit_monosoup")
 JOURNAL = Journal()

@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import mean, median
 from typing import TYPE_CHECKING, Any
 
-from mergekit_monosoup.layout import layer, projection
+from mergekit_monosoup.checkpoints.names import layer, projection
 from mergekit_monosoup.report import Record, by_depth, rank_share
 
 if TYPE_CHECKING:

@@ -20,9 +20,9 @@ import torch
 import yaml
 from torch import Tensor
 
-from mergekit_monosoup.layout import matrices
-from mergekit_monosoup.pair import Checkpoints, local_reference, named_errors
-from mergekit_monosoup.task_vector import cosine, inner_products
+from mergekit_monosoup.checkpoints.names import matrices
+from mergekit_monosoup.checkpoints.reader import Checkpoints, local_reference, named_errors
+from mergekit_monosoup.kernel.task_vector import cosine, inner_products
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -7,26 +7,25 @@ import subprocess
 import sys
 import weakref
 
-import checkpoints
 import numpy as np
-import oracle
 import peft
 import pytest
 import torch
 from click.testing import CliRunner
+from helpers import checkpoints, oracle
 from mergekit.io import LazyTensorLoader
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from mergekit_monosoup import edit, inspection, report
-from mergekit_monosoup import monosoup as kernel
+from mergekit_monosoup.checkpoints.names import layer, projection
+from mergekit_monosoup.checkpoints.reader import Checkpoints, Storage
 from mergekit_monosoup.cli import main
-from mergekit_monosoup.eigen import SolverError
-from mergekit_monosoup.layout import layer, projection
-from mergekit_monosoup.monosoup import preview
-from mergekit_monosoup.pair import Checkpoints, Storage
+from mergekit_monosoup.kernel import monosoup as kernel
+from mergekit_monosoup.kernel.eigen import SolverError
+from mergekit_monosoup.kernel.monosoup import preview
+from mergekit_monosoup.kernel.spectrum import quantile_curve
 from mergekit_monosoup.report import Record
-from mergekit_monosoup.spectrum import quantile_curve
 
 UP = "model.layers.1.mlp.up_proj.weight"
 

@@ -22,15 +22,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import checkpoints
 import pytest
 import torch
 import yaml
+from helpers import checkpoints
 
 import mergekit_monosoup
 
 ROOT = Path(__file__).parent.parent
-HOOK = "_mergekit_monosoup_autoload.py"
+HOOK = "_mergekit_monosoup_autoload/__init__.py"
 PTH = "mergekit_monosoup_autoload.pth"
 START = "mergekit_monosoup_autoload.start"
 # --ignore-installed: a regular install in the running environment would count as "already satisfied".

@@ -7,10 +7,9 @@ import threading
 import time
 from contextlib import contextmanager
 
-import checkpoints
-import oracle
 import pytest
 import torch
+from helpers import checkpoints, oracle
 from mergekit import multigpu_executor
 from mergekit.config import MergeConfiguration
 from mergekit.graph import Executor
@@ -22,7 +21,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import mergekit_monosoup.methods as methods
-from mergekit_monosoup import edit, lapack, report
+from mergekit_monosoup import edit, report
+from mergekit_monosoup.kernel import lapack
 
 
 def merge(base, tuned, out, *, parameters=None, per_model=None, options=None, **top):
@@ -232,7 +232,7 @@ def test_a_thread_for_each_gpu(tmp_path, monkeypatch, qwen3, options):
         def _device_worker(self, **given):
             devices.append(str(given["device"]))
             super()._device_worker(**given)
-            # mergekit loses what is still in the queue when the last device is done: see docs/log.md.
+            # mergekit loses what is still in the queue when the last device is done: see dev/log.md.
             while not self.task_completion_queue.empty():
                 time.sleep(0.01)
 

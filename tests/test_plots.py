@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from mergekit_monosoup import plots
 from mergekit_monosoup.cli import main
-from mergekit_monosoup.monosoup import edit, preview
+from mergekit_monosoup.kernel.monosoup import edit, preview
 from mergekit_monosoup.report import read
 
 TYPES = ("self_attn.q_proj", "mlp.up_proj")

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import checkpoints
 import numpy as np
 import pytest
 import torch
 import yaml
 from click.testing import CliRunner
+from helpers import checkpoints
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mergekit.scripts import run_yaml
@@ -18,10 +18,10 @@ from safetensors.torch import save_file
 
 from mergekit_monosoup import edit
 from mergekit_monosoup.check import check
+from mergekit_monosoup.checkpoints.reader import Checkpoints
 from mergekit_monosoup.cli import main
-from mergekit_monosoup.pair import Checkpoints
+from mergekit_monosoup.kernel.task_vector import BLOCK_ELEMENTS, inner_products
 from mergekit_monosoup.soup import Decision, configuration, pairwise, products, read_scores, select, similarity
-from mergekit_monosoup.task_vector import BLOCK_ELEMENTS, inner_products
 
 UP = "model.layers.1.mlp.up_proj.weight"
 
@@ -129,7 +129,7 @@ def test_tensors_without_a_direction_are_left_out_of_the_mean():
 
 
 def test_inner_products_over_several_blocks(monkeypatch):
-    monkeypatch.setattr("mergekit_monosoup.task_vector.BLOCK_ELEMENTS", 64)
+    monkeypatch.setattr("mergekit_monosoup.kernel.task_vector.BLOCK_ELEMENTS", 64)
     assert BLOCK_ELEMENTS > 64
     W0, *tuned = (torch.randn(13, 17) for _ in range(4))
     expected = np.array([[float(((a - W0).double() * (b - W0).double()).sum()) for b in tuned] for a in tuned])

@@ -166,8 +166,8 @@ def _written(folder: Path, found: dict[str, Config]) -> dict[str, str]:
 
 def _records(folder: Path, tuned: str) -> list[dict[str, Any]]:
     """What both modes do to each matrix of a fine-tune, and what of it would survive bfloat16."""
+    from mergekit_monosoup.checkpoints.reader import Checkpoints
     from mergekit_monosoup.inspection import inspect_tensor
-    from mergekit_monosoup.pair import Checkpoints
 
     checkpoints = Checkpoints([str(folder / models.PRETRAINED), str(folder / tuned)])
     fields = (

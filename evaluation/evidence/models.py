@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from demo import train
-from demo.world import TUNED_SKILL, build_world, italian
 from evaluation.sweep import Config, configs, monosoup, numbers
+from evaluation.worlds import training as train
+from evaluation.worlds.sums import TUNED_SKILL, build_world, italian
 
 SUITE, TWO_TASKS = "tiny", "tiny-two"  # of evaluation/suites; the world of each seed takes the place of theirs
 

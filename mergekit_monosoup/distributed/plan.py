@@ -24,9 +24,9 @@ from mergekit.io import LazyTensorLoader
 from mergekit.io.tasks import FinalizeModel, LoadTensor, SaveTensor, TensorWriterTask
 from mergekit.tokenizer import BuildTokenizer
 
-from mergekit_monosoup.layout import layer, matrices
+from mergekit_monosoup.checkpoints.names import layer, matrices
+from mergekit_monosoup.kernel.batch import MEMORY as STACK_BUFFERS
 from mergekit_monosoup.methods import METHODS
-from mergekit_monosoup.stack import MEMORY as STACK_BUFFERS
 
 # Every worker gets about this many batches: enough to even out batches of different cost, few enough for decent shards.
 BATCHES_PER_WORKER = 8

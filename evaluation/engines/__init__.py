@@ -1,0 +1,1 @@
+"""The libraries that ask models questions, one file each: the only files that import them."""

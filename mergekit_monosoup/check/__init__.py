@@ -1,0 +1,5 @@
+"""Find what mergekit would drop in silence, before hours of merging."""
+
+from mergekit_monosoup.check.document import Finding, UniqueKeyLoader, check
+
+__all__ = ["Finding", "UniqueKeyLoader", "check"]

@@ -1,0 +1,1 @@
+"""Reading checkpoints: tensor names, file headers, and models tensor by tensor."""

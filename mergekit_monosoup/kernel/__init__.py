@@ -1,0 +1,1 @@
+"""The mathematics of both methods, on tensors: no mergekit, no files."""

@@ -1,0 +1,31 @@
+"""Models that `run` merges, and a merge method that waits for the tests."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from helpers import checkpoints
+from transformers import AutoModelForCausalLM
+
+sys.path.append(str(Path(__file__).with_name("gated")))
+import gated  # noqa: F401 - registers `gated`, `dice` and `deadly`
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory) -> Path:
+    """Pairs of several architectures, sharded; `wide` has more words, `faint` an update that rounding eats."""
+    folder = tmp_path_factory.mktemp("world")
+    for family in ("qwen3", "qwen3_moe", "llama"):
+        checkpoints.pair(folder / family, family, dtype=torch.bfloat16, sharded=True, tuned=2)
+    checkpoints.pair(folder / "faint", "qwen3_moe", dtype=torch.bfloat16, sharded=True, size=1e-3)
+    checkpoints.pair(folder / "tied", tied=True, dtype=torch.bfloat16, sharded=True)
+    checkpoints.pair(folder / "wide", vocabulary=104, dtype=torch.bfloat16)
+    torch.manual_seed(7)
+    lora = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    model = AutoModelForCausalLM.from_pretrained(folder / "qwen3" / "base")
+    peft.get_peft_model(model, lora).save_pretrained(folder / "adapter")
+    return folder

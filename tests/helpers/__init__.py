@@ -1,0 +1,1 @@
+"""Test data and reference implementations that several test files share."""

@@ -1,0 +1,48 @@
+"""Configurations that name models of the hub, run on small checkpoints in their place."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+from click.testing import CliRunner
+from mergekit.scripts import merge_raw_pytorch, multimerge, run_yaml
+
+from helpers import checkpoints
+
+HUB = {
+    "Qwen/Qwen3-0.6B": "base",
+    "suayptalha/Qwen3-0.6B-Math-Expert": "tuned0",
+    "suayptalha/Qwen3-0.6B-Code-Expert": "tuned1",
+    "my-org/Qwen3-0.6B-lora-adapter": "adapter",
+}
+
+
+def local(config: Path, world: Path, folder: Path) -> Path:
+    """The configuration with local paths and a report, in ``folder``."""
+    text = config.read_text()
+    for name, place in HUB.items():
+        text = re.sub(rf"{re.escape(name)}(?![-\w])", str(world / place), text)
+    text = text.replace("convnext_small", str(world / "convnext_small"))
+    text = re.sub(r"(\S+-report\.jsonl)", rf"{folder}/\1", text)
+    path = folder / config.name
+    path.write_text(text)
+    return path
+
+
+def run(config: Path, folder: Path) -> dict[str, torch.Tensor]:
+    """Merge with the command that the file names (mergekit-yaml when it names none).
+
+    In this process: a fresh one per file would spend two minutes on imports; test_install.py starts real ones.
+    """
+    text, out = config.read_text(), folder / "out"
+    command, arguments = run_yaml.main, [config, out]
+    if "mergekit-multi " in text:
+        command, arguments = multimerge.main, [config, "--intermediate-dir", folder / "stages", "--out-path", out]
+    elif "mergekit-pytorch " in text:
+        command = merge_raw_pytorch.main
+    if "--lora-merge-cache" in text:
+        arguments += ["--lora-merge-cache", folder / "cache"]
+    CliRunner().invoke(command, [*map(str, arguments), "--quiet"], catch_exceptions=False)
+    return checkpoints.state_dict(out)
