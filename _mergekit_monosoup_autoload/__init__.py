@@ -36,7 +36,9 @@ def install() -> None:
     # Never held during an import: a thread in an import may call install(), and importlib cannot resolve that deadlock.
     with _lock:
         # By name: if this module was dropped and imported anew, the class is another, and one finder is enough.
-        finder = next((f for f in sys.meta_path if type(f).__name__ == MonosoupFinder.__name__), None)
+        finder = next(
+            (f for f in sys.meta_path if type(f).__name__ == MonosoupFinder.__name__), None
+        )
         present = finder is not None
         if finder is None:
             finder = MonosoupFinder()
@@ -103,8 +105,13 @@ class MonosoupFinder:
                 "mergekit-monosoup could not hook into %s: %s: %s. mergekit itself is unaffected, but does not know "
                 "the methods %s. See the whole error with `python -c 'import %s'`, check versions with `pip check`, "
                 "or turn this off with %s=0.",
-                name, type(error).__name__, error, ", ".join(NAMES), METHODS, SWITCH,
-            )  # fmt: skip
+                name,
+                type(error).__name__,
+                error,
+                ", ".join(NAMES),
+                METHODS,
+                SWITCH,
+            )
 
 
 class _ReportingLoader:
@@ -116,7 +123,9 @@ class _ReportingLoader:
         self.real = real
         self.finder = finder
 
-    def __getattr__(self, name: str) -> "Any":  # get_source, is_package, ... for whoever only looks at the spec
+    def __getattr__(
+        self, name: str
+    ) -> "Any":  # get_source, is_package, ... for whoever only looks at the spec
         return getattr(self.real, name)
 
     def create_module(self, spec: "ModuleSpec") -> "ModuleType | None":
@@ -142,7 +151,9 @@ def _register_methods(merge_methods: "ModuleType") -> None:
         return
     # Asked, not remembered: mergekit may have been dropped from sys.modules and imported anew, with an empty registry.
     # Then methods.py is executed anew as well, for it holds on to the classes of the mergekit that is gone.
-    if METHODS in sys.modules and all(method.spec.name not in NAMES for method in merge_methods.registered_methods()):
+    if METHODS in sys.modules and all(
+        method.spec.name not in NAMES for method in merge_methods.registered_methods()
+    ):
         del sys.modules[METHODS]
     __import__(METHODS)  # registers at its end
 

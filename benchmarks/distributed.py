@@ -29,11 +29,15 @@ TICK = os.sysconf("SC_CLK_TCK")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--layers", type=int, default=28)
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--folder", type=Path, help="keep the checkpoints here (default: a temporary folder)")
+    parser.add_argument(
+        "--folder", type=Path, help="keep the checkpoints here (default: a temporary folder)"
+    )
     parser.add_argument("--make", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.make:
@@ -41,11 +45,15 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as temporary:
         rows, different = compare(options, options.folder or Path(temporary))
-    print(f"{'program':>24} {'wall s':>8} {'ratio':>6} {'merging s':>10} {'cpu s':>8}   peak GB of each process")
+    print(
+        f"{'program':>24} {'wall s':>8} {'ratio':>6} {'merging s':>10} {'cpu s':>8}   peak GB of each process"
+    )
     for name, row in rows.items():
         peaks = ", ".join(f"{label} {peak:.2f}" for label, peak in row["peaks_gb"])
         ratio = next(iter(rows.values()))["wall"] / row["wall"]
-        print(f"{name:>24} {row['wall']:>8.1f} {ratio:>6.2f} {row['merging'] or '':>10} {row['cpu']:>8.1f}   {peaks}")
+        print(
+            f"{name:>24} {row['wall']:>8.1f} {ratio:>6.2f} {row['merging'] or '':>10} {row['cpu']:>8.1f}   {peaks}"
+        )
     print(f"tensors that differ from those of one thread: {different}")
     shape = {name: getattr(options, name) for name in ("layers", "hidden", "workers")}
     print(json.dumps({**shape, "rows": rows, "different": different}))
@@ -56,7 +64,9 @@ def compare(options: argparse.Namespace, folder: Path) -> tuple[dict[str, dict],
         shape = ["--layers", str(options.layers), "--hidden", str(options.hidden)]
         subprocess.run([sys.executable, __file__, "--make", str(folder), *shape], check=True)
     config = folder / "merge.yml"
-    config.write_text(f"merge_method: monosoup\nbase_model: {folder}/base\nmodels:\n  - model: {folder}/tuned\n")
+    config.write_text(
+        f"merge_method: monosoup\nbase_model: {folder}/base\nmodels:\n  - model: {folder}/tuned\n"
+    )
     yaml, run = [BIN / "mergekit-yaml", config], [BIN / "mergekit-monosoup", "run", config]
     count = options.workers
     commands = {
@@ -67,7 +77,9 @@ def compare(options: argparse.Namespace, folder: Path) -> tuple[dict[str, dict],
     for number in range(len(commands)):
         shutil.rmtree(folder / f"out{number}", ignore_errors=True)
     rows = {name: measured(command, threads) for name, (threads, command) in commands.items()}
-    return rows, {name: differing(folder / "out0", folder / f"out{n}") for n, name in enumerate(rows) if n}
+    return rows, {
+        name: differing(folder / "out0", folder / f"out{n}") for n, name in enumerate(rows) if n
+    }
 
 
 @dataclass
@@ -80,7 +92,10 @@ class Seen:
 
 
 def measured(command: list, threads: int) -> dict:
-    limits = {name: str(threads) for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
+    limits = {
+        name: str(threads)
+        for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+    }
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     started = time.perf_counter()
     process = subprocess.Popen(list(map(str, command)), env=os.environ | limits, **pipes)
@@ -92,7 +107,10 @@ def measured(command: list, threads: int) -> dict:
     watcher.join()
     if process.returncode:
         raise SystemExit(f"{' '.join(map(str, command))} failed:\n{said}")
-    merging = [float(seconds) for seconds in re.findall(r"@\d+: \d+ batches, \d+ tensors, ([\d.]+) s", said)]
+    merging = [
+        float(seconds)
+        for seconds in re.findall(r"@\d+: \d+ batches, \d+ tensors, ([\d.]+) s", said)
+    ]
     large = sorted((s for s in seen.values() if s.peak > SHOWN), key=lambda s: -s.peak)
     return {
         "wall": wall,
@@ -123,7 +141,13 @@ def watch(process: subprocess.Popen, seen: dict[int, Seen]) -> None:
                 except OSError:
                     continue
                 if "VmHWM:" in status:
-                    label = "driver" if pid == process.pid else "worker" if title.startswith("ray::") else "Ray"
+                    label = (
+                        "driver"
+                        if pid == process.pid
+                        else "worker"
+                        if title.startswith("ray::")
+                        else "Ray"
+                    )
                     peak = int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e9
                     seen[pid] = Seen(label, peak, (int(stat[11]) + int(stat[12])) / TICK)
         time.sleep(0.5)
@@ -135,10 +159,14 @@ def differing(one: Path, other: Path) -> int:
     from safetensors.torch import load_file
 
     states = [
-        {n: t for file in sorted(f.glob("*.safetensors")) for n, t in load_file(file).items()} for f in (one, other)
+        {n: t for file in sorted(f.glob("*.safetensors")) for n, t in load_file(file).items()}
+        for f in (one, other)
     ]
     assert states[0].keys() == states[1].keys()
-    return sum(not torch.equal(t.view(torch.uint8), states[1][name].view(torch.uint8)) for name, t in states[0].items())
+    return sum(
+        not torch.equal(t.view(torch.uint8), states[1][name].view(torch.uint8))
+        for name, t in states[0].items()
+    )
 
 
 def make_pair(folder: Path, layers: int, hidden: int) -> None:
@@ -147,9 +175,15 @@ def make_pair(folder: Path, layers: int, hidden: int) -> None:
     import transformers
 
     config = transformers.Qwen3Config(
-        vocab_size=4096, hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers,
-        num_attention_heads=16, num_key_value_heads=8, head_dim=128, tie_word_embeddings=True,
-    )  # fmt: skip
+        vocab_size=4096,
+        hidden_size=hidden,
+        intermediate_size=3 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=128,
+        tie_word_embeddings=True,
+    )
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder / "base", max_shard_size="200MB")

@@ -48,13 +48,17 @@ Result = tuple[float, Tensor | None, float | None]  # effective rank, edited upd
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--shapes", nargs="+", default=["1024x3072", "1024x1024", "2048x2048"])
     parser.add_argument("--repeat", type=int, default=2)
     options = parser.parse_args()
-    limits = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), str(options.threads))
+    limits = dict.fromkeys(
+        ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), str(options.threads)
+    )
     if not limits.items() <= os.environ.items():
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | limits)
     print(
@@ -80,15 +84,22 @@ def compare(shape: str, kind: str, options: argparse.Namespace) -> list[dict]:
             if x.is_cuda:
                 torch.cuda.synchronize()
             seconds = time.perf_counter() - started
-            best[name] = min(best.get(name, (math.inf, result)), (seconds, result), key=lambda pair: pair[0])
+            best[name] = min(
+                best.get(name, (math.inf, result)), (seconds, result), key=lambda pair: pair[0]
+            )
     rows = []
     for name, (seconds, (rank, update, predicted)) in best.items():
         error = None if update is None else float((update.double() - exact).norm() / exact.norm())
         row = {
-            "shape": shape, "kind": kind, "way": name, "seconds": round(seconds, 4),
+            "shape": shape,
+            "kind": kind,
+            "way": name,
+            "seconds": round(seconds, 4),
             "ratio": round(best["package"][0] / seconds, 2),
-            "rank_error": rank - exact_rank, "error": error, "predicted": predicted,
-        }  # fmt: skip
+            "rank_error": rank - exact_rank,
+            "error": error,
+            "predicted": predicted,
+        }
         words = [f"{value:.1e}" if value is not None else "-" for value in (error, predicted)]
         print(
             f"{shape:>12} {kind:>7} {name:>8} {seconds:>8.3f} {row['ratio']:>6.2f} {row['rank_error']:>12.1e} "
@@ -118,7 +129,11 @@ def package(x: Tensor) -> Result:
     k, (high, low) = cut(found.sigma)
     basis, leading = found.projection(k, x.dtype)
     inside, outside = (high, low) if leading else (low, high)
-    return effective_rank(found.sigma), torch.addmm(x, x @ basis, basis.T, beta=outside, alpha=inside - outside), None
+    return (
+        effective_rank(found.sigma),
+        torch.addmm(x, x @ basis, basis.T, beta=outside, alpha=inside - outside),
+        None,
+    )
 
 
 def single(x: Tensor) -> Result:
@@ -171,7 +186,9 @@ def sign(x: Tensor) -> Result:
             mapped = 0.5 * scale * mapped * (3 - (scale * mapped) ** 2)
         return 1 - mapped.square()
 
-    basis = torch.randn(order, min(order, int((unfinished(values) > 1e-4).sum()) + 8), device=x.device)
+    basis = torch.randn(
+        order, min(order, int((unfinished(values) > 1e-4).sum()) + 8), device=x.device
+    )
     for _ in range(2):
         basis = torch.linalg.qr(basis - found @ (found @ basis)).Q
     basis = torch.linalg.qr(basis.double()).Q
@@ -239,9 +256,13 @@ class Clipped:
             image = gram @ basis
             values, turn = torch.linalg.eigh(basis.T @ image)
             values, basis, image = values.flip(0), basis @ turn.flip(1), image @ turn.flip(1)
-            below = (gram.trace() - values.cumsum(0)) / (order - torch.arange(1, block + 1, device=gram.device))
+            below = (gram.trace() - values.cumsum(0)) / (
+                order - torch.arange(1, block + 1, device=gram.device)
+            )
             standing = int((values > OUTLIER * below).long().cumprod(0).sum())
-            exact = int(((image - basis * values).norm(dim=0) < 1e-7 * values[-1]).long().cumprod(0).sum())
+            exact = int(
+                ((image - basis * values).norm(dim=0) < 1e-7 * values[-1]).long().cumprod(0).sum()
+            )
             count = min(standing, exact, block - 1)
             if sweep and count == standing:
                 break
@@ -255,7 +276,12 @@ class Clipped:
         return torch.cat([ascending[: len(ascending) - len(self.values)], self.values.flip(0)])
 
 
-WAYS: dict[str, Callable[[Tensor], Result]] = {"package": package, "float32": single, "sign": sign, "entropy": entropy}
+WAYS: dict[str, Callable[[Tensor], Result]] = {
+    "package": package,
+    "float32": single,
+    "sign": sign,
+    "entropy": entropy,
+}
 
 
 if __name__ == "__main__":

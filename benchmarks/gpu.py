@@ -58,14 +58,19 @@ MODELS = {
     "Qwen3-32B": qwen3(64, 5120, 64, 25600),
     # Attention and embeddings of Qwen3-30B-A3B; 128 experts with gate, up (768 x 2048) and down (2048 x 768).
     "Qwen3-30B-A3B": Model(
-        48, {(4096, 2048): 1, (512, 2048): 2, (2048, 4096): 1}, {(151936, 2048): 2},
-        experts=128, stacked=((768, 2048), (768, 2048), (2048, 768)),
+        48,
+        {(4096, 2048): 1, (512, 2048): 2, (2048, 4096): 1},
+        {(151936, 2048): 2},
+        experts=128,
+        stacked=((768, 2048), (768, 2048), (2048, 768)),
     ),
-}  # fmt: skip
+}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true")
@@ -84,10 +89,16 @@ def main() -> None:
     for name in options.models:
         models[name] = whole(MODELS[name], options, device, known)
         print(f"{name}: {words(models[name])}", flush=True)
-    print(json.dumps({"card": card, "tiny": options.tiny, "rows": list(known.values()), "models": models}))
+    print(
+        json.dumps(
+            {"card": card, "tiny": options.tiny, "rows": list(known.values()), "models": models}
+        )
+    )
 
 
-def whole(model: Model, options: argparse.Namespace, device: torch.device, known: dict[tuple, dict]) -> dict:
+def whole(
+    model: Model, options: argparse.Namespace, device: torch.device, known: dict[tuple, dict]
+) -> dict:
     """Seconds of a layer and of the model, by both programs."""
 
     def row(shape: tuple[int, int], count: int) -> dict:
@@ -120,7 +131,9 @@ def words(model: dict) -> str:
     return text + f"; at most {model['peak_gb']:.2f} GB beside the inputs"
 
 
-def measure(shape: tuple[int, int], count: int, options: argparse.Namespace, device: torch.device) -> dict:
+def measure(
+    shape: tuple[int, int], count: int, options: argparse.Namespace, device: torch.device
+) -> dict:
     """``count`` matrices of a shape: one call of ours, a loop of the reference's."""
     shape = tuple(max(2, n // 64) for n in shape) if options.tiny else shape  # type: ignore[assignment]
     W0 = 0.02 * torch.randn(count, *shape, device=device)
@@ -130,12 +143,21 @@ def measure(shape: tuple[int, int], count: int, options: argparse.Namespace, dev
     seconds, peak = timed(lambda: list(edit_each(jobs)), options.repeat, device)
     slow = None
     if math.prod(shape) <= options.skip_reference_above:
-        slow, _ = timed(lambda: [reference.edit(a, b) for a, b in zip(W0, W1, strict=True)], options.repeat, device)
+        slow, _ = timed(
+            lambda: [reference.edit(a, b) for a, b in zip(W0, W1, strict=True)],
+            options.repeat,
+            device,
+        )
     bound = count * timed(products(shape, device), options.repeat, device)[0]
     row = {
-        "shape": list(shape), "matrices": count, "seconds": seconds, "reference_seconds": slow, "peak_gb": peak,
-        "ratio": slow / seconds if slow else None, "products": bound / seconds,
-    }  # fmt: skip
+        "shape": list(shape),
+        "matrices": count,
+        "seconds": seconds,
+        "reference_seconds": slow,
+        "peak_gb": peak,
+        "ratio": slow / seconds if slow else None,
+        "products": bound / seconds,
+    }
     left_out = "-"
     print(
         f"{'x'.join(map(str, shape)):>14} {count:>8} {seconds:>9.4f} {f'{slow:.4f}' if slow else left_out:>11} "

@@ -20,16 +20,31 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-SHAPES = ["1024x3072", "2048x1024", "1024x1024", "2048x2048", "1536x4096", "4096x4096", "151936x1024"]
+SHAPES = [
+    "1024x3072",
+    "2048x1024",
+    "1024x1024",
+    "2048x2048",
+    "1536x4096",
+    "4096x4096",
+    "151936x1024",
+]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--shapes", nargs="+", default=SHAPES)
-    parser.add_argument("--repeat", type=int, default=3, help="runs of each program, of which the fastest counts")
     parser.add_argument(
-        "--oracle", type=int, default=4_500_000, help="largest matrix, in elements, to compare with float64"
+        "--repeat", type=int, default=3, help="runs of each program, of which the fastest counts"
+    )
+    parser.add_argument(
+        "--oracle",
+        type=int,
+        default=4_500_000,
+        help="largest matrix, in elements, to compare with float64",
     )
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -42,7 +57,9 @@ def main() -> None:
     for threads in options.threads:
         rows += run(threads, options)
     summary = {
-        "geometric_mean": {t: mean([r for r in rows if r["threads"] == t]) for t in options.threads},
+        "geometric_mean": {
+            t: mean([r for r in rows if r["threads"] == t]) for t in options.threads
+        },
         "rows": rows,
     }
     print(f"geometric mean of the speed-ups: {summary['geometric_mean']}")
@@ -50,7 +67,10 @@ def main() -> None:
 
 
 def run(threads: int, options: argparse.Namespace) -> list[dict]:
-    limits = {name: str(threads) for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
+    limits = {
+        name: str(threads)
+        for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+    }
     arguments = [
         "--worker",
         threads,
@@ -67,12 +87,18 @@ def run(threads: int, options: argparse.Namespace) -> list[dict]:
         flush=True,
     )
     rows = []
-    with subprocess.Popen(command, env=os.environ | limits, stdout=subprocess.PIPE, text=True) as worker:
+    with subprocess.Popen(
+        command, env=os.environ | limits, stdout=subprocess.PIPE, text=True
+    ) as worker:
         assert worker.stdout is not None
         for line in worker.stdout:
             row = json.loads(line)
             rows.append(row)
-            errors = "not measured" if row["error"] is None else f"{row['reference_error']:.0e} / {row['error']:.0e}"
+            errors = (
+                "not measured"
+                if row["error"] is None
+                else f"{row['reference_error']:.0e} / {row['error']:.0e}"
+            )
             print(
                 f"{row['threads']:>7} {row['shape']:>12} {row['kind']:>7} {row['k']:>5} {row['reference_seconds']:>8.2f} "
                 f"{row['seconds']:>8.2f} {row['ratio']:>6.1f}  {errors}",
@@ -106,10 +132,17 @@ def measure(shape: str, kind: str, options: argparse.Namespace) -> dict:
         _, k = reference.edit(W0, W1)
         best["reference"] = min(best["reference"], time.perf_counter() - started)
     row = {
-        "threads": options.worker, "shape": shape, "kind": kind, "k": record.k, "reference_k": k,
-        "seconds": round(best["ours"], 3), "reference_seconds": round(best["reference"], 3),
-        "ratio": round(best["reference"] / best["ours"], 2), "error": None, "reference_error": None,
-    }  # fmt: skip
+        "threads": options.worker,
+        "shape": shape,
+        "kind": kind,
+        "k": record.k,
+        "reference_k": k,
+        "seconds": round(best["ours"], 3),
+        "reference_seconds": round(best["reference"], 3),
+        "ratio": round(best["reference"] / best["ours"], 2),
+        "error": None,
+        "reference_error": None,
+    }
     if W0.numel() <= options.oracle:
         row |= errors(W0, W1)
     return row
@@ -132,7 +165,9 @@ def errors(W0, W1) -> dict:
     size = np.linalg.norm(mono)
     return {
         "error": float(np.linalg.norm(found.numpy() - mono) / size),
-        "reference_error": float(np.linalg.norm(reference.edit(zero, delta)[0].numpy() - mono) / size),
+        "reference_error": float(
+            np.linalg.norm(reference.edit(zero, delta)[0].numpy() - mono) / size
+        ),
     }
 
 
@@ -142,7 +177,9 @@ def pair(out: int, rest: int, kind: str):
 
     torch.manual_seed(0)
     W0 = (0.02 * torch.randn(out, rest)).bfloat16()
-    update = torch.randn(out, rest) if kind == "random" else torch.randn(out, 16) @ torch.randn(16, rest)
+    update = (
+        torch.randn(out, rest) if kind == "random" else torch.randn(out, 16) @ torch.randn(16, rest)
+    )
     return W0, (W0.float() + update * (0.01 * W0.float().norm() / update.norm())).bfloat16()
 
 

@@ -27,12 +27,18 @@ CONFIG = """merge_method: {method}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--folder", type=Path, help="keep the checkpoints here (default: a temporary folder)")
+    parser.add_argument(
+        "--folder", type=Path, help="keep the checkpoints here (default: a temporary folder)"
+    )
     parser.add_argument("--make", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--reference", nargs=3, metavar=("BASE", "TUNED", "OUT"), help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--reference", nargs=3, metavar=("BASE", "TUNED", "OUT"), help=argparse.SUPPRESS
+    )
     options = parser.parse_args()
     if options.make:
         make_pair(options.make, options.layers)
@@ -43,7 +49,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
         # In a process of its own: a child's peak memory starts from its parent's.
-        subprocess.run([sys.executable, __file__, "--make", str(folder), "--layers", str(options.layers)], check=True)
+        subprocess.run(
+            [sys.executable, __file__, "--make", str(folder), "--layers", str(options.layers)],
+            check=True,
+        )
         base, tuned = folder / "base", folder / "tuned"
         (folder / "monosoup.yml").write_text(
             CONFIG.format(method="monosoup", base=f"base_model: {base}\n", tuned=tuned)
@@ -53,7 +62,14 @@ def main() -> None:
         commands = {
             "linear": [yaml, folder / "linear.yml", folder / "linear", "--quiet"],
             "monosoup": [yaml, folder / "monosoup.yml", folder / "monosoup", "--quiet"],
-            "reference": [sys.executable, __file__, "--reference", base, tuned, folder / "reference"],
+            "reference": [
+                sys.executable,
+                __file__,
+                "--reference",
+                base,
+                tuned,
+                folder / "reference",
+            ],
         }
         rows = {name: timed(command, options.threads) for name, command in commands.items()}
     print(
@@ -63,21 +79,32 @@ def main() -> None:
         print(f"{name:>10} {row['wall']:>8.1f} {row['cpu']:>8.1f} {row['peak_gb']:>8.2f}")
     floor = rows["linear"]["wall"]
     edit = rows["monosoup"]["wall"] - floor
-    print(f"the edit adds {edit:.1f} s to {floor:.1f} s of reading and writing; reference / monosoup, whole processes: "
-          f"{rows['reference']['wall'] / rows['monosoup']['wall']:.1f}, less the floor: "
-          f"{(rows['reference']['wall'] - floor) / edit:.1f}")  # fmt: skip
+    print(
+        f"the edit adds {edit:.1f} s to {floor:.1f} s of reading and writing; reference / monosoup, whole processes: "
+        f"{rows['reference']['wall'] / rows['monosoup']['wall']:.1f}, less the floor: "
+        f"{(rows['reference']['wall'] - floor) / edit:.1f}"
+    )
     print(json.dumps({"layers": options.layers, "threads": options.threads, "rows": rows}))
 
 
 def timed(command: list, threads: int) -> dict[str, float]:
-    limits = {name: str(threads) for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
+    limits = {
+        name: str(threads)
+        for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+    }
     started = time.perf_counter()
-    process = subprocess.Popen(list(map(str, command)), env=os.environ | limits, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        list(map(str, command)), env=os.environ | limits, stdout=subprocess.DEVNULL
+    )
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise SystemExit(f"{' '.join(map(str, command))} failed")
     wall = time.perf_counter() - started
-    return {"wall": wall, "cpu": usage.ru_utime + usage.ru_stime, "peak_gb": usage.ru_maxrss * rss_unit() / 1e9}
+    return {
+        "wall": wall,
+        "cpu": usage.ru_utime + usage.ru_stime,
+        "peak_gb": usage.ru_maxrss * rss_unit() / 1e9,
+    }
 
 
 def rss_unit() -> int:
@@ -90,9 +117,15 @@ def make_pair(folder: Path, layers: int) -> None:
     import transformers
 
     config = transformers.Qwen3Config(
-        vocab_size=151936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=layers, num_attention_heads=16,
-        num_key_value_heads=8, head_dim=128, tie_word_embeddings=True,
-    )  # fmt: skip
+        vocab_size=151936,
+        hidden_size=1024,
+        intermediate_size=3072,
+        num_hidden_layers=layers,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=128,
+        tie_word_embeddings=True,
+    )
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder / "base")
@@ -111,8 +144,16 @@ def reference_loop(base: Path, tuned: Path, out: Path) -> None:
     import reference
     from safetensors.torch import load_file, save_file
 
-    W0 = {name: w for file in sorted(base.glob("*.safetensors")) for name, w in load_file(file).items()}
-    W1 = {name: w for file in sorted(tuned.glob("*.safetensors")) for name, w in load_file(file).items()}
+    W0 = {
+        name: w
+        for file in sorted(base.glob("*.safetensors"))
+        for name, w in load_file(file).items()
+    }
+    W1 = {
+        name: w
+        for file in sorted(tuned.glob("*.safetensors"))
+        for name, w in load_file(file).items()
+    }
     merged = {name: reference.edit(W0[name], w)[0] if w.ndim >= 2 else w for name, w in W1.items()}
     out.mkdir()
     save_file({name: w.contiguous() for name, w in merged.items()}, out / "model.safetensors")

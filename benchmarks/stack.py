@@ -18,7 +18,9 @@ import time
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--experts", type=int, default=16)
     parser.add_argument("--shape", default="2048x768")
@@ -28,8 +30,12 @@ def main() -> None:
     if options.worker:
         measure(options)
         return
-    limits = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), str(options.threads))
-    subprocess.run([sys.executable, __file__, "--worker", *sys.argv[1:]], env=os.environ | limits, check=True)
+    limits = dict.fromkeys(
+        ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), str(options.threads)
+    )
+    subprocess.run(
+        [sys.executable, __file__, "--worker", *sys.argv[1:]], env=os.environ | limits, check=True
+    )
 
 
 def measure(options: argparse.Namespace) -> None:
@@ -65,11 +71,22 @@ def measure(options: argparse.Namespace) -> None:
             results[name] = way()
             best[name] = min(best[name], time.perf_counter() - started)
     same = all(map(torch.equal, results["one thread"], results["one expert per thread"]))
-    print(f"{options.experts} experts of {options.shape}, {options.threads} threads; same bits as one thread: {same}")
+    print(
+        f"{options.experts} experts of {options.shape}, {options.threads} threads; same bits as one thread: {same}"
+    )
     for name, seconds in best.items():
         print(f"{name:>24} {seconds:>8.2f} s {best['one thread'] / seconds:>6.2f}x")
-    print(json.dumps({"threads": options.threads, "experts": options.experts, "shape": options.shape,
-                      "seconds": best, "same_bits": same}))  # fmt: skip
+    print(
+        json.dumps(
+            {
+                "threads": options.threads,
+                "experts": options.experts,
+                "shape": options.shape,
+                "seconds": best,
+                "same_bits": same,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

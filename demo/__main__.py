@@ -25,14 +25,28 @@ from evaluation.worlds.sums import OTHER_SKILLS, SKILLS, TUNED_SKILL, Item, buil
 
 MARK = ".monosoup-demo"
 RESULTS = "results.json"
-PACKAGES = ("mergekit-monosoup", "mergekit", "torch", "transformers", "tokenizers", "numpy", "scipy")
+PACKAGES = (
+    "mergekit-monosoup",
+    "mergekit",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "numpy",
+    "scipy",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m demo", description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("demo-out"), help="output folder (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of world and training (default: %(default)s)")
-    parser.add_argument("--fresh", action="store_true", help="train anew even if the checkpoints are there")
+    parser.add_argument(
+        "--out", type=Path, default=Path("demo-out"), help="output folder (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of world and training (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--fresh", action="store_true", help="train anew even if the checkpoints are there"
+    )
     options = parser.parse_args(arguments)
     # Rich takes a file or a pipe to be 80 columns wide, which folds the table. Paths may hold what looks like markup.
     console = Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 120)
@@ -46,7 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(folder: Path, seed: int, fresh: bool, console: Console) -> None:
     started = time.perf_counter()
-    torch.set_num_threads(1)  # fastest for a model this small, and the same sums in the same order every time
+    torch.set_num_threads(
+        1
+    )  # fastest for a model this small, and the same sums in the same order every time
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     _claim(folder)
@@ -55,14 +71,18 @@ def run(folder: Path, seed: int, fresh: bool, console: Console) -> None:
 
     (folder / RESULTS).unlink(missing_ok=True)  # an earlier run's, should this one stop half-way
 
-    console.print("1. Train a small Qwen3 on six skills, then fine-tune it on a seventh", style="bold")
+    console.print(
+        "1. Train a small Qwen3 on six skills, then fine-tune it on a seventh", style="bold"
+    )
     world = build_world(seed)
     console.print(summary.skills(world))
     recipe = train.Recipe(seed=seed)
     if train.train_pair(recipe, world, folder, fresh=fresh):
         console.print(f"Checkpoints: {folder / train.PRETRAINED}, {folder / train.FINETUNED}")
     else:
-        console.print(f"Finished checkpoints of the same settings found in {folder} (--fresh trains anew)")
+        console.print(
+            f"Finished checkpoints of the same settings found in {folder} (--fresh trains anew)"
+        )
 
     console.print(f"\n2. Soup the two checkpoints, without data (in {folder})", style="bold")
     for soup in merge.SOUPS:
@@ -103,7 +123,9 @@ def run(folder: Path, seed: int, fresh: bool, console: Console) -> None:
         "sentences": said,
         "seconds": round(time.perf_counter() - started, 1),
     }
-    (folder / RESULTS).write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / RESULTS).write_text(
+        json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
     items = [dataclasses.asdict(item) for skill in SKILLS for item in world.test[skill]]
     (folder / "test-items.jsonl").write_text(
         "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items), encoding="utf-8"
@@ -114,9 +136,13 @@ def run(folder: Path, seed: int, fresh: bool, console: Console) -> None:
 def _claim(folder: Path) -> None:
     """Refuse a folder with other people's files: this program deletes and rewrites what is in its own."""
     if folder.exists() and any(folder.iterdir()) and not (folder / MARK).exists():
-        raise merge.CommandError(f"{folder} holds files that are not from this demo; name another folder with --out")
+        raise merge.CommandError(
+            f"{folder} holds files that are not from this demo; name another folder with --out"
+        )
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / MARK).write_text("Written by `python -m demo`, which may delete and rewrite everything here.\n")
+    (folder / MARK).write_text(
+        "Written by `python -m demo`, which may delete and rewrite everything here.\n"
+    )
 
 
 def grade_checkpoint(checkpoint: Path, items: Mapping[str, Sequence[Item]]) -> Values:
@@ -124,7 +150,9 @@ def grade_checkpoint(checkpoint: Path, items: Mapping[str, Sequence[Item]]) -> V
     return grade(model, AutoTokenizer.from_pretrained(checkpoint), items)
 
 
-def _numbers(values: Values, grades: Mapping[str, Values], items: Mapping[str, Sequence[Item]]) -> dict[str, Any]:
+def _numbers(
+    values: Values, grades: Mapping[str, Values], items: Mapping[str, Sequence[Item]]
+) -> dict[str, Any]:
     """One model's part of results.json. Accuracies are fractions; `right` has a digit per line of test-items.jsonl."""
     accuracy = summary.both(values, items)
     gains = {
@@ -134,10 +162,16 @@ def _numbers(values: Values, grades: Mapping[str, Values], items: Mapping[str, S
     return {
         "id": _estimate(accuracy.id),
         "ood": _estimate(accuracy.ood),
-        **{name: {"id": _estimate(gain.id, True), "ood": _estimate(gain.ood, True)} for name, gain in gains.items()},
+        **{
+            name: {"id": _estimate(gain.id, True), "ood": _estimate(gain.ood, True)}
+            for name, gain in gains.items()
+        },
         "skills": {
             skill: _estimate(mean_over_skills(values, items, [skill]))
-            | {"items": len(values[skill]), "right": "".join(str(int(value)) for value in values[skill])}
+            | {
+                "items": len(values[skill]),
+                "right": "".join(str(int(value)) for value in values[skill]),
+            }
             for skill in SKILLS
         },
     }

@@ -93,13 +93,20 @@ def merge(soup: Soup, folder: Path) -> str:
 
     command = [tool("mergekit-yaml"), config.as_posix(), soup.merged.as_posix()]
     done = subprocess.run(
-        command, cwd=folder, env=_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command,
+        cwd=folder,
+        env=_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     (folder / log).write_text(done.stdout, encoding="utf-8")
     shown = " ".join(["mergekit-yaml", *command[1:]])
     if done.returncode != 0:
         last = "\n".join(done.stdout.splitlines()[-5:])  # of a traceback, these say what was wrong
-        raise CommandError(f"`{shown}` failed with exit code {done.returncode}, see {folder / log}:\n{last}")
+        raise CommandError(
+            f"`{shown}` failed with exit code {done.returncode}, see {folder / log}:\n{last}"
+        )
     return shown
 
 
@@ -112,7 +119,9 @@ def print_report(soup: Soup, folder: Path) -> None:
         env=_environment(),
     )
     if done.returncode != 0:
-        raise CommandError(f"`mergekit-monosoup report {soup.report}` failed with exit code {done.returncode}")
+        raise CommandError(
+            f"`mergekit-monosoup report {soup.report}` failed with exit code {done.returncode}"
+        )
 
 
 def tool(name: str) -> str:
@@ -120,7 +129,9 @@ def tool(name: str) -> str:
     folder = str(Path(sys.executable).parent)
     found = shutil.which(name, path=folder)
     if found is None:
-        raise CommandError(f"{name} is not in {folder}; install this package: {sys.executable} -m pip install .")
+        raise CommandError(
+            f"{name} is not in {folder}; install this package: {sys.executable} -m pip install ."
+        )
     return found
 
 

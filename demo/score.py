@@ -37,7 +37,12 @@ def grade(
                 for start in range(0, len(asked), BATCH)
                 for item, answer in zip(
                     asked[start : start + BATCH],
-                    _answers(model, tokenizer, [item.prompt for item in asked[start : start + BATCH]], greedy),
+                    _answers(
+                        model,
+                        tokenizer,
+                        [item.prompt for item in asked[start : start + BATCH]],
+                        greedy,
+                    ),
                     strict=True,
                 )
             ],
@@ -49,9 +54,14 @@ def grade(
 
 @torch.inference_mode()
 def _answers(
-    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerBase, prompts: list[str], greedy: GenerationConfig
+    model: Qwen3ForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[str],
+    greedy: GenerationConfig,
 ) -> list[str]:
-    batch = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left", return_token_type_ids=False)
+    batch = tokenizer(
+        prompts, return_tensors="pt", padding=True, padding_side="left", return_token_type_ids=False
+    )
     # (prompts, prompt length + answer length). Transformers' type for `self` of generate does not fit its own models.
     tokens = model.generate(**batch, generation_config=greedy)  # type: ignore[misc]
     new = tokens[:, batch["input_ids"].shape[1] :]
@@ -71,7 +81,9 @@ class Estimate:
         return self.mean - reach, self.mean + reach
 
 
-def mean_over_skills(values: Values, items: Mapping[str, Sequence[Item]], skills: Sequence[str]) -> Estimate:
+def mean_over_skills(
+    values: Values, items: Mapping[str, Sequence[Item]], skills: Sequence[str]
+) -> Estimate:
     """The unweighted mean of the skills' own means, with its standard error over the choice of test items.
 
     Item i of skill k moves the mean by (v_i − mean_k) / (K n_k). Those moves are added up within each cluster before
@@ -79,7 +91,8 @@ def mean_over_skills(values: Values, items: Mapping[str, Sequence[Item]], skills
     promise more precision than there is. With one item per cluster and one skill this is the binomial √(p(1−p)/n).
     """
     found = estimate(
-        {skill: values[skill] for skill in skills}, {skill: [item.cluster for item in items[skill]] for skill in skills}
+        {skill: values[skill] for skill in skills},
+        {skill: [item.cluster for item in items[skill]] for skill in skills},
     )
     return Estimate(found.mean, found.standard_error)
 

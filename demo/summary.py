@@ -29,7 +29,10 @@ class Pair:
 
 
 def both(values: Values, items: Mapping[str, Sequence[Item]]) -> Pair:
-    return Pair(mean_over_skills(values, items, [TUNED_SKILL]), mean_over_skills(values, items, OTHER_SKILLS))
+    return Pair(
+        mean_over_skills(values, items, [TUNED_SKILL]),
+        mean_over_skills(values, items, OTHER_SKILLS),
+    )
 
 
 def skills(world: World) -> Table:
@@ -43,21 +46,34 @@ def skills(world: World) -> Table:
         trained, tested = world.train[skill], world.test[skill]
         taught = "fine-tuning (ID)" if skill == TUNED_SKILL else "pretraining (OOD)"
         example = tested[len(tested) // 2]
-        out.add_row(skill, example.prompt, example.answer, taught, str(len(trained)), str(len(tested)))
+        out.add_row(
+            skill, example.prompt, example.answer, taught, str(len(trained)), str(len(tested))
+        )
     return out
 
 
 def table(grades: Mapping[str, Values], items: Mapping[str, Sequence[Item]]) -> Table:
     """One row per model, in per cent; differences in percentage points."""
-    out = Table(title="Exact match, %", title_justify="left", caption="\n".join(NOTES), caption_justify="left")
+    out = Table(
+        title="Exact match, %",
+        title_justify="left",
+        caption="\n".join(NOTES),
+        caption_justify="left",
+    )
     out.add_column("model")
     for header in ("ID", "OOD", "ID − fine-tuned", "OOD − fine-tuned"):
         out.add_column(header, justify="right")
     for name, values in grades.items():
         accuracy = both(values, items)
-        row = [f"{100 * each.mean:.1f} ± {100 * each.standard_error:.1f}" for each in (accuracy.id, accuracy.ood)]
+        row = [
+            f"{100 * each.mean:.1f} ± {100 * each.standard_error:.1f}"
+            for each in (accuracy.id, accuracy.ood)
+        ]
         if name != FINETUNED:
-            row += [_gain(values, grades[FINETUNED], items, skills)[1] for skills in ([TUNED_SKILL], OTHER_SKILLS)]
+            row += [
+                _gain(values, grades[FINETUNED], items, skills)[1]
+                for skills in ([TUNED_SKILL], OTHER_SKILLS)
+            ]
         # A name with its soup's in front would not fit beside four columns of numbers.
         out.add_row(f"  {CONTROL}" if name.endswith(CONTROL) else name, *row)
     return out
@@ -71,7 +87,10 @@ def sentences(grades: Mapping[str, Values], items: Mapping[str, Sequence[Item]])
         for soup in SOUPS
         if CONTROL not in soup.title
     ]
-    wise = [f"{soup.title}: {_compare(grades[soup.title], grades[WISE.title], items)}" for soup in (FREE, VARIED)]
+    wise = [
+        f"{soup.title}: {_compare(grades[soup.title], grades[WISE.title], items)}"
+        for soup in (FREE, VARIED)
+    ]
     split = [
         f"{soup.title}: {_compare(grades[soup.title], grades[f'{soup.title}, {CONTROL}'], items)}"
         for soup in (FREE, VARIED)

@@ -47,7 +47,9 @@ class LinearCKA:
     def add(self, x: Matrix, y: Matrix) -> None:
         """x: (items, p), y: (items, q) of the same items."""
         if len(x) != len(y):
-            raise ValueError(f"{len(x)} and {len(y)} items: CKA compares features of the same items")
+            raise ValueError(
+                f"{len(x)} and {len(y)} items: CKA compares features of the same items"
+            )
         if self.origin is None:
             self.origin = x.mean(axis=0), y.mean(axis=0)
             self.sums = np.zeros(x.shape[1]), np.zeros(y.shape[1])
@@ -78,33 +80,57 @@ def _shapes(p: int, q: int) -> tuple[tuple[int, int], ...]:
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    command = shlex.join(["python", "-m", "evaluation.cka", *(sys.argv[1:] if arguments is None else arguments)])
+    command = shlex.join(
+        ["python", "-m", "evaluation.cka", *(sys.argv[1:] if arguments is None else arguments)]
+    )
     return problems(lambda: run(options, command), kept="")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m evaluation.cka", description=__doc__)
     parser.add_argument(
-        "--model", action="append", required=True, type=model_argument, metavar="NAME=PATH",
+        "--model",
+        action="append",
+        required=True,
+        type=model_argument,
+        metavar="NAME=PATH",
         help=f"as for evaluation.run; the one named {PRETRAINED} is what the others are compared with",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--variants", action="store_true",
+        "--variants",
+        action="store_true",
         help="add high_only and low_only, MonoSoup's two parts alone, made from the models named pretrained and finetuned",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--text", action="append", required=True, type=model_argument, metavar="NAME=FILE",
+        "--text",
+        action="append",
+        required=True,
+        type=model_argument,
+        metavar="NAME=FILE",
         help="texts, one per line; JSON lines with a field `text` or `prompt` if the file ends in .jsonl. Give one set that "
         "is in distribution and one that is not",
-    )  # fmt: skip
-    parser.add_argument("--batches", type=positive, help="only the first N batches of each text set (default: all)")
+    )
+    parser.add_argument(
+        "--batches", type=positive, help="only the first N batches of each text set (default: all)"
+    )
     parser.add_argument("--batch-size", type=positive, default=32, help="default: %(default)s")
     parser.add_argument(
-        "--max-tokens", type=positive, default=512, help="of a text, the rest is cut off (default: %(default)s)"
+        "--max-tokens",
+        type=positive,
+        default=512,
+        help="of a text, the rest is cut off (default: %(default)s)",
     )
-    parser.add_argument("--out", type=Path, default=Path("results", "cka"), help="folder (default: %(default)s)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    parser.add_argument("--merge-cache", type=Path, default=Path("results", "merged"), help="default: %(default)s")
+    parser.add_argument(
+        "--out", type=Path, default=Path("results", "cka"), help="folder (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="default: %(default)s",
+    )
+    parser.add_argument(
+        "--merge-cache", type=Path, default=Path("results", "merged"), help="default: %(default)s"
+    )
     return parser
 
 
@@ -129,18 +155,25 @@ def run(options: argparse.Namespace, command: str) -> None:
     result = {
         "command": command,
         "models": {source.name: source.record() for source in found},
-        "texts": {name: {"file": file, "items": len(kept[name]), "sha256": fingerprint.digest(kept[name])}
-                  for name, file in options.text},
+        "texts": {
+            name: {"file": file, "items": len(kept[name]), "sha256": fingerprint.digest(kept[name])}
+            for name, file in options.text
+        },
         "versions": fingerprint.versions(),
         "git": fingerprint.git_hash(),
         "max_tokens": options.max_tokens,
         "cka": values,
-    }  # fmt: skip
-    (options.out / "cka.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    }
+    (options.out / "cka.json").write_text(
+        json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
     heatmap(values).savefig(options.out / "cka.png", bbox_inches="tight", dpi=150)
     for name, models in values.items():
         for model, blocks in models.items():
-            print(f"{name}, {model}: " + " ".join("-" if value is None else f"{value:.3f}" for value in blocks))
+            print(
+                f"{name}, {model}: "
+                + " ".join("-" if value is None else f"{value:.3f}" for value in blocks)
+            )
     print(options.out / "cka.json")
 
 
@@ -148,13 +181,17 @@ def _variants(given: dict[str, str], folder: Path) -> dict[str, str]:
     """The two parts of MonoSoup's split alone (paper, appendix G), through mergekit."""
     if "finetuned" not in given:
         raise sources.SourceError("--variants needs a model named finetuned")
-    pretrained, finetuned = (str(sources.local(given[name]).resolve()) for name in (PRETRAINED, "finetuned"))
+    pretrained, finetuned = (
+        str(sources.local(given[name]).resolve()) for name in (PRETRAINED, "finetuned")
+    )
     made = {}
     for rule in ("high", "low"):
         config = {
-            "merge_method": "monosoup", "base_model": pretrained, "models": [{"model": finetuned}],
+            "merge_method": "monosoup",
+            "base_model": pretrained,
+            "models": [{"model": finetuned}],
             "parameters": {"coefficients": rule},
-        }  # fmt: skip
+        }
         made[f"{rule}_only"] = str(write_config(folder / f"{rule}_only.yml", config))
     return made
 
@@ -167,7 +204,11 @@ def _texts(path: Path) -> list[str]:
         raise sources.SourceError(f"{path}: not UTF-8: {error}") from error
     if path.suffix == ".jsonl":
         rows = [_row(path, number, line) for number, line in enumerate(lines, 1)]
-        if missing := [number for number, row in enumerate(rows, 1) if "text" not in row and "prompt" not in row]:
+        if missing := [
+            number
+            for number, row in enumerate(rows, 1)
+            if "text" not in row and "prompt" not in row
+        ]:
             raise sources.SourceError(f"{path}: line {missing[0]} has neither `text` nor `prompt`")
         lines = [row["text"] if "text" in row else row["prompt"] for row in rows]
     if len(lines) < 2:
@@ -186,7 +227,10 @@ def _row(path: Path, number: int, line: str) -> dict[str, str]:
 
 
 def _compare(
-    found: Sequence[sources.Source], texts: dict[str, list[str]], folder: Path, options: argparse.Namespace
+    found: Sequence[sources.Source],
+    texts: dict[str, list[str]],
+    folder: Path,
+    options: argparse.Namespace,
 ) -> dict[str, dict[str, list[float | None]]]:
     """By text set and model: CKA with the pretrained model, block by block; block 0 is the embedding."""
     values: dict[str, dict[str, list[float | None]]] = {name: {} for name in texts}
@@ -194,12 +238,17 @@ def _compare(
         print(f"[{number}/{len(found)}] {source.name}: {source.folder}", flush=True)
         _write_features(source, texts, folder / source.name, options)
         for name in texts:
-            reference, own = (np.load(folder / who / f"{name}.npy", mmap_mode="r") for who in (PRETRAINED, source.name))
+            reference, own = (
+                np.load(folder / who / f"{name}.npy", mmap_mode="r")
+                for who in (PRETRAINED, source.name)
+            )
             if reference.shape[:2] != own.shape[:2]:
                 raise sources.SourceError(
                     f"{source.name} has {len(own) - 1} blocks, {PRETRAINED} has {len(reference) - 1}"
                 )
-            values[name][source.name] = [cka(_pieces(x), _pieces(y)) for x, y in zip(reference, own, strict=True)]
+            values[name][source.name] = [
+                cka(_pieces(x), _pieces(y)) for x, y in zip(reference, own, strict=True)
+            ]
         if source.name != PRETRAINED:
             shutil.rmtree(folder / source.name)
     return values
@@ -229,13 +278,19 @@ def _write_features(
     transformers.utils.logging.set_verbosity_error()  # it reports the head, which is not wanted here, as unexpected
     tokenizer = transformers.AutoTokenizer.from_pretrained(source.folder)
     # The body without the head: the last hidden state is then the normalised one, as in the whole model.
-    model = transformers.AutoModel.from_pretrained(source.folder, dtype="auto").to(options.device).eval()
+    model = (
+        transformers.AutoModel.from_pretrained(source.folder, dtype="auto")
+        .to(options.device)
+        .eval()
+    )
     folder.mkdir()
     for name, lines in texts.items():
         out: Any = None
         for start in range(0, len(lines), options.batch_size):
             encoded = tokenizer(
-                lines[start : start + options.batch_size], truncation=True, max_length=options.max_tokens
+                lines[start : start + options.batch_size],
+                truncation=True,
+                max_length=options.max_tokens,
             )["input_ids"]
             tokens, mask = (part.to(options.device) for part in _padded(encoded))
             states = model(
@@ -243,10 +298,16 @@ def _write_features(
             ).hidden_states
             counted = mask.double()[..., None]
             # Padding must not count, and bfloat16 sums over hundreds of tokens would round.
-            pooled = torch.stack([(s.double() * counted).sum(1) / counted.sum(1) for s in states]).float().cpu()
+            pooled = (
+                torch.stack([(s.double() * counted).sum(1) / counted.sum(1) for s in states])
+                .float()
+                .cpu()
+            )
             if out is None:
                 shape = (len(states), len(lines), pooled.shape[-1])
-                out = np.lib.format.open_memmap(folder / f"{name}.npy", mode="w+", dtype=np.float32, shape=shape)
+                out = np.lib.format.open_memmap(
+                    folder / f"{name}.npy", mode="w+", dtype=np.float32, shape=shape
+                )
             out[:, start : start + pooled.shape[1]] = pooled.numpy()
         out.flush()
 
@@ -273,7 +334,9 @@ def heatmap(values: dict[str, dict[str, list[float | None]]]) -> Any:
         for name, models in values.items()
     }
     low = min(float(np.nanmin(grid)) for grid in grids.values())
-    figure = Figure(figsize=(7, 1 + 0.4 * sum(len(grid) + 2 for grid in grids.values())), layout="constrained")
+    figure = Figure(
+        figsize=(7, 1 + 0.4 * sum(len(grid) + 2 for grid in grids.values())), layout="constrained"
+    )
     panels = figure.subplots(len(grids), 1, squeeze=False)[:, 0]
     for axes, (name, grid) in zip(panels, grids.items(), strict=True):
         image = axes.imshow(grid, vmin=min(low, 0.999), vmax=1.0, aspect="auto", cmap="viridis")

@@ -72,9 +72,14 @@ def compare(
     names = sorted(set.intersection(*(set(run) for run in runs)))
     if not names:
         raise ComparisonError(f"no suite has results in {' and '.join(map(str, folders))}")
-    found = [_compare(name, [run[name] for run in runs], list(map(str, folders)), reference) for name in names]
+    found = [
+        _compare(name, [run[name] for run in runs], list(map(str, folders)), reference)
+        for name in names
+    ]
     if others := set.union(*(set(run) for run in runs)) - set(names):
-        found[0].warnings.append(f"Left out, for not every folder has them: the suites {', '.join(sorted(others))}.")
+        found[0].warnings.append(
+            f"Left out, for not every folder has them: the suites {', '.join(sorted(others))}."
+        )
     return found
 
 
@@ -87,41 +92,53 @@ def _by_suite(folder: Path, only: Collection[str] | None) -> dict[str, dict[str,
     return found
 
 
-def _compare(name: str, runs: list[dict[str, store.Result]], folders: list[str], reference: str) -> Comparison:
+def _compare(
+    name: str, runs: list[dict[str, store.Result]], folders: list[str], reference: str
+) -> Comparison:
     models = [m for m in FIRST if all(m in run for run in runs)]
     models += sorted(m for m in runs[0] if m not in FIRST and all(m in run for run in runs))
     if reference not in models:
         raise ComparisonError(
             f"suite {name}: no model named {reference} in every folder; there are {', '.join(models)}"
         )
-    suites = [[Suite.model_validate(run[m].data["suite"], strict=False) for m in models] for run in runs]
+    suites = [
+        [Suite.model_validate(run[m].data["suite"], strict=False) for m in models] for run in runs
+    ]
     suite = suites[0][0]
     # Several runs may differ in the world of their items and in the seed, in nothing else; the models of one run in nothing.
     alike = all(one == run[0] for run in suites for one in run)
     if not alike or any(
-        run[0].model_copy(update={"world": suite.world, "seed": suite.seed}) != suite for run in suites
+        run[0].model_copy(update={"world": suite.world, "seed": suite.seed}) != suite
+        for run in suites
     ):
-        raise ComparisonError(f"suite {name}: the results come from different versions of it; run the older ones again")
+        raise ComparisonError(
+            f"suite {name}: the results come from different versions of it; run the older ones again"
+        )
     for run, folder in zip(runs, folders, strict=True):
         _same_questions(run, models, reference, folder)
     columns = _columns(suite)
     shared = len(runs) == 1 or _same_items([run[reference] for run in runs])
     cells = {
         model: [
-            _cell(column, [run[model] for run in runs], [run[reference] for run in runs], shared) for column in columns
+            _cell(column, [run[model] for run in runs], [run[reference] for run in runs], shared)
+            for column in columns
         ]
         for model in models
     }
     cells[reference] = [replace(cell, difference=None, p_value=None) for cell in cells[reference]]
     merges = {model: runs[0][model].data["source"]["merge"] for model in models}
     weights = {model: runs[0][model].data["source"]["fingerprint"]["weights"] for model in models}
-    out = Comparison(suite, folders, reference, columns, cells, _w0(runs[0], models), merges, weights)
+    out = Comparison(
+        suite, folders, reference, columns, cells, _w0(runs[0], models), merges, weights
+    )
     out.notes = _notes(out, shared)
     out.warnings = list(_warnings(out, runs))
     return out
 
 
-def _same_questions(run: dict[str, store.Result], models: Iterable[str], reference: str, folder: str) -> None:
+def _same_questions(
+    run: dict[str, store.Result], models: Iterable[str], reference: str, folder: str
+) -> None:
     """Paired differences of answers to different questions would be nonsense that looks fine."""
     for model in models:
         for task, rows in run[reference].rows.items():
@@ -129,7 +146,11 @@ def _same_questions(run: dict[str, store.Result], models: Iterable[str], referen
             if [row.item() for row in theirs] == [row.item() for row in rows]:
                 continue
             equal = {row.item()[:3] for row in theirs} == {row.item()[:3] for row in rows}
-            what = "prompts (shots, chat template)" if equal else f"items ({len(theirs)} and {len(rows)})"
+            what = (
+                "prompts (shots, chat template)"
+                if equal
+                else f"items ({len(theirs)} and {len(rows)})"
+            )
             raise ComparisonError(
                 f"{folder}: {model} and {reference} were asked different {what} in {task}; run both again with the same "
                 "suite and --limit"
@@ -139,7 +160,8 @@ def _same_questions(run: dict[str, store.Result], models: Iterable[str], referen
 def _same_items(results: Sequence[store.Result]) -> bool:
     """Whether several runs asked the same items (prompts aside: shots may be drawn by seed)."""
     first, *others = (
-        {task: [row.item()[:3] for row in rows] for task, rows in result.rows.items()} for result in results
+        {task: [row.item()[:3] for row in rows] for task, rows in result.rows.items()}
+        for result in results
     )
     return all(other == first for other in others)
 
@@ -154,24 +176,35 @@ def _columns(suite: Suite) -> list[Column]:
 
 
 def _values(column: Column, result: store.Result) -> dict[str, NDArray[np.float64]]:
-    return {t.task: np.array([row.values[t.key] for row in result.rows[t.task]]) for t in column.tasks}
+    return {
+        t.task: np.array([row.values[t.key] for row in result.rows[t.task]]) for t in column.tasks
+    }
 
 
 def _cell(
     column: Column, models: Sequence[store.Result], references: Sequence[store.Result], shared: bool
-) -> Cell:  # fmt: skip
-    clusters = [{t.task: [row.cluster for row in r.rows[t.task]] for t in column.tasks} for r in references]
+) -> Cell:
+    clusters = [
+        {t.task: [row.cluster for row in r.rows[t.task]] for t in column.tasks} for r in references
+    ]
     values = [_values(column, result) for result in models]
-    paired = [statistics.paired(v, _values(column, r)) for v, r in zip(values, references, strict=True)]
+    paired = [
+        statistics.paired(v, _values(column, r)) for v, r in zip(values, references, strict=True)
+    ]
     items = sum(len(outcomes) for outcomes in values[0].values())
     if len(models) == 1:
-        independent = all(len(set(clusters[0][t.task])) == len(clusters[0][t.task]) for t in column.tasks)
+        independent = all(
+            len(set(clusters[0][t.task])) == len(clusters[0][t.task]) for t in column.tasks
+        )
         p_value = None
         if independent and not column.average:
             task = column.tasks[0].task
             p_value = statistics.mcnemar(values[0][task], _values(column, references[0])[task])
         return Cell(
-            statistics.estimate(values[0], clusters[0]), items, statistics.difference(paired[0], clusters[0]), p_value
+            statistics.estimate(values[0], clusters[0]),
+            items,
+            statistics.difference(paired[0], clusters[0]),
+            p_value,
         )
     estimate, _ = statistics.over_runs(*_over(values, clusters, shared))
     means, within = _over(paired, clusters, shared)
@@ -207,7 +240,9 @@ def _notes(comparison: Comparison, shared: bool) -> list[str]:
         "averages weigh tasks equally. ±: one standard error, 0 if all are right or all wrong.",
     ]
     if any(task.cluster for task in suite.tasks):
-        notes.append("Items about the same thing (the suite's `cluster`) count together in errors and intervals.")
+        notes.append(
+            "Items about the same thing (the suite's `cluster`) count together in errors and intervals."
+        )
     if runs == 1:
         notes.append(
             f"Differences from {comparison.reference} are paired by item, in points, with 95 % percentile bootstrap intervals "
@@ -215,7 +250,9 @@ def _notes(comparison: Comparison, shared: bool) -> list[str]:
         )
     else:
         more = (
-            ", plus the variance over the items, which all runs share" if shared else "; each run has items of its own"
+            ", plus the variance over the items, which all runs share"
+            if shared
+            else "; each run has items of its own"
         )
         notes.append(
             f"{runs} runs: means over runs. Variance of the runs' means{more}; 95 % intervals of paired differences from "
@@ -242,7 +279,9 @@ def _warnings(comparison: Comparison, runs: list[dict[str, store.Result]]) -> It
         yield f"Only the first {max(limits)} items of each task were asked (--limit)."
 
 
-def _circumstances(run: dict[str, store.Result], models: Sequence[str]) -> Iterable[tuple[str, list[Any]]]:
+def _circumstances(
+    run: dict[str, store.Result], models: Sequence[str]
+) -> Iterable[tuple[str, list[Any]]]:
     """(what, its value for each model) of all that reaches the key of a result beside suite and weights."""
     for setting in ("limit", "backend", "dtype", "device"):
         values = [run[m].data["settings"][setting] for m in models]

@@ -35,7 +35,9 @@ def inputs(merge: dict[str, Any]) -> tuple[str, str]:
 def _tuned(config: dict[str, Any]) -> Any:
     """The entry of the only fine-tuned model; None if there are several."""
     models = config.get("models") or []
-    tuned = [m for m in models if isinstance(m, dict) and m.get("model") != config.get("base_model")]
+    tuned = [
+        m for m in models if isinstance(m, dict) and m.get("model") != config.get("base_model")
+    ]
     return tuned[0] if len(tuned) == 1 else None
 
 
@@ -43,7 +45,9 @@ def _task_arithmetic(parameters: dict[str, Any]) -> tuple[str, float] | None:
     match parameters:
         case {"weight": int() | float() as weight, **others} if not others:
             return WISE_FT, float(weight)
-        case {"weight": [int() | float() as first, int() | float() as last], **others} if not others and last == 1:
+        case {"weight": [int() | float() as first, int() | float() as last], **others} if (
+            not others and last == 1
+        ):
             return LINES, float(first)
     return None
 
@@ -52,9 +56,17 @@ def _monosoup(parameters: dict[str, Any]) -> tuple[str, float] | None:
     match parameters:
         case {"mode": "variance", "R": int() | float() as energy, **others} if not others:
             return MONOSOUP, float(energy)
-        case {"mode": "variance", "R": int() | float() as energy, "coefficients": "scalar", **others} if not others:
+        case {
+            "mode": "variance",
+            "R": int() | float() as energy,
+            "coefficients": "scalar",
+            **others,
+        } if not others:
             return SCALAR, float(energy)
-        case {"alpha": int() | float() as alpha, **others} if others in ({}, {"mode": "freevariance"}):
+        case {"alpha": int() | float() as alpha, **others} if others in (
+            {},
+            {"mode": "freevariance"},
+        ):
             return MONOSOUP_WISE, float(alpha)
         case {} if parameters in ({}, {"mode": "freevariance"}):
             return MONOSOUP_WISE, 1.0

@@ -16,16 +16,26 @@ Z = 1.959964  # of a 95 % normal interval
 MANY = 8  # models; more bars than these beside each other cannot be told apart, nor can the colours
 # W0 and W1 are the ends of Wise-FT, W1 is the end of LiNeS and W0 that of MonoSoup + Wise-FT.
 ENDS = {
-    WISE_FT: [(0.0, "pretrained"), (1.0, "finetuned")], LINES: [(1.0, "finetuned")], MONOSOUP_WISE: [(0.0, "pretrained")],
-}  # fmt: skip
+    WISE_FT: [(0.0, "pretrained"), (1.0, "finetuned")],
+    LINES: [(1.0, "finetuned")],
+    MONOSOUP_WISE: [(0.0, "pretrained")],
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m evaluation.figures", description=__doc__)
-    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="as for evaluation.tables")
-    parser.add_argument("--out", type=Path, help="folder of the figures (default: the first FOLDER)")
-    parser.add_argument("--format", choices=("png", "pdf", "svg"), default="png", help="default: %(default)s")
-    parser.add_argument("--reference", default="finetuned", help="what differences are from (default: %(default)s)")
+    parser.add_argument(
+        "folders", nargs="+", type=Path, metavar="FOLDER", help="as for evaluation.tables"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="folder of the figures (default: the first FOLDER)"
+    )
+    parser.add_argument(
+        "--format", choices=("png", "pdf", "svg"), default="png", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--reference", default="finetuned", help="what differences are from (default: %(default)s)"
+    )
     options = parser.parse_args(arguments)
     try:
         comparisons = compare(options.folders, options.reference)
@@ -83,11 +93,21 @@ def curves(comparison: Comparison) -> dict[str, list[tuple[float, str]]]:
                 points.append((number, end))
     kept = {key: sorted(points) for key, points in found.items() if len(points) >= 3}
     # The shortest name that tells them apart.
-    labels = {key: [key[0], f"{key[0]} of {Path(tuned).name}", f"{key[0]} of {tuned} from {base}", " ".join(key)]
-              for key, (base, tuned) in called.items() if key in kept}  # fmt: skip
+    labels = {
+        key: [
+            key[0],
+            f"{key[0]} of {Path(tuned).name}",
+            f"{key[0]} of {tuned} from {base}",
+            " ".join(key),
+        ]
+        for key, (base, tuned) in called.items()
+        if key in kept
+    }
     return {
         next(
-            name for i, name in enumerate(labels[key]) if [other[i] for other in labels.values()].count(name) == 1
+            name
+            for i, name in enumerate(labels[key])
+            if [other[i] for other in labels.values()].count(name) == 1
         ): points
         for key, points in kept.items()
     }
@@ -99,19 +119,35 @@ def plane(comparison: Comparison) -> Any:
     for number, (name, points) in enumerate(curves(comparison).items()):
         ends = [averages(comparison, model) for _, model in points]
         axes.plot(
-            [100 * c.estimate.mean for c, _ in ends], [100 * c.estimate.mean for _, c in ends], "-", color=f"C{number}",
-            alpha=0.6, zorder=1, label=f"{name} curve",
-        )  # fmt: skip
-    on_curves = [model for points in curves(comparison).values() for x, model in points if x not in (0.0, 1.0)]
+            [100 * c.estimate.mean for c, _ in ends],
+            [100 * c.estimate.mean for _, c in ends],
+            "-",
+            color=f"C{number}",
+            alpha=0.6,
+            zorder=1,
+            label=f"{name} curve",
+        )
+    on_curves = [
+        model
+        for points in curves(comparison).values()
+        for x, model in points
+        if x not in (0.0, 1.0)
+    ]
     for number, model in enumerate(comparison.cells):
         id_, ood = averages(comparison, model)
         # In a sweep the points of a curve would fill the legend and hide each other's intervals.
         crowded = len(comparison.cells) > 12 and model in on_curves
         axes.errorbar(
-            100 * id_.estimate.mean, 100 * ood.estimate.mean, xerr=None if crowded else 100 * Z * id_.estimate.standard_error,
-            yerr=None if crowded else 100 * Z * ood.estimate.standard_error, fmt="." if crowded else "osD^v<>Ph*X"[number % 11],
-            color="0.3" if crowded else None, capsize=2, label=None if crowded else model, zorder=2,
-        )  # fmt: skip
+            100 * id_.estimate.mean,
+            100 * ood.estimate.mean,
+            xerr=None if crowded else 100 * Z * id_.estimate.standard_error,
+            yerr=None if crowded else 100 * Z * ood.estimate.standard_error,
+            fmt="." if crowded else "osD^v<>Ph*X"[number % 11],
+            color="0.3" if crowded else None,
+            capsize=2,
+            label=None if crowded else model,
+            zorder=2,
+        )
     axes.set(xlabel="ID, %", ylabel="OOD, %", title=comparison.suite.title)
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     return figure
@@ -129,7 +165,9 @@ def bars(comparison: Comparison) -> Any:
             gain = cell.difference
             assert gain is not None
             x = place + (number + 0.5) * width - 0.4
-            axes.bar(x, 100 * gain.mean, width, color=f"C{number}", label=model if place == 0 else None)
+            axes.bar(
+                x, 100 * gain.mean, width, color=f"C{number}", label=model if place == 0 else None
+            )
             if gain.low is not None and gain.high is not None:
                 reach = [[100 * (gain.mean - gain.low)], [100 * (gain.high - gain.mean)]]
                 axes.errorbar(x, 100 * gain.mean, yerr=reach, color="black", capsize=2, fmt="none")
@@ -146,16 +184,23 @@ def _many_bars(comparison: Comparison, models: Sequence[str]) -> Any:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9.0, 1.2 + 0.22 * len(models)), layout="constrained")
-    for panel, (number, group) in zip(figure.subplots(1, 2, sharey=True), enumerate(("ID", "OOD")), strict=True):
+    for panel, (number, group) in zip(
+        figure.subplots(1, 2, sharey=True), enumerate(("ID", "OOD")), strict=True
+    ):
         for place, model in enumerate(models):
             gain = averages(comparison, model)[number].difference
             assert gain is not None
             panel.barh(place, 100 * gain.mean, color=f"C{number}")
             if gain.low is not None and gain.high is not None:
                 reach = [[100 * (gain.mean - gain.low)], [100 * (gain.high - gain.mean)]]
-                panel.errorbar(100 * gain.mean, place, xerr=reach, color="black", capsize=2, fmt="none")
+                panel.errorbar(
+                    100 * gain.mean, place, xerr=reach, color="black", capsize=2, fmt="none"
+                )
         panel.axvline(0, color="black", linewidth=0.8)
-        panel.set(xlabel=f"{group}: difference from {comparison.reference}, points", ylim=(len(models) - 0.4, -0.6))
+        panel.set(
+            xlabel=f"{group}: difference from {comparison.reference}, points",
+            ylim=(len(models) - 0.4, -0.6),
+        )
         panel.set_yticks(range(len(models)), models)
     figure.suptitle(comparison.suite.title)
     return figure
@@ -172,7 +217,10 @@ def energy(comparison: Comparison) -> Any:
                 cells = [averages(comparison, model)[number].estimate for _, model in found[name]]
                 color, label = f"C{2 * place + number}", f"{group}, {name.replace(', R', '')}"
                 axes.plot(values, [100 * c.mean for c in cells], style, color=color, label=label)
-                low, high = ([100 * (c.mean + sign * Z * c.standard_error) for c in cells] for sign in (-1, 1))
+                low, high = (
+                    [100 * (c.mean + sign * Z * c.standard_error) for c in cells]
+                    for sign in (-1, 1)
+                )
                 axes.fill_between(values, low, high, color=color, alpha=0.12)
     axes.set(xlabel="R", ylabel="%", title=comparison.suite.title)
     axes.legend(frameon=False)

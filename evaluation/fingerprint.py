@@ -13,21 +13,41 @@ from typing import Any
 
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt")  # the first kind that a folder has is what gets loaded
 TOKENIZER = (
-    "tokenizer*.json", "tokenizer.model", "vocab.*", "merges.txt", "added_tokens.json", "special_tokens_map.json",
+    "tokenizer*.json",
+    "tokenizer.model",
+    "vocab.*",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
     "chat_template*",
-)  # fmt: skip
-PACKAGES = ("lm-eval", "transformers", "torch", "tokenizers", "datasets", "numpy", "mergekit", "mergekit-monosoup")
+)
+PACKAGES = (
+    "lm-eval",
+    "transformers",
+    "torch",
+    "tokenizers",
+    "datasets",
+    "numpy",
+    "mergekit",
+    "mergekit-monosoup",
+)
 ROOT = Path(__file__).parents[1]
 
 
 def digest(value: Any) -> str:
     """Of anything that JSON can hold."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps(value, sort_keys=True, ensure_ascii=False).encode()
+    ).hexdigest()
 
 
 def of_file(path: Path) -> str:
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _chunked(file)
+        return (
+            hashlib.file_digest(file, "sha256").hexdigest()
+            if hasattr(hashlib, "file_digest")
+            else _chunked(file)
+        )
 
 
 def _chunked(file: Any) -> str:  # Python 3.10 has no hashlib.file_digest
@@ -39,13 +59,17 @@ def _chunked(file: Any) -> str:  # Python 3.10 has no hashlib.file_digest
 
 def of_files(folder: Path, patterns: tuple[str, ...]) -> str:
     """Of names and contents. Contents are read in full: equal headers and sizes are what two merges have in common."""
-    names = sorted({path.name for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
+    names = sorted(
+        {path.name for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
+    )
     return digest({name: of_file(folder / name) for name in names})
 
 
 def of_tree(folder: Path, pattern: str) -> str:
     """Of the files that match at any depth: their paths relative to ``folder``, and their contents."""
-    return digest({path.relative_to(folder).as_posix(): of_file(path) for path in folder.rglob(pattern)})
+    return digest(
+        {path.relative_to(folder).as_posix(): of_file(path) for path in folder.rglob(pattern)}
+    )
 
 
 def of_model(folder: Path) -> dict[str, str]:
@@ -92,7 +116,10 @@ def git_hash() -> str | None:
             subprocess.run(
                 ["git", "-C", str(ROOT), *command], capture_output=True, text=True, check=True
             ).stdout.strip()
-            for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+            for command in (
+                ["rev-parse", "HEAD"],
+                ["status", "--porcelain", "--untracked-files=no"],
+            )
         )
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -53,7 +53,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # as in evaluation.run
     command = shlex.join(
-        ["python", "-m", "evaluation.greedy_soup", *(sys.argv[1:] if arguments is None else arguments)]
+        [
+            "python",
+            "-m",
+            "evaluation.greedy_soup",
+            *(sys.argv[1:] if arguments is None else arguments),
+        ]
     )
 
     def work() -> None:
@@ -61,7 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if len(models) < len(options.model):
             raise SuiteError("--model: two models have the same name")
         if joined := [name for name in models if "+" in name]:
-            raise SuiteError(f"--model: {joined[0]}: a + joins the names of a soup's models; take another character")
+            raise SuiteError(
+                f"--model: {joined[0]}: a + joins the names of a soup's models; take another character"
+            )
         if suite.public:
             print(
                 f"warning: {suite.name} is made of public test sets; a soup chosen by its score is tuned on them",
@@ -75,7 +82,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m evaluation.greedy_soup", description=__doc__)
-    parser.add_argument("suite", metavar="SUITE", help=f"{', '.join(shipped())}, or the path of a suite file")
+    parser.add_argument(
+        "suite", metavar="SUITE", help=f"{', '.join(shipped())}, or the path of a suite file"
+    )
     parser.add_argument(
         "--model",
         action="append",
@@ -85,10 +94,15 @@ def _parser() -> argparse.ArgumentParser:
         help="an ingredient; give several",
     )
     parser.add_argument(
-        "--group", choices=("ID", "OOD"), default="ID", help="whose average decides (default: %(default)s)"
+        "--group",
+        choices=("ID", "OOD"),
+        default="ID",
+        help="whose average decides (default: %(default)s)",
     )
     parser.add_argument(
-        "--out", type=Path, help="folder of results and configurations (default: results/SUITE-greedy-soup)"
+        "--out",
+        type=Path,
+        help="folder of results and configurations (default: results/SUITE-greedy-soup)",
     )
     parser.add_argument("--limit", type=positive, help="only the first N items of each task")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: cuda if there is one)")
@@ -105,16 +119,34 @@ def _choose(
     device: str | None,
 ) -> None:
     def scored(given: dict[str, str]) -> dict[str, float]:
-        run(suite, given, out, command=command, limit=limit, device=device, merge_cache=out / "merged")
+        run(
+            suite,
+            given,
+            out,
+            command=command,
+            limit=limit,
+            device=device,
+            merge_cache=out / "merged",
+        )
         results = {name: store.Pair(out, name, suite.name).result for name in given}
-        return {name: json.loads(path.read_text("utf-8"))["groups"][group]["mean"] for name, path in results.items()}
+        return {
+            name: json.loads(path.read_text("utf-8"))["groups"][group]["mean"]
+            for name, path in results.items()
+        }
 
     # What a configuration merges to is what is averaged, not the configuration.
-    ingredients = {name: str(sources.find(name, path, out / "merged").folder) if path.lower().endswith((".yml", ".yaml"))
-                   else path for name, path in models.items()}  # fmt: skip
+    ingredients = {
+        name: str(sources.find(name, path, out / "merged").folder)
+        if path.lower().endswith((".yml", ".yaml"))
+        else path
+        for name, path in models.items()
+    }
 
     def average(chosen: Sequence[str]) -> Path:
-        entries = [{"model": _reference(ingredients[name]), "parameters": {"weight": 1.0}} for name in chosen]
+        entries = [
+            {"model": _reference(ingredients[name]), "parameters": {"weight": 1.0}}
+            for name in chosen
+        ]
         config = {"merge_method": "linear", "models": entries}
         return write_config(out / "configs" / f"{'+'.join(chosen)}.yml", config)
 

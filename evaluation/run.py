@@ -31,8 +31,12 @@ PRETRAINED = "pretrained"  # the model of this name is W0
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # read at import; its threads and datasets' forks deadlock
-    command = shlex.join(["python", "-m", "evaluation.run", *(sys.argv[1:] if arguments is None else arguments)])
+    os.environ.setdefault(
+        "TOKENIZERS_PARALLELISM", "false"
+    )  # read at import; its threads and datasets' forks deadlock
+    command = shlex.join(
+        ["python", "-m", "evaluation.run", *(sys.argv[1:] if arguments is None else arguments)]
+    )
 
     def work() -> None:
         suite = load(options.suite)
@@ -41,9 +45,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise SuiteError("--model: two models have the same name")
         out = options.out or Path("results", suite.name)
         run(
-            suite, given, out, command=command, limit=options.limit, backend=options.backend, device=options.device,
-            dtype=options.dtype, merge_cache=options.merge_cache, fresh=options.fresh,
-        )  # fmt: skip
+            suite,
+            given,
+            out,
+            command=command,
+            limit=options.limit,
+            backend=options.backend,
+            device=options.device,
+            dtype=options.dtype,
+            merge_cache=options.merge_cache,
+            fresh=options.fresh,
+        )
 
     return problems(work)
 
@@ -72,19 +84,34 @@ def problems(work: Callable[[], None], kept: str = KEPT) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m evaluation.run", description=__doc__)
-    parser.add_argument("suite", metavar="SUITE", help=f"{', '.join(shipped())}, or the path of a suite file")
     parser.add_argument(
-        "--model", action="append", required=True, type=model_argument, metavar="NAME=PATH",
+        "suite", metavar="SUITE", help=f"{', '.join(shipped())}, or the path of a suite file"
+    )
+    parser.add_argument(
+        "--model",
+        action="append",
+        required=True,
+        type=model_argument,
+        metavar="NAME=PATH",
         help="a checkpoint, a hub name, or a merge configuration (.yml), which is merged first; give several. "
         f"The one named {PRETRAINED} is W0, the one named finetuned what others are compared with",
-    )  # fmt: skip
+    )
     parser.add_argument("--out", type=Path, help="folder of the results (default: results/SUITE)")
     parser.add_argument("--limit", type=positive, help="only the first N items of each task")
-    parser.add_argument("--backend", choices=("hf", "vllm"), default="hf", help="default: %(default)s")
-    parser.add_argument("--device", help="for hf: cpu, cuda, cuda:1, mps (default: cuda if there is one)")
-    parser.add_argument("--dtype", default="auto", help="for loading: float32, bfloat16 (default: the checkpoint's)")
     parser.add_argument(
-        "--merge-cache", type=Path, default=Path("results", "merged"), help="what merges go to (default: %(default)s)"
+        "--backend", choices=("hf", "vllm"), default="hf", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--device", help="for hf: cpu, cuda, cuda:1, mps (default: cuda if there is one)"
+    )
+    parser.add_argument(
+        "--dtype", default="auto", help="for loading: float32, bfloat16 (default: the checkpoint's)"
+    )
+    parser.add_argument(
+        "--merge-cache",
+        type=Path,
+        default=Path("results", "merged"),
+        help="what merges go to (default: %(default)s)",
     )
     parser.add_argument("--fresh", action="store_true", help="ask again what is finished or begun")
     return parser
@@ -99,14 +126,25 @@ def positive(text: str) -> int:
 def model_argument(text: str) -> tuple[str, str]:
     name, separator, path = text.partition("=")
     if not separator or not path or not re.fullmatch(r"[\w.,+-]+", name):
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=PATH (a name: letters, digits, _ . , + -)")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not NAME=PATH (a name: letters, digits, _ . , + -)"
+        )
     return name, path
 
 
 def run(
-    suite: Suite, given: dict[str, str], out: Path, *, command: str = "", limit: int | None = None, backend: str = "hf",
-    device: str | None = None, dtype: str = "auto", merge_cache: Path = Path("results", "merged"), fresh: bool = False,
-) -> None:  # fmt: skip
+    suite: Suite,
+    given: dict[str, str],
+    out: Path,
+    *,
+    command: str = "",
+    limit: int | None = None,
+    backend: str = "hf",
+    device: str | None = None,
+    dtype: str = "auto",
+    merge_cache: Path = Path("results", "merged"),
+    fresh: bool = False,
+) -> None:
     """Make the results of every model in `out`; what is finished there under the same key is left alone."""
     from evaluation.engines import language as engine
 
@@ -126,7 +164,10 @@ def run(
     versions = fingerprint.versions()
     context = {
         "suite": suite.digest(),
-        "settings": {**asdict(settings), "device": device.split(":")[0]},  # which of two GPUs makes no difference
+        "settings": {
+            **asdict(settings),
+            "device": device.split(":")[0],
+        },  # which of two GPUs makes no difference
         "versions": fingerprint.that_matter(versions),
         "local_tasks": fingerprint.of_files(folder, ("*.jsonl",)) if folder else None,
     }
@@ -142,7 +183,9 @@ def run(
         if not fresh and (old := pair.finished(key)) is not None:
             print(f"{source.name}: finished before ({pair.result})", flush=True)
             if started_with["w0"] and old["w0"] != started_with["w0"]:
-                pair.rewrite({**old, "w0": started_with["w0"]})  # W0 is this run's, not that of the run that asked
+                pair.rewrite(
+                    {**old, "w0": started_with["w0"]}
+                )  # W0 is this run's, not that of the run that asked
         else:
             todo.append((source, pair, key))
     if todo:
@@ -177,12 +220,20 @@ def run(
 
 
 def _warn(suite: Suite, found: Sequence[sources.Source]) -> None:
-    if message := sources.tuning_warning(suite.public, {source.name: source.merge for source in found}):
+    if message := sources.tuning_warning(
+        suite.public, {source.name: source.merge for source in found}
+    ):
         print(f"warning: {message}", file=sys.stderr)
     if PRETRAINED not in {source.name for source in found}:
-        print(f"warning: no model is named {PRETRAINED}: the results will not say what W0 is", file=sys.stderr)
+        print(
+            f"warning: no model is named {PRETRAINED}: the results will not say what W0 is",
+            file=sys.stderr,
+        )
     if len({source.fingerprint["tokenizer"] for source in found}) > 1:
-        print("warning: the models' tokenizer files differ; end-of-text tokens and prompts may, too", file=sys.stderr)
+        print(
+            "warning: the models' tokenizer files differ; end-of-text tokens and prompts may, too",
+            file=sys.stderr,
+        )
 
 
 def _ask(
@@ -213,7 +264,10 @@ def _ask(
                 pair.keep(key, result)
                 done[task.task] = result
                 score = np.mean([row.values[task.key] for row in result.rows])
-                print(f"{title}: {task.task} {100 * score:.1f} ({len(done)}/{len(suite.tasks)})", flush=True)
+                print(
+                    f"{title}: {task.task} {100 * score:.1f} ({len(done)}/{len(suite.tasks)})",
+                    flush=True,
+                )
     return {task.task: done[task.task] for task in suite.tasks}
 
 
@@ -221,7 +275,10 @@ def _groups(suite: Suite, done: dict[str, store.TaskResult]) -> dict[GroupName, 
     """The averages of ID and OOD by the metrics of the suite."""
     found = {}
     for group, tasks in suite.grouped():
-        values = {task.task: np.array([row.values[task.key] for row in done[task.task].rows]) for task in tasks}
+        values = {
+            task.task: np.array([row.values[task.key] for row in done[task.task].rows])
+            for task in tasks
+        }
         clusters = {task.task: [row.cluster for row in done[task.task].rows] for task in tasks}
         found[group] = asdict(statistics.estimate(values, clusters))
     return found
@@ -235,7 +292,9 @@ def _scores(result: store.TaskResult) -> dict[str, Any]:
         "items": len(result.rows),
         "scores": {
             key: asdict(
-                statistics.estimate({result.task: np.array([row.values[key] for row in result.rows])}, clusters)
+                statistics.estimate(
+                    {result.task: np.array([row.values[key] for row in result.rows])}, clusters
+                )
             )
             for key in keys
         },

@@ -28,7 +28,9 @@ class Source:
     given: str  # as on the command line
     folder: Path
     fingerprint: dict[str, str]
-    merge: dict[str, Any] | None  # the merge that made it: {"config": YAML as data, "inputs": {path: weights digest}}
+    merge: (
+        dict[str, Any] | None
+    )  # the merge that made it: {"config": YAML as data, "inputs": {path: weights digest}}
 
     def record(self) -> dict[str, Any]:
         return {"given": self.given, "fingerprint": self.fingerprint, "merge": self.merge}
@@ -43,7 +45,9 @@ def find(name: str, given: str, cache: Path) -> Source:
         folder = local(given)
         made_by = folder / "mergekit_config.yml"  # mergekit leaves it beside what it made
         try:
-            config = yaml.safe_load(made_by.read_text(encoding="utf-8")) if made_by.is_file() else None
+            config = (
+                yaml.safe_load(made_by.read_text(encoding="utf-8")) if made_by.is_file() else None
+            )
         except (UnicodeDecodeError, yaml.YAMLError) as error:
             raise SourceError(
                 f"{made_by}: not YAML, though mergekit writes it ({error}); delete it if it is none"
@@ -93,7 +97,9 @@ def _merged(path: Path, cache: Path) -> tuple[Path, dict[str, Any]]:
         raise SourceError("\n".join(f"{path}: {error}" for error in errors))
     documents = list(yaml.safe_load_all(path.read_text(encoding="utf-8")))
     if len(documents) != 1:
-        raise SourceError(f"{path}: has several stages; run mergekit-multi and give the folder that it writes")
+        raise SourceError(
+            f"{path}: has several stages; run mergekit-multi and give the folder that it writes"
+        )
     config = MergeConfiguration.model_validate(documents[0])
     inputs = {}
     for reference in config.referenced_models():
@@ -110,11 +116,15 @@ def _merged(path: Path, cache: Path) -> tuple[Path, dict[str, Any]]:
         unfinished.mkdir(parents=True)
         print(f"merging {path}", flush=True)
         # mergekit names a merged adapter after its path: kept longer, it would stand for another adapter under that path.
-        with tempfile.TemporaryDirectory(dir=cache, suffix=f".unfinished-{os.getpid()}") as adapters:
+        with tempfile.TemporaryDirectory(
+            dir=cache, suffix=f".unfinished-{os.getpid()}"
+        ) as adapters:
             LoaderCache.loaders.clear()  # of the whole process, by path: would hand out what an earlier merge read there
             options = MergeOptions(quiet=True, copy_tokenizer=True, lora_merge_cache=adapters)
             run_merge(config, str(unfinished), options)
-        (unfinished / "evaluation-merge.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        (unfinished / "evaluation-merge.json").write_text(
+            json.dumps(content, indent=1) + "\n", encoding="utf-8"
+        )
         unfinished.rename(target)  # last: what is interrupted must not look finished
     return target, content
 

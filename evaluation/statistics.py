@@ -17,7 +17,9 @@ from scipy import stats
 Values = Mapping[str, NDArray[np.float64]]
 Clusters = Mapping[str, Sequence[str]]
 
-RESAMPLES = 4000  # the end points of a 95 % interval then vary by some 3 % of its width from seed to seed
+RESAMPLES = (
+    4000  # the end points of a 95 % interval then vary by some 3 % of its width from seed to seed
+)
 CONFIDENCE = 0.95
 
 
@@ -75,14 +77,24 @@ def difference(differences: Values, clusters: Clusters, seed: int = 0) -> Differ
 
     def statistic(*drawn: NDArray[np.intp], axis: int = -1) -> NDArray[np.float64]:
         # Row i of a stratum: the sums over tasks of cluster i, then its numbers of items.
-        totals = np.asarray(sum(stratum[i].sum(axis=-2) for stratum, i in zip(strata, drawn, strict=True)))
+        totals = np.asarray(
+            sum(stratum[i].sum(axis=-2) for stratum, i in zip(strata, drawn, strict=True))
+        )
         return np.asarray((totals[..., :width] / totals[..., width:]).mean(axis=-1))
 
     result = stats.bootstrap(
-        tuple(np.arange(len(stratum)) for stratum in strata), statistic, n_resamples=RESAMPLES, batch=50, vectorized=True,
-        confidence_level=CONFIDENCE, method="percentile", random_state=np.random.default_rng(seed),
-    )  # fmt: skip
-    return Difference(mean, float(result.confidence_interval.low), float(result.confidence_interval.high))
+        tuple(np.arange(len(stratum)) for stratum in strata),
+        statistic,
+        n_resamples=RESAMPLES,
+        batch=50,
+        vectorized=True,
+        confidence_level=CONFIDENCE,
+        method="percentile",
+        random_state=np.random.default_rng(seed),
+    )
+    return Difference(
+        mean, float(result.confidence_interval.low), float(result.confidence_interval.high)
+    )
 
 
 def _strata(differences: Values, clusters: Clusters) -> list[NDArray[np.float64]]:
@@ -102,7 +114,11 @@ def _strata(differences: Values, clusters: Clusters) -> list[NDArray[np.float64]
         groups.setdefault(tuple(row[width:] > 0), []).append(row)
     # A single cluster cannot be resampled by itself; it joins the largest stratum that covers its tasks.
     for signature in [signature for signature, rows in groups.items() if len(rows) < 2]:
-        covering = [s for s in groups if s != signature and all(b or not a for a, b in zip(signature, s, strict=True))]
+        covering = [
+            s
+            for s in groups
+            if s != signature and all(b or not a for a, b in zip(signature, s, strict=True))
+        ]
         if covering:
             groups[max(covering, key=lambda s: len(groups[s]))] += groups.pop(signature)
     return [np.stack(rows) for rows in groups.values()]

@@ -48,7 +48,9 @@ class TaskResult:
 
     task: str
     rows: list[Row]
-    info: dict[str, Any] = field(default_factory=dict)  # shots, version, generation settings as lm-eval used them
+    info: dict[str, Any] = field(
+        default_factory=dict
+    )  # shots, version, generation settings as lm-eval used them
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,9 @@ class Pair:
             except (OSError, EOFError, ValueError):
                 continue
             if data.get("key") == key:
-                found[data["task"]] = TaskResult(data["task"], [Row(**row) for row in data["rows"]], data["info"])
+                found[data["task"]] = TaskResult(
+                    data["task"], [Row(**row) for row in data["rows"]], data["info"]
+                )
         return found
 
     def _parts(self, key: str) -> Path:
@@ -111,8 +115,16 @@ class Pair:
 
     def keep(self, key: str, result: TaskResult) -> None:
         """Save one finished task."""
-        content = {"key": key, "task": result.task, "rows": [asdict(row) for row in result.rows], "info": result.info}
-        _write(self._parts(key) / f"{result.task}.json.gz", _zipped([json.dumps(content, ensure_ascii=False)]))
+        content = {
+            "key": key,
+            "task": result.task,
+            "rows": [asdict(row) for row in result.rows],
+            "info": result.info,
+        }
+        _write(
+            self._parts(key) / f"{result.task}.json.gz",
+            _zipped([json.dumps(content, ensure_ascii=False)]),
+        )
 
     def finish(self, data: dict[str, Any], results: Iterable[TaskResult]) -> None:
         """Write the answers, then the result that names their digest, then drop the parts."""
@@ -146,7 +158,9 @@ def read(folder: Path, only: Collection[str] | None = None) -> list[Result]:
             continue
         samples = path.parent / data["samples"]["file"]
         if not samples.is_file() or _sha256(samples) != data["samples"]["sha256"]:
-            raise DamagedError(f"{samples}: missing, or not the answers that {path.name} was made from; run it again")
+            raise DamagedError(
+                f"{samples}: missing, or not the answers that {path.name} was made from; run it again"
+            )
         rows: dict[str, list[Row]] = {}
         with gzip.open(samples, "rt", encoding="utf-8") as file:
             for line in file:

@@ -80,7 +80,9 @@ class Suite(_Strict):
         if self.enable_thinking is not None and not self.chat_template:
             raise ValueError("enable_thinking has no effect without `chat_template: true`")
         if self.enable_thinking:
-            raise ValueError("enable_thinking: true is not supported: log-likelihood tasks cannot think")
+            raise ValueError(
+                "enable_thinking: true is not supported: log-likelihood tasks cannot think"
+            )
         return self
 
     @property
@@ -101,7 +103,9 @@ def shipped() -> list[str]:
 
 def load(name_or_path: str) -> Suite:
     """The suite of that name, or of that YAML file."""
-    from mergekit_monosoup.check import UniqueKeyLoader  # not above: it imports mergekit, which tables do not need
+    from mergekit_monosoup.check import (
+        UniqueKeyLoader,
+    )  # not above: it imports mergekit, which tables do not need
 
     path = SHIPPED / f"{name_or_path}.yml" if name_or_path in shipped() else Path(name_or_path)
     try:
@@ -115,7 +119,9 @@ def load(name_or_path: str) -> Suite:
     if not isinstance(data, dict):
         raise SuiteError(f"{path}: must be a mapping, not {type(data).__name__}")
     if not re.fullmatch(r"[A-Za-z0-9_-]+", path.stem):
-        raise SuiteError(f"{path}: the file's name becomes part of result files: use letters, digits, - and _")
+        raise SuiteError(
+            f"{path}: the file's name becomes part of result files: use letters, digits, - and _"
+        )
     if "name" in data:
         raise SuiteError(f"{path}: name: not a key; a suite has the name of its file")
     try:
@@ -123,5 +129,7 @@ def load(name_or_path: str) -> Suite:
     except ValidationError as error:
         # A group whose only task is wrong is also said to be too short.
         wrong = [item for item in error.errors() if item["type"] != "too_short"] or error.errors()
-        lines = [f"{path}: {'.'.join(map(str, item['loc'])) or 'suite'}: {item['msg']}" for item in wrong]
+        lines = [
+            f"{path}: {'.'.join(map(str, item['loc'])) or 'suite'}: {item['msg']}" for item in wrong
+        ]
         raise SuiteError("\n".join(lines)) from error

@@ -35,7 +35,9 @@ Config = dict[str, Any]
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # as in evaluation.run
-    command = shlex.join(["python", "-m", "evaluation.sweep", *(sys.argv[1:] if arguments is None else arguments)])
+    command = shlex.join(
+        ["python", "-m", "evaluation.sweep", *(sys.argv[1:] if arguments is None else arguments)]
+    )
 
     def work() -> None:
         suite = load(options.suite)
@@ -52,15 +54,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 weight = same_norm_weight(merged.folder, Path(finetuned), Path(pretrained))
                 control = name.replace("monosoup", "same_norm")
                 given[control] = str(
-                    write_config(out / "configs" / f"{control}.yml", wise_ft(pretrained, finetuned, weight))
+                    write_config(
+                        out / "configs" / f"{control}.yml", wise_ft(pretrained, finetuned, weight)
+                    )
                 )
         run(
-            suite, given, out, command=command, limit=options.limit, device=options.device, dtype=options.dtype,
+            suite,
+            given,
+            out,
+            command=command,
+            limit=options.limit,
+            device=options.device,
+            dtype=options.dtype,
             merge_cache=options.merge_cache,
-        )  # fmt: skip
+        )
         for line in against_controls(out, suite.name, list(given)):
             print(line)
-        if "monosoup" in options.methods and (remark := dominated(Path(finetuned), Path(pretrained))):
+        if "monosoup" in options.methods and (
+            remark := dominated(Path(finetuned), Path(pretrained))
+        ):
             print(remark)
         for path in draw(compare([out], FINETUNED, given), out, "png"):
             print(path)
@@ -70,24 +82,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m evaluation.sweep", description=__doc__)
-    parser.add_argument("suite", metavar="SUITE", help=f"{', '.join(shipped())}, or the path of a suite file")
+    parser.add_argument(
+        "suite", metavar="SUITE", help=f"{', '.join(shipped())}, or the path of a suite file"
+    )
     parser.add_argument("--pretrained", required=True, help="W0: a folder or a hub name")
     parser.add_argument("--finetuned", required=True, help="W1: a folder or a hub name")
     parser.add_argument(
-        "--R", type=numbers, default=numbers("0.5:0.95:0.05"), help="FROM:TO:STEP or a list (default: 0.5:0.95:0.05)"
+        "--R",
+        type=numbers,
+        default=numbers("0.5:0.95:0.05"),
+        help="FROM:TO:STEP or a list (default: 0.5:0.95:0.05)",
     )
     parser.add_argument(
-        "--alpha", type=numbers, default=numbers("0:1:0.1"), help="the same, of curves (default: 0:1:0.1)"
+        "--alpha",
+        type=numbers,
+        default=numbers("0:1:0.1"),
+        help="the same, of curves (default: 0:1:0.1)",
     )
-    parser.add_argument("--methods", type=_methods, default=list(METHODS), help=f"default: {','.join(METHODS)}")
-    parser.add_argument("--out", type=Path, help="folder of the results (default: results/SUITE-sweep)")
+    parser.add_argument(
+        "--methods", type=_methods, default=list(METHODS), help=f"default: {','.join(METHODS)}"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="folder of the results (default: results/SUITE-sweep)"
+    )
     parser.add_argument("--limit", type=positive, help="only the first N items of each task")
     parser.add_argument("--device", help="cpu, cuda, … (default: cuda if there is one)")
     parser.add_argument("--dtype", default="auto", help="for loading (default: the checkpoint's)")
     parser.add_argument(
-        "--merge-cache", type=Path, default=Path("results", "merged"),
+        "--merge-cache",
+        type=Path,
+        default=Path("results", "merged"),
         help="where merged models stay, one of the model's size per setting (default: %(default)s)",
-    )  # fmt: skip
+    )
     return parser
 
 
@@ -102,7 +128,9 @@ def numbers(text: str) -> list[float]:
         else:
             found = [float(part) for part in text.split(",")]
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither FROM:TO:STEP nor a list of numbers") from None
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither FROM:TO:STEP nor a list of numbers"
+        ) from None
     if not all(0 <= number <= 1 for number in found):
         raise argparse.ArgumentTypeError(f"{text!r} leaves the range from 0 to 1")
     return [round(number, 10) for number in found]
@@ -111,12 +139,18 @@ def numbers(text: str) -> list[float]:
 def _methods(text: str) -> list[str]:
     found = text.split(",")
     if unknown := [name for name in found if name not in METHODS]:
-        raise argparse.ArgumentTypeError(f"unknown: {', '.join(unknown)}; there are {', '.join(METHODS)}")
+        raise argparse.ArgumentTypeError(
+            f"unknown: {', '.join(unknown)}; there are {', '.join(METHODS)}"
+        )
     return found
 
 
 def configs(
-    pretrained: str, finetuned: str, methods: Sequence[str], energies: Sequence[float], alphas: Sequence[float]
+    pretrained: str,
+    finetuned: str,
+    methods: Sequence[str],
+    energies: Sequence[float],
+    alphas: Sequence[float],
 ) -> Iterator[tuple[str, Config]]:
     """(name, merge configuration). Weights 0 and 1 of a curve are W0 and W1 themselves and are not merged."""
     inner = [alpha for alpha in alphas if 0 < alpha < 1]
@@ -127,19 +161,33 @@ def configs(
         }
         for name, setting in settings.items():
             yield f"monosoup_{name}", monosoup(pretrained, [finetuned], **setting)
-            yield f"scalar_{name}", monosoup(pretrained, [finetuned], **setting, coefficients="scalar")
+            yield (
+                f"scalar_{name}",
+                monosoup(pretrained, [finetuned], **setting, coefficients="scalar"),
+            )
     for alpha in inner:
         if "wise_ft" in methods:
             yield f"wise_ft_{alpha:g}", wise_ft(pretrained, finetuned, alpha)
         if "lines" in methods:
-            yield f"lines_{alpha:g}", wise_ft(pretrained, finetuned, [alpha, 1.0])  # grows with depth
+            yield (
+                f"lines_{alpha:g}",
+                wise_ft(pretrained, finetuned, [alpha, 1.0]),
+            )  # grows with depth
         if "monosoup_wise" in methods:
-            yield f"monosoup_wise_{alpha:g}", monosoup(pretrained, [finetuned], mode="freevariance", alpha=alpha)
+            yield (
+                f"monosoup_wise_{alpha:g}",
+                monosoup(pretrained, [finetuned], mode="freevariance", alpha=alpha),
+            )
 
 
 def monosoup(pretrained: str, finetuned: Sequence[str], **parameters: Any) -> Config:
     models = [{"model": model} for model in finetuned]
-    return {"merge_method": "monosoup", "base_model": pretrained, "models": models, "parameters": parameters}
+    return {
+        "merge_method": "monosoup",
+        "base_model": pretrained,
+        "models": models,
+        "parameters": parameters,
+    }
 
 
 def wise_ft(pretrained: str, finetuned: str, weight: float | list[float]) -> Config:
@@ -204,7 +252,9 @@ def against_controls(out: Path, suite: str, models: Collection[str]) -> list[str
             control = model.replace("monosoup", kind)
             if control == model or control not in models:
                 continue
-            against = next(c for c in compare([out], control, {model, control}) if c.suite.name == suite)
+            against = next(
+                c for c in compare([out], control, {model, control}) if c.suite.name == suite
+            )
             id_, ood = (difference_text(cell) for cell in averages(against, model))
             lines.append(f"{model} minus {control}: ID {id_}; OOD {ood}")
     return lines

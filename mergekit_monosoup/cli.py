@@ -44,9 +44,13 @@ def check(config: Path, as_json: bool) -> None:
     else:
         for finding in findings:
             colour = "red" if finding.level == "error" else "yellow"
-            click.echo(f"{click.style(finding.level, fg=colour)}  {finding.where}: {finding.message}")
+            click.echo(
+                f"{click.style(finding.level, fg=colour)}  {finding.where}: {finding.message}"
+            )
         click.echo(
-            f"{config}: {errors} error(s), {len(findings) - errors} warning(s)" if findings else f"{config}: fine"
+            f"{config}: {errors} error(s), {len(findings) - errors} warning(s)"
+            if findings
+            else f"{config}: fine"
         )
     raise SystemExit(1 if errors else 0)
 
@@ -78,12 +82,27 @@ def report(file: Path, as_json: bool) -> None:
 def _loading(command: Callable[..., None]) -> Callable[..., None]:
     """Options under mergekit's names for where models come from, handed on as one ``storage``."""
 
-    @click.option("--transformers-cache", type=click.Path(), help="Override storage path for downloaded models.")
-    @click.option("--lora-merge-cache", type=click.Path(), help="Path to store merged LoRA models (for BASE+ADAPTER).")
-    @click.option("--trust-remote-code", is_flag=True, help="Trust remote code when an adapter is merged (danger).")
+    @click.option(
+        "--transformers-cache",
+        type=click.Path(),
+        help="Override storage path for downloaded models.",
+    )
+    @click.option(
+        "--lora-merge-cache",
+        type=click.Path(),
+        help="Path to store merged LoRA models (for BASE+ADAPTER).",
+    )
+    @click.option(
+        "--trust-remote-code",
+        is_flag=True,
+        help="Trust remote code when an adapter is merged (danger).",
+    )
     @functools.wraps(command)
     def with_storage(
-        transformers_cache: str | None, lora_merge_cache: str | None, trust_remote_code: bool, **rest: Any
+        transformers_cache: str | None,
+        lora_merge_cache: str | None,
+        trust_remote_code: bool,
+        **rest: Any,
     ) -> None:
         from mergekit_monosoup.checkpoints.reader import Storage
 
@@ -95,18 +114,34 @@ def _loading(command: Callable[..., None]) -> Callable[..., None]:
 @main.command()
 @click.argument("base")
 @click.argument("tuned")
-@click.option("--R", "R", type=float, default=0.8, show_default=True, help="Energy threshold of `variance`.")
 @click.option(
-    "--cosine", "others", multiple=True, metavar="OTHER", help="Another fine-tune to compare directions with."
+    "--R", "R", type=float, default=0.8, show_default=True, help="Energy threshold of `variance`."
+)
+@click.option(
+    "--cosine",
+    "others",
+    multiple=True,
+    metavar="OTHER",
+    help="Another fine-tune to compare directions with.",
 )
 @click.option("--spectra", is_flag=True, help="Store each spectrum as a short curve, for `plot`.")
 @click.option("--layers", is_flag=True, help="A row for every matrix instead of means over layers.")
-@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Write the records, as a merge's report.")
+@click.option(
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write the records, as a merge's report.",
+)
 @_loading
 def inspect(
-    base: str, tuned: str, R: float, others: tuple[str, ...], spectra: bool, layers: bool, out: Path | None,
+    base: str,
+    tuned: str,
+    R: float,
+    others: tuple[str, ...],
+    spectra: bool,
+    layers: bool,
+    out: Path | None,
     storage: Storage,
-) -> None:  # fmt: skip
+) -> None:
     """Show the spectra of TUNED − BASE.
 
     Beside them, what MonoSoup would make of them in either mode. Nothing is merged.
@@ -132,22 +167,42 @@ def inspect(
             records += found
             unedited += not found
         if not records:
-            raise ValueError(f"{base} and {tuned} share no matrix of floating point: there is nothing to inspect")
+            raise ValueError(
+                f"{base} and {tuned} share no matrix of floating point: there is nothing to inspect"
+            )
     console = _console()
     console.print(inspection.table(records, console.width, every_layer=layers))
     rest = (
-        [f"{unedited} tensors hold no matrix of floating point (norms, biases, integers): they are not edited."]
+        [
+            f"{unedited} tensors hold no matrix of floating point (norms, biases, integers): they are not edited."
+        ]
         if unedited
         else []
     )
-    for line in [*checkpoints.remarks, *rest, *inspection.cosines(records), *inspection.reading(records)]:
+    for line in [
+        *checkpoints.remarks,
+        *rest,
+        *inspection.cosines(records),
+        *inspection.reading(records),
+    ]:
         console.print(line, highlight=False, markup=False)
 
 
 @main.command()
-@click.argument("files", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--out", required=True, type=click.Path(dir_okay=False, path_type=Path), help="PNG, SVG or PDF file.")
-@click.option("--mode", type=click.Choice(["freevariance", "variance"]), help="Draw only this mode of an inspection.")
+@click.argument(
+    "files", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path)
+)
+@click.option(
+    "--out",
+    required=True,
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="PNG, SVG or PDF file.",
+)
+@click.option(
+    "--mode",
+    type=click.Choice(["freevariance", "variance"]),
+    help="Draw only this mode of an inspection.",
+)
 def plot(files: Sequence[Path], out: Path, mode: str | None) -> None:
     """Draw reports, of merges and inspections.
 
@@ -168,26 +223,53 @@ def plot(files: Sequence[Path], out: Path, mode: str | None) -> None:
 @main.command()
 @click.argument("models", nargs=-1, required=True, metavar="MODEL...")
 @click.option("--base", required=True, help="The pretrained model of all of them.")
-@click.option("--threshold", required=True, type=float, help="A candidate joins when its cosine exceeds it.")
 @click.option(
-    "--scores", type=click.Path(dir_okay=False, path_type=Path), help="JSON or YAML: a number for each MODEL."
+    "--threshold", required=True, type=float, help="A candidate joins when its cosine exceeds it."
 )
 @click.option(
-    "--order", type=click.Choice(["given", "scores", "similarity"]),
+    "--scores",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="JSON or YAML: a number for each MODEL.",
+)
+@click.option(
+    "--order",
+    type=click.Choice(["given", "scores", "similarity"]),
     help="Of the candidates; `similarity` takes the nearest to the soup next. Default: scores if given, else as listed.",
-)  # fmt: skip
-@click.option("--count", type=click.Choice(["matrices", "all"]), default="matrices", show_default=True,
-              help="Which tensors are compared.")  # fmt: skip
-@click.option("--similarity", "how", type=click.Choice(["mean", "whole"]), default="mean", show_default=True,
-              help="Mean of the matrices' cosines, or one cosine of the whole update.")  # fmt: skip
+)
+@click.option(
+    "--count",
+    type=click.Choice(["matrices", "all"]),
+    default="matrices",
+    show_default=True,
+    help="Which tensors are compared.",
+)
+@click.option(
+    "--similarity",
+    "how",
+    type=click.Choice(["mean", "whole"]),
+    default="mean",
+    show_default=True,
+    help="Mean of the matrices' cosines, or one cosine of the whole update.",
+)
 @click.option("--edit", is_flag=True, help="MonoSoup of the soup instead of the plain average.")
-@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), default="soup.yml", show_default=True)
+@click.option(
+    "--out", type=click.Path(dir_okay=False, path_type=Path), default="soup.yml", show_default=True
+)
 @click.option("--force", is_flag=True, help="Overwrite --out.")
 @_loading
 def soup(
-    models: tuple[str, ...], base: str, threshold: float, scores: Path | None, order: Any, count: Any, how: Any, edit: bool,
-    out: Path, force: bool, storage: Storage,
-) -> None:  # fmt: skip
+    models: tuple[str, ...],
+    base: str,
+    threshold: float,
+    scores: Path | None,
+    order: Any,
+    count: Any,
+    how: Any,
+    edit: bool,
+    out: Path,
+    force: bool,
+    storage: Storage,
+) -> None:
     """Choose MODELs by the similarity of their updates (paper, §3). Writes the merge for mergekit-yaml.
 
     The first MODEL is the best in distribution, unless --scores says which is. No data is needed; one pass over the files.
@@ -258,7 +340,9 @@ def _progress(names: Sequence[str], label: str) -> Iterator[str]:
     from rich.progress import track
 
     console = Console(stderr=True)
-    return iter(track(names, label, console=console, transient=True, disable=not console.is_terminal))
+    return iter(
+        track(names, label, console=console, transient=True, disable=not console.is_terminal)
+    )
 
 
 @main.command()

@@ -30,7 +30,12 @@ DROPPED = 0.1
 
 
 def inspect_tensor(
-    checkpoints: Checkpoints, name: str, *, R: float = 0.8, spectra: bool = False, min_rel_update: float = 1e-6
+    checkpoints: Checkpoints,
+    name: str,
+    *,
+    R: float = 0.8,
+    spectra: bool = False,
+    min_rel_update: float = 1e-6,
 ) -> list[Record]:
     """Records of one tensor: for each of its matrices one per mode, none if it holds none.
 
@@ -47,11 +52,17 @@ def inspect_tensor(
         base, tuned, *others = (tensor[index] for tensor in tensors)
         with named_errors(name + suffix, checkpoints.models):
             found = preview(
-                base.to(dtype), tuned.to(dtype), R=R, min_rel_update=min_rel_update, points=POINTS if spectra else 0,
+                base.to(dtype),
+                tuned.to(dtype),
+                R=R,
+                min_rel_update=min_rel_update,
+                points=POINTS if spectra else 0,
                 name=name + suffix,
-            )  # fmt: skip
+            )
             if others:
-                found[0].cosine = _cosines(checkpoints.models[1:], inner_products(base, [tuned, *others]).tolist())
+                found[0].cosine = _cosines(
+                    checkpoints.models[1:], inner_products(base, [tuned, *others]).tolist()
+                )
         for record in found:
             record.cosine = found[0].cosine
         records += found
@@ -90,7 +101,9 @@ def flags(record: Record) -> str:
         return "no update" if record.delta_norm == 0 else "tiny update"
     if record.k == record.rank:
         return "k = rank"
-    return "rounds away" if record.realised is not None and record.realised < REALISED_WARNING else ""
+    return (
+        "rounds away" if record.realised is not None and record.realised < REALISED_WARNING else ""
+    )
 
 
 def _mean(records: Iterable[Record], value: Callable[[Record], float | None]) -> float | None:
@@ -120,10 +133,14 @@ def table(records: Sequence[Record], width: int = 100, *, every_layer: bool = Fa
     rows: dict[tuple[str, str], list[Record]] = defaultdict(list)
     for record in records:
         where = ".".join(map(str, layer(record.name)))
-        rows[(where if every_layer else "", record.name if every_layer else projection(record.name))].append(record)
+        rows[
+            (where if every_layer else "", record.name if every_layer else projection(record.name))
+        ].append(record)
 
     out = Table(box=box.SIMPLE_HEAD, title_justify="left", caption_justify="left")
-    out.title = "Spectrum of the update and what MonoSoup makes of it" + ("" if every_layer else ": means over layers")
+    out.title = "Spectrum of the update and what MonoSoup makes of it" + (
+        "" if every_layer else ": means over layers"
+    )
     out.padding, out.pad_edge = (0, 1, 0, 0), False
     out.add_column("layer" if every_layer else "n", justify="right", no_wrap=True)
     out.add_column("type", overflow="fold", min_width=12)
@@ -147,14 +164,23 @@ def table(records: Sequence[Record], width: int = 100, *, every_layer: bool = Fa
         ]
         for mode in modes:
             of_mode = [record for record in members if record.mode == mode]
-            high, low = _mean(of_mode, lambda r: r.lambda_high), _mean(of_mode, lambda r: r.lambda_low)
+            high, low = (
+                _mean(of_mode, lambda r: r.lambda_high),
+                _mean(of_mode, lambda r: r.lambda_low),
+            )
             if width >= 100:
                 cells.append(_show(_mean(of_mode, lambda r: r.P_k), ".3f"))
             cells.append("" if high is None else f"{_short(high)}/{_short(low)}")
-        shares = [_mean([r for r in members if r.mode == mode], lambda r: r.realised) for mode in modes]
-        cells.append("/".join(map(_short, shares)) if any(share is not None for share in shares) else "")
+        shares = [
+            _mean([r for r in members if r.mode == mode], lambda r: r.realised) for mode in modes
+        ]
+        cells.append(
+            "/".join(map(_short, shares)) if any(share is not None for share in shares) else ""
+        )
         out.add_row(*cells, _flags(members, modes))
-    R = next((f"; var: variance, R = {record.R:g}" for record in records if record.R is not None), "")
+    R = next(
+        (f"; var: variance, R = {record.R:g}" for record in records if record.R is not None), ""
+    )
     counted = "" if every_layer else "; n: matrices"
     out.caption = (
         f"e.rank: effective rank; free: freevariance{R}{counted}\n"
@@ -196,11 +222,15 @@ def reading(records: Sequence[Record]) -> list[str]:
             types[projection(record.name)].append(record)
         for kind, members in types.items():
             verdicts[_verdict(members)].append((kind, members))
-            if (share := _mean(members, lambda r: r.realised)) is not None and share < REALISED_WARNING:
+            if (
+                share := _mean(members, lambda r: r.realised)
+            ) is not None and share < REALISED_WARNING:
                 verdicts["rounds away"].append((kind, members))
         for verdict, found in verdicts.items():
             where = _together([kind for kind, _ in found], list(types))
-            sentences.append(f"{label}: {_sentence(verdict, where, [r for _, members in found for r in members])}")
+            sentences.append(
+                f"{label}: {_sentence(verdict, where, [r for _, members in found for r in members])}"
+            )
     return sentences
 
 
@@ -218,8 +248,13 @@ def _verdict(records: Sequence[Record]) -> str:
 
 
 def _sentence(verdict: str, where: str, records: Sequence[Record]) -> str:
-    high, low = (_mean(records, f) or 0.0 for f in (lambda r: r.lambda_high, lambda r: r.lambda_low))
-    change = _mean(records, lambda r: r.edit_norm / r.delta_norm if r.edit_norm is not None and r.delta_norm else None)
+    high, low = (
+        _mean(records, f) or 0.0 for f in (lambda r: r.lambda_high, lambda r: r.lambda_low)
+    )
+    change = _mean(
+        records,
+        lambda r: r.edit_norm / r.delta_norm if r.edit_norm is not None and r.delta_norm else None,
+    )
     return {
         "no update": f"no update in {where}: nothing to edit there.",
         "nothing below the cut": f"the cut is at the rank in {where}: MonoSoup leaves it as fine-tuned.",

@@ -173,10 +173,12 @@ def _monosoup(
     R: PerNonBase[Annotated[float, _MONOSOUP.checked("R")]] = _MONOSOUP.defaults["R"],
     weight: PerNonBase[Annotated[float, _MONOSOUP.checked("weight")]] = 1.0,  # type: ignore[assignment]
     alpha: PerNonBase[Annotated[float, _MONOSOUP.checked("alpha")]] = _MONOSOUP.defaults["alpha"],
-    coefficients: PerNonBase[Annotated[Rule, _MONOSOUP.checked("coefficients")]] = _MONOSOUP.defaults["coefficients"],
-    min_rel_update: PerNonBase[Annotated[float, _MONOSOUP.checked("min_rel_update")]] = _MONOSOUP.defaults[
-        "min_rel_update"
-    ],
+    coefficients: PerNonBase[
+        Annotated[Rule, _MONOSOUP.checked("coefficients")]
+    ] = _MONOSOUP.defaults["coefficients"],
+    min_rel_update: PerNonBase[
+        Annotated[float, _MONOSOUP.checked("min_rel_update")]
+    ] = _MONOSOUP.defaults["min_rel_update"],
     report: PerNonBase[Annotated[str | None, _MONOSOUP.checked("report")]] = None,  # type: ignore[assignment]
 ) -> torch.Tensor:
     """One tensor of the merge: cut it into matrices, edit each, write the records."""
@@ -241,7 +243,9 @@ def _svc(
     tasks = [entry for entry in group.non_base if not merged[entry.id]]
     weights = weight.values_for(tasks)
     said = weights + weight.values_for(flagged)
-    _check_svc_inputs(name, [entry.id for entry in flagged], [entry.id for entry in tasks], said, settings)
+    _check_svc_inputs(
+        name, [entry.id for entry in flagged], [entry.id for entry in tasks], said, settings
+    )
 
     tensors = [entry.tensor for entry in tasks]
     with _worded(_SVC.method, group, ""):
@@ -258,7 +262,11 @@ def _svc(
                 partial(
                     each,
                     lambda job: calibrate(
-                        job.pretrained, job.tuned[:-1], merged=job.tuned[-1], alpha=settings["alpha"], name=job.name
+                        job.pretrained,
+                        job.tuned[:-1],
+                        merged=job.tuned[-1],
+                        alpha=settings["alpha"],
+                        name=job.name,
                     ),
                 ),
             )
@@ -268,7 +276,10 @@ def _svc(
                 group.base.tensor,
                 tensors,
                 partial(
-                    each, lambda job: calibrate(job.pretrained, job.tuned, weights=weights, name=job.name, **settings)
+                    each,
+                    lambda job: calibrate(
+                        job.pretrained, job.tuned, weights=weights, name=job.name, **settings
+                    ),
                 ),
             )
     JOURNAL.add(records, path, _SVC.method)
@@ -286,7 +297,9 @@ def _check_svc_inputs(
     name = name or "a tensor"
     if not flagged:
         if not any(weights):
-            raise ValueError(f"svc: {name}: `weight` is 0 for every task model; give at least one a weight > 0")
+            raise ValueError(
+                f"svc: {name}: `weight` is 0 for every task model; give at least one a weight > 0"
+            )
         return  # one task alone can only be a tensor that the other models lack
     if len(flagged) > 1:
         raise ValueError(
@@ -326,16 +339,23 @@ def _each_matrix(
         merged, record = next(iter(kernel([Job(base, tuned, name)])))
         return merged, [record]
     if not parts:  # no matrix in it: through the kernel all the same, for the average, alpha and the check for NaN
-        merged, record = next(iter(kernel([Job(base.reshape(-1), [w.reshape(-1) for w in tuned], name)])))
+        merged, record = next(
+            iter(kernel([Job(base.reshape(-1), [w.reshape(-1) for w in tuned], name)]))
+        )
         record.shape = tuple(base.shape)
         return merged.reshape(base.shape), [record]
     merged, records = torch.empty_like(base), []
     turned = bool(TRANSPOSED.search(name))
 
     def matrix(stack: torch.Tensor, index: Index) -> torch.Tensor:
-        return stack[index].mT if turned else stack[index]  # [out, in], which svc's answer depends on
+        return (
+            stack[index].mT if turned else stack[index]
+        )  # [out, in], which svc's answer depends on
 
-    jobs = [Job(matrix(base, index), [matrix(w, index) for w in tuned], name + suffix) for suffix, index in parts]
+    jobs = [
+        Job(matrix(base, index), [matrix(w, index) for w in tuned], name + suffix)
+        for suffix, index in parts
+    ]
     for (_, index), (part, record) in zip(parts, kernel(jobs), strict=True):
         merged[index] = part.mT if turned else part
         record.shape = tuple(base[index].shape)  # as stored
@@ -354,9 +374,13 @@ def _without_update(
 
 def _untouched(name: str, tensor: torch.Tensor, reason: str, seconds: float = 0.0) -> Record:
     return Record(
-        name=name, shape=tuple(tensor.shape), dtype=str(tensor.dtype).removeprefix("torch."), action="copied",
-        reason=reason, seconds=seconds,
-    )  # fmt: skip
+        name=name,
+        shape=tuple(tensor.shape),
+        dtype=str(tensor.dtype).removeprefix("torch."),
+        action="copied",
+        reason=reason,
+        seconds=seconds,
+    )
 
 
 @contextmanager
@@ -368,7 +392,9 @@ def _worded(method: str, group: TensorGroup, way_out: str) -> Iterator[None]:
     except NonFiniteError as error:
         raise ValueError(_name_non_finite(method, name, group, error.name)) from None
     except OverflowError as error:
-        where = "" if str(error).startswith(name) else f"{name}: "  # of a stack the error names the expert
+        where = (
+            "" if str(error).startswith(name) else f"{name}: "
+        )  # of a stack the error names the expert
         raise ValueError(
             f"{method}: {where}{error}. Nothing of this tensor was written. `dtype: float32` has a wider range than float16"
         ) from error
@@ -398,13 +424,20 @@ class EditingMethod(FunctionalGroupMergeMethod):
     """Words the structural errors of a method and keeps tensors that some inputs lack."""
 
     # (needed, what to list) by the smallest number of models beside the base
-    _FEWEST: ClassVar = {1: ("a fine-tuned model", "one model"), 2: ("two task models", "two models")}
+    _FEWEST: ClassVar = {
+        1: ("a fine-tuned model", "one model"),
+        2: ("two task models", "two models"),
+    }
 
     # MergePlanner names the check of a whole slice so; every other check is that of one tensor.
     _WHOLE_SLICE = re.compile(r"\.slices\[\d+\]$")
 
     def validate_inputs(
-        self, input_ids: Sequence[Hashable], base_id: Hashable | None = None, *, group_name: str | None = None
+        self,
+        input_ids: Sequence[Hashable],
+        base_id: Hashable | None = None,
+        *,
+        group_name: str | None = None,
     ) -> None:
         one_tensor = group_name is not None and not self._WHOLE_SLICE.search(group_name)
         if group_name is not None and not one_tensor:
@@ -451,7 +484,10 @@ def register() -> None:
             if name not in known:
                 register_with_mergekit(method)
             elif known[name] is not method:
-                LOG.warning("mergekit already has a merge method %r; mergekit-monosoup leaves it alone", name)
+                LOG.warning(
+                    "mergekit already has a merge method %r; mergekit-monosoup leaves it alone",
+                    name,
+                )
 
 
 register()

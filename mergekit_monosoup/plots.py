@@ -29,10 +29,17 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
 LINES = ("-", "--", "-.", ":")
 MODE_MARKERS = {"freevariance": "o", "variance": "s"}
 STYLE: Any = {
-    "font.size": 9, "axes.titlesize": 10, "axes.titlelocation": "left", "axes.spines.top": False,
-    "axes.spines.right": False, "legend.fontsize": 8, "legend.frameon": False, "svg.fonttype": "none",
-    "svg.hashsalt": "mergekit-monosoup", "pdf.fonttype": 42,
-}  # fmt: skip
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.fontsize": 8,
+    "legend.frameon": False,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "mergekit-monosoup",
+    "pdf.fonttype": 42,
+}
 
 Panel = Callable[["Axes"], None]
 
@@ -82,7 +89,9 @@ def draw(files: Mapping[str, Sequence[Record]], *, mode: str | None = None) -> F
             last_alone = number == len(panels) - 1 and number % columns == 0
             panel(
                 figure.add_subplot(
-                    grid[number // columns, :] if last_alone else grid[number // columns, number % columns]
+                    grid[number // columns, :]
+                    if last_alone
+                    else grid[number // columns, number % columns]
                 )
             )
     return figure
@@ -102,12 +111,22 @@ def _panels(prefix: str, label: str, records: Sequence[Record], mode: str | None
     split = [r for r in records if r.lambda_high is not None and mode in (None, r.mode)]
     if not split:
         modes = sorted({r.mode for r in records if r.mode})
-        found = f"it has those of {', '.join(modes)}" if modes else "none of its matrices has λ_high and λ_low"
-        raise ValueError(f"{label}: no coefficients to draw{f' for mode {mode}' if mode else ''}; {found}")
+        found = (
+            f"it has those of {', '.join(modes)}"
+            if modes
+            else "none of its matrices has λ_high and λ_low"
+        )
+        raise ValueError(
+            f"{label}: no coefficients to draw{f' for mode {mode}' if mode else ''}; {found}"
+        )
     panels: list[Panel] = []
     for one in dict.fromkeys(r.mode for r in split):
-        panels.append(partial(coefficients, records=[r for r in split if r.mode == one], prefix=prefix))
-    first = list({r.name: r for r in split}.values())  # what does not depend on the mode is drawn once
+        panels.append(
+            partial(coefficients, records=[r for r in split if r.mode == one], prefix=prefix)
+        )
+    first = list(
+        {r.name: r for r in split}.values()
+    )  # what does not depend on the mode is drawn once
     panels.append(partial(ranks, records=first, prefix=prefix))
     if any(r.spectrum for r in split):
         panels.append(partial(spectra, records=split, prefix=prefix))
@@ -122,15 +141,35 @@ def _panels(prefix: str, label: str, records: Sequence[Record], mode: str | None
 def coefficients(axes: Axes, records: Sequence[Record], prefix: str = "") -> None:
     """λ_high and λ_low of each matrix in the order of depth; layers are told apart by bands."""
     high, low = [r.lambda_high or 0.0 for r in records], [r.lambda_low or 0.0 for r in records]
-    groups = [(label, len(list(members))) for label, members in itertools.groupby(_place(r) for r in records)]
+    groups = [
+        (label, len(list(members)))
+        for label, members in itertools.groupby(_place(r) for r in records)
+    ]
     places, centres, edges = _spread(groups)
     size = 4 if len(records) <= 60 else 2
     axes.fill_between(places, high, low, color="0.88", linewidth=0, zorder=1)
     axes.plot(
-        places, high, color=COLOURS[0], marker="o", markersize=size, linewidth=1, label=r"$\lambda_{high}$", zorder=3
+        places,
+        high,
+        color=COLOURS[0],
+        marker="o",
+        markersize=size,
+        linewidth=1,
+        label=r"$\lambda_{high}$",
+        zorder=3,
     )
-    axes.plot(places, low, color=COLOURS[1], marker="s", markersize=size, linewidth=1, linestyle="--",
-              markerfacecolor="white", label=r"$\lambda_{low}$", zorder=3)  # fmt: skip
+    axes.plot(
+        places,
+        low,
+        color=COLOURS[1],
+        marker="s",
+        markersize=size,
+        linewidth=1,
+        linestyle="--",
+        markerfacecolor="white",
+        label=r"$\lambda_{low}$",
+        zorder=3,
+    )
     for edge in edges:
         axes.axvline(edge, color="0.8", linewidth=0.6, zorder=0)
     _label_depth(axes, centres, [label for label, _ in groups])
@@ -173,20 +212,46 @@ def spectra(axes: Axes, records: Sequence[Record], prefix: str = "") -> None:
             types[projection(record.name)].append(record)
     shown = set()
     for (kind, members), style in zip(types.items(), _styles(), strict=False):
-        curves = [record.spectrum for record in {r.name: r for r in members}.values() if record.spectrum]
+        curves = [
+            record.spectrum for record in {r.name: r for r in members}.values() if record.spectrum
+        ]
         shortest = min(map(len, curves))
         curve = [median(values) for values in zip(*(c[:shortest] for c in curves), strict=True)]
         where = [i / (len(curve) - 1) if len(curve) > 1 else 0.0 for i in range(len(curve))]
-        axes.plot(where, curve, color=style["color"], linestyle=style["linestyle"], linewidth=1.2, label=kind)
+        axes.plot(
+            where,
+            curve,
+            color=style["color"],
+            linestyle=style["linestyle"],
+            linewidth=1.2,
+            label=kind,
+        )
         for mode in dict.fromkeys(r.mode for r in members):
             cut = median(r.k / r.rank for r in members if r.mode == mode and r.k and r.rank)
             height = _interpolate(where, curve, cut)
-            axes.plot([cut], [height], color=style["color"], marker=MODE_MARKERS.get(str(mode), "D"), markersize=6,
-                      markeredgecolor="black", markeredgewidth=0.6, linestyle="none", zorder=4)  # fmt: skip
+            axes.plot(
+                [cut],
+                [height],
+                color=style["color"],
+                marker=MODE_MARKERS.get(str(mode), "D"),
+                markersize=6,
+                markeredgecolor="black",
+                markeredgewidth=0.6,
+                linestyle="none",
+                zorder=4,
+            )
             shown.add(mode)
     for mode in sorted(map(str, shown)):
-        axes.plot([], [], color="0.6", marker=MODE_MARKERS.get(mode, "D"), markeredgecolor="black", linestyle="none",
-                  markersize=6, label=f"k of {mode}")  # fmt: skip
+        axes.plot(
+            [],
+            [],
+            color="0.6",
+            marker=MODE_MARKERS.get(mode, "D"),
+            markeredgecolor="black",
+            linestyle="none",
+            markersize=6,
+            label=f"k of {mode}",
+        )
     axes.set_yscale("log")
     axes.set_xlim(-0.01, 1.03)
     axes.set_xlabel("place in the spectrum, i / rank")
@@ -204,14 +269,27 @@ def cosines(axes: Axes, records: Sequence[Record], prefix: str = "") -> None:
                 pairs[pair].append(value)
     values = [value for found in pairs.values() for value in found]
     if not values:
-        axes.text(0.5, 0.5, "no two task vectors move the same matrix", ha="center", transform=axes.transAxes)
+        axes.text(
+            0.5,
+            0.5,
+            "no two task vectors move the same matrix",
+            ha="center",
+            transform=axes.transAxes,
+        )
         return
     low, high = min(*values, 0.0), max(*values, 0.1)
     bins = [low + (high - low) * i / 20 for i in range(21)]
     for (pair, found), style in zip(pairs.items(), _styles(), strict=False):
         name = " ~ ".join(Path(model).name for model in pair.split(" ~ "))
-        axes.hist(found, bins=bins, histtype="step", linewidth=1.4, color=style["color"], linestyle=style["linestyle"],
-                  label=f"{name}\n(mean {mean(found):.2f})")  # fmt: skip
+        axes.hist(
+            found,
+            bins=bins,
+            histtype="step",
+            linewidth=1.4,
+            color=style["color"],
+            linestyle=style["linestyle"],
+            label=f"{name}\n(mean {mean(found):.2f})",
+        )
         axes.axvline(mean(found), color=style["color"], linestyle=":", linewidth=1)
     axes.set_xlabel("cosine of the task vectors")
     axes.set_ylabel("matrices")
@@ -235,7 +313,9 @@ def _spread(groups: Sequence[tuple[str, int]]) -> tuple[list[float], list[float]
     gap = 0.03 * sum(count for _, count in groups)
     places: list[float] = []
     centres, edges, at = [], [], 0.0
-    for (label, count), (neighbour, _) in itertools.zip_longest(groups, groups[1:], fillvalue=("", 0)):
+    for (label, count), (neighbour, _) in itertools.zip_longest(
+        groups, groups[1:], fillvalue=("", 0)
+    ):
         places += [at + i for i in range(count)]
         centres.append(at + (count - 1) / 2)
         distance = 0.0 if label[:1].isdigit() and neighbour[:1].isdigit() else gap
@@ -270,7 +350,12 @@ def _styles() -> Any:
 
 def _legend_beside(axes: Axes) -> None:
     entries = len(axes.get_legend_handles_labels()[1])
-    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.03), borderaxespad=0, ncols=1 if entries <= 14 else 2)
+    axes.legend(
+        loc="upper left",
+        bbox_to_anchor=(1.01, 1.03),
+        borderaxespad=0,
+        ncols=1 if entries <= 14 else 2,
+    )
 
 
 def _interpolate(where: Sequence[float], curve: Sequence[float], at: float) -> float:

@@ -59,11 +59,15 @@ def products(checkpoints: Checkpoints, names: Iterable[str], count: Count = "mat
     for name in names:
         found += _products(checkpoints, name, count)
     if not found:
-        raise ValueError(f"no tensor counts: {checkpoints.models[0]} and the models share no matrix of floating point")
+        raise ValueError(
+            f"no tensor counts: {checkpoints.models[0]} and the models share no matrix of floating point"
+        )
     gram = torch.stack(found)
     for model, square in zip(checkpoints.models[1:], gram.sum(0).diagonal().tolist(), strict=True):
         if square == 0:
-            raise ValueError(f"{model} is no different from {checkpoints.models[0]}: it has no direction to compare")
+            raise ValueError(
+                f"{model} is no different from {checkpoints.models[0]}: it has no direction to compare"
+            )
     return gram
 
 
@@ -73,10 +77,14 @@ def _products(checkpoints: Checkpoints, name: str, count: Count) -> list[Tensor]
         return []
     parts = matrices(name, tensors[0].shape) or ([("", ())] if count == "all" else [])
     with named_errors(name, checkpoints.models):
-        return [inner_products(tensors[0][index], [t[index] for t in tensors[1:]]) for _, index in parts]
+        return [
+            inner_products(tensors[0][index], [t[index] for t in tensors[1:]]) for _, index in parts
+        ]
 
 
-def similarity(gram: Tensor, soup: Sequence[int], candidate: int, how: Similarity = "mean") -> float:
+def similarity(
+    gram: Tensor, soup: Sequence[int], candidate: int, how: Similarity = "mean"
+) -> float:
     """Cosine between the soup's task vector and a candidate's: the mean of the tensors', or that of the whole vector.
 
     Tensors in which either does not move have no cosine and are left out of the mean.
@@ -89,12 +97,19 @@ def similarity(gram: Tensor, soup: Sequence[int], candidate: int, how: Similarit
     members = gram.diagonal(dim1=1, dim2=2)[:, soup].mean(1)
     own = gram[:, candidate, candidate]
     if how == "whole":
-        inner, square, members, own = (x.sum(0, keepdim=True) for x in (inner, square, members, own))
+        inner, square, members, own = (
+            x.sum(0, keepdim=True) for x in (inner, square, members, own)
+        )
     square = torch.where(square > CANCELLED * members, square, 0.0)
-    cosines = [cosine(*values) for values in zip(inner.tolist(), square.tolist(), own.tolist(), strict=True)]
+    cosines = [
+        cosine(*values)
+        for values in zip(inner.tolist(), square.tolist(), own.tolist(), strict=True)
+    ]
     defined = [value for value in cosines if value is not None]
     if not defined:
-        raise ValueError("there is no tensor in which the soup and the candidate both differ from the base")
+        raise ValueError(
+            "there is no tensor in which the soup and the candidate both differ from the base"
+        )
     return sum(defined) / len(defined)
 
 
@@ -151,11 +166,15 @@ def select(
     return decisions
 
 
-def _compared(models: Sequence[str], gram: Tensor, soup: Sequence[int], candidate: int, how: Similarity) -> float:
+def _compared(
+    models: Sequence[str], gram: Tensor, soup: Sequence[int], candidate: int, how: Similarity
+) -> float:
     try:
         return similarity(gram, soup, candidate, how)
     except ValueError as error:
-        raise ValueError(f"{models[candidate]}: {error} ({', '.join(models[i] for i in soup)} so far)") from error
+        raise ValueError(
+            f"{models[candidate]}: {error} ({', '.join(models[i] for i in soup)} so far)"
+        ) from error
 
 
 def read_scores(path: Path, models: Sequence[str]) -> dict[str, float]:
@@ -173,9 +192,15 @@ def read_scores(path: Path, models: Sequence[str]) -> dict[str, float]:
     scores = {}
     for model in models:
         if model not in data:
-            raise ValueError(f"{path}: no score for {model}; it has some for {', '.join(map(str, data)) or 'none'}")
+            raise ValueError(
+                f"{path}: no score for {model}; it has some for {', '.join(map(str, data)) or 'none'}"
+            )
         score = data[model]
-        if isinstance(score, bool) or not isinstance(score, (int, float)) or not math.isfinite(score):
+        if (
+            isinstance(score, bool)
+            or not isinstance(score, (int, float))
+            or not math.isfinite(score)
+        ):
             raise ValueError(f"{path}: the score of {model} must be a finite number, got {score!r}")
         scores[model] = float(score)
     return scores
@@ -204,16 +229,26 @@ def check_models(base: str, models: Sequence[str]) -> None:
 
 def _place(model: str) -> str:
     """One spelling of a reference, whose parts may be folders."""
-    return "+".join(os.path.realpath(part) if os.path.exists(part) else part for part in model.split("+"))
+    return "+".join(
+        os.path.realpath(part) if os.path.exists(part) else part for part in model.split("+")
+    )
 
 
-def configuration(base: str, decisions: Sequence[Decision], threshold: float, *, edit: bool = False) -> str:
+def configuration(
+    base: str, decisions: Sequence[Decision], threshold: float, *, edit: bool = False
+) -> str:
     """YAML for mergekit: the uniform average of the chosen models, or MonoSoup of that average."""
-    chosen = [{"model": local_reference(d.model), "parameters": {"weight": 1.0}} for d in decisions if d.taken]
+    chosen = [
+        {"model": local_reference(d.model), "parameters": {"weight": 1.0}}
+        for d in decisions
+        if d.taken
+    ]
     merge: dict[str, object] = {"merge_method": "linear", "models": chosen}
     if edit:
         merge = {"merge_method": "monosoup", "base_model": local_reference(base), "models": chosen}
-    lines = [f"Similarity-filtered greedy soup against {base}: candidates join above {threshold:g}."]
+    lines = [
+        f"Similarity-filtered greedy soup against {base}: candidates join above {threshold:g}."
+    ]
     lines += [describe(decision) for decision in decisions]
     if any("+" in str(entry["model"]) for entry in chosen):
         lines.append("Run with --lora-merge-cache DIR.")
@@ -222,7 +257,9 @@ def configuration(base: str, decisions: Sequence[Decision], threshold: float, *,
     return header + yaml.safe_dump(merge, sort_keys=False, allow_unicode=True)
 
 
-def similarity_tables(models: Sequence[str], values: Sequence[Sequence[float | None]], width: int) -> Iterator[Table]:
+def similarity_tables(
+    models: Sequence[str], values: Sequence[Sequence[float | None]], width: int
+) -> Iterator[Table]:
     """The pairwise matrix, in as many tables as ``width`` columns of text need."""
     from rich import box
     from rich.table import Table
@@ -239,7 +276,9 @@ def similarity_tables(models: Sequence[str], values: Sequence[Sequence[float | N
             out.add_column(str(j + 1), justify="right", no_wrap=True)
         for i, model in enumerate(models):
             row = [values[i][j] for j in columns]
-            out.add_row(str(i + 1), Text(model), *("" if value is None else f"{value:.2f}" for value in row))
+            out.add_row(
+                str(i + 1), Text(model), *("" if value is None else f"{value:.2f}" for value in row)
+            )
         yield out
 
 

@@ -19,8 +19,13 @@ def hub(tmp_path_factory) -> Path:
     checkpoints.pair(folder, tuned=2, dtype=torch.bfloat16)
     torch.manual_seed(7)
     lora = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
-    peft.get_peft_model(AutoModelForCausalLM.from_pretrained(folder / "base"), lora).save_pretrained(folder / "adapter")
-    base = {"stages.0.conv.weight": torch.randn(12, 4, 3, 3), "stages.0.norm.weight": torch.randn(12)}
+    peft.get_peft_model(
+        AutoModelForCausalLM.from_pretrained(folder / "base"), lora
+    ).save_pretrained(folder / "adapter")
+    base = {
+        "stages.0.conv.weight": torch.randn(12, 4, 3, 3),
+        "stages.0.norm.weight": torch.randn(12),
+    }
     tuned = {name: weight + 0.05 * torch.randn_like(weight) for name, weight in base.items()}
     save_file(base, folder / "convnext_small.in12k.safetensors")
     save_file(tuned, folder / "convnext_small.in12k_ft_in1k.safetensors")

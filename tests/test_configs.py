@@ -35,7 +35,9 @@ EMBEDDING = "model.embed_tokens.weight"
 
 
 def inputs(hub: Path, name: str) -> tuple[torch.Tensor, ...]:
-    return tuple(checkpoints.state_dict(hub / model)[name] for model in ("base", "tuned0", "tuned1"))
+    return tuple(
+        checkpoints.state_dict(hub / model)[name] for model in ("base", "tuned0", "tuned1")
+    )
 
 
 def monosoup(merged, hub, folder):
@@ -71,7 +73,11 @@ def per_layer(merged, hub, folder):
 def attention_only(merged, hub, folder):
     W0, W1, _ = inputs(hub, QUERY)
     assert torch.equal(merged[QUERY], edit(W0, W1)[0]) and not torch.equal(merged[QUERY], W1)
-    assert all(torch.equal(merged[name], inputs(hub, name)[1]) for name in merged if "self_attn" not in name)
+    assert all(
+        torch.equal(merged[name], inputs(hub, name)[1])
+        for name in merged
+        if "self_attn" not in name
+    )
 
 
 def without_embeddings(merged, hub, folder):
@@ -82,7 +88,9 @@ def without_embeddings(merged, hub, folder):
 
 def lora(merged, hub, folder):
     W0 = checkpoints.state_dict(hub / "base")
-    assert not torch.equal(merged[QUERY], W0[QUERY].float()), "the adapter's update is edited, not lost"
+    assert not torch.equal(merged[QUERY], W0[QUERY].float()), (
+        "the adapter's update is edited, not lost"
+    )
     assert torch.equal(merged[UP], W0[UP].float()), "the adapter does not touch it"
 
 
@@ -102,7 +110,9 @@ def conv_pytorch(merged, hub, folder):
     name = "stages.0.conv.weight"
     W0 = load_file(hub / "convnext_small.in12k.safetensors")[name]
     W1 = load_file(hub / "convnext_small.in12k_ft_in1k.safetensors")[name]
-    assert torch.equal(merged[name], edit(W0, W1, mode="variance", R=0.8)[0]) and not torch.equal(merged[name], W1)
+    assert torch.equal(merged[name], edit(W0, W1, mode="variance", R=0.8)[0]) and not torch.equal(
+        merged[name], W1
+    )
 
 
 def float32_out(merged, hub, folder):
@@ -112,7 +122,9 @@ def float32_out(merged, hub, folder):
 
 def neighbour_wise_ft(merged, hub, folder):
     W0, W1, _ = (w.float() for w in inputs(hub, UP))
-    assert torch.allclose(merged[UP].float(), (W0 + W1) / 2, atol=2e-3) and not torch.equal(merged[UP].float(), W1)
+    assert torch.allclose(merged[UP].float(), (W0 + W1) / 2, atol=2e-3) and not torch.equal(
+        merged[UP].float(), W1
+    )
 
 
 def neighbour_lines(merged, hub, folder):
@@ -146,7 +158,11 @@ def calibrated(found: torch.Tensor, base: torch.Tensor, tasks, **settings) -> bo
 def svc_average(merged, hub, folder):
     W0, *tuned = inputs(hub, UP)
     assert calibrated(merged[UP], W0, tuned, normalize=True)
-    assert all(r.gamma_min <= r.gamma_max <= 10 for r in report.read(folder / "svc-average-report.jsonl") if r.rank)
+    assert all(
+        r.gamma_min <= r.gamma_max <= 10
+        for r in report.read(folder / "svc-average-report.jsonl")
+        if r.rank
+    )
 
 
 def svc_task_arithmetic(merged, hub, folder):
@@ -155,7 +171,9 @@ def svc_task_arithmetic(merged, hub, folder):
         assert calibrated(merged[name], W0, tuned, weights=[1, 0.5], scaling=0.3)
     norm = "model.norm.weight"
     W0, *tuned = (w.double() for w in inputs(hub, norm))
-    assert torch.equal(merged[norm], (W0 + 0.3 * (tuned[0] - W0) + 0.15 * (tuned[1] - W0)).bfloat16())
+    assert torch.equal(
+        merged[norm], (W0 + 0.3 * (tuned[0] - W0) + 0.15 * (tuned[1] - W0)).bfloat16()
+    )
 
 
 def svc_after_ties(merged, hub, folder):
@@ -167,9 +185,16 @@ def svc_after_ties(merged, hub, folder):
 
 def svc_after_monosoup(merged, hub, folder):
     W0, *tuned = inputs(hub, UP)
-    edited = [checkpoints.state_dict(folder / "stages" / f"{stage}-edited")[UP] for stage in ("math", "code")]
+    edited = [
+        checkpoints.state_dict(folder / "stages" / f"{stage}-edited")[UP]
+        for stage in ("math", "code")
+    ]
     assert not torch.equal(edited[0], tuned[0].float())
     assert calibrated(merged[UP], W0, edited, normalize=True)
 
 
-EXPECTED = {name: function for name, function in globals().items() if name in {path.stem for path in CONFIGS}}
+EXPECTED = {
+    name: function
+    for name, function in globals().items()
+    if name in {path.stem for path in CONFIGS}
+}

@@ -37,20 +37,31 @@ def world(tmp_path_factory):
     checkpoints.pair(folder, tuned=2, dtype=torch.bfloat16, sharded=True)
     torch.manual_seed(7)
     lora = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
-    peft.get_peft_model(AutoModelForCausalLM.from_pretrained(folder / "base"), lora).save_pretrained(folder / "adapter")
+    peft.get_peft_model(
+        AutoModelForCausalLM.from_pretrained(folder / "base"), lora
+    ).save_pretrained(folder / "adapter")
     for name in ("base", "tuned0"):
         (folder / f"{name}-bin").mkdir()
-        torch.save(checkpoints.state_dict(folder / name), folder / f"{name}-bin" / "pytorch_model.bin")
+        torch.save(
+            checkpoints.state_dict(folder / name), folder / f"{name}-bin" / "pytorch_model.bin"
+        )
     return folder
 
 
 def inspect(*models, **options) -> list[Record]:
     opened = Checkpoints([str(model) for model in models])
-    return [record for name in opened.names for record in inspection.inspect_tensor(opened, name, **options)]
+    return [
+        record
+        for name in opened.names
+        for record in inspection.inspect_tensor(opened, name, **options)
+    ]
 
 
 def numbers(records) -> list[dict]:
-    return sorted((json.loads(r.to_json()) | {"seconds": 0} for r in records), key=lambda r: (r["name"], r["mode"]))
+    return sorted(
+        (json.loads(r.to_json()) | {"seconds": 0} for r in records),
+        key=lambda r: (r["name"], r["mode"]),
+    )
 
 
 # -- one matrix ------------------------------------------------------------------------------------------------------------
@@ -60,7 +71,9 @@ def numbers(records) -> list[dict]:
 def test_prediction_is_what_the_oracle_and_the_merge_say(dtype):
     W0 = (0.02 * torch.randn(48, 80)).to(dtype)
     W1 = (W0.float() + 2e-4 * torch.randn(48, 80)).to(dtype)
-    for record, mode in zip(preview(W0, W1, R=0.7, dtype=dtype), ("freevariance", "variance"), strict=True):
+    for record, mode in zip(
+        preview(W0, W1, R=0.7, dtype=dtype), ("freevariance", "variance"), strict=True
+    ):
         _, merged = edit(W0, W1, mode=mode, R=0.7)
         _, _, expected = oracle.monosoup(W0.double().numpy(), W1.double().numpy(), mode=mode, R=0.7)
         assert (record.action, record.mode, record.k) == ("inspected", mode, expected["k"])
@@ -79,14 +92,18 @@ def test_float32_is_compared_with_its_own_rounding():
         stored = exact.bfloat16().double() - W1.bfloat16().double()
         intended = exact - W1.double()
         assert record.edit_norm == pytest.approx(float(stored.norm()), rel=1e-2)
-        assert record.realised == pytest.approx(float((stored * intended).sum() / intended.square().sum()), rel=1e-2)
+        assert record.realised == pytest.approx(
+            float((stored * intended).sum() / intended.square().sum()), rel=1e-2
+        )
         assert record.dtype == "float32"
 
 
 def test_one_spectrum_serves_both_modes(monkeypatch):
     calls = []
     spectrum_of = kernel.spectrum_of
-    monkeypatch.setattr(kernel, "spectrum_of", lambda *args: calls.append(args) or spectrum_of(*args))
+    monkeypatch.setattr(
+        kernel, "spectrum_of", lambda *args: calls.append(args) or spectrum_of(*args)
+    )
     first, second = preview(torch.zeros(9, 6), torch.randn(9, 6))
     assert len(calls) == 1 and first.k != second.k
 
@@ -125,8 +142,15 @@ def test_every_matrix_once_per_mode_equal_to_edit(world):
     assert sorted(r.name for r in records) == sorted([*matrices, *matrices]) and len(matrices) > 10
     found = next(r for r in records if r.name == UP and r.mode == "variance")
     expected = edit(base[UP], tuned[UP], mode="variance")[1]
-    assert (found.k, found.lambda_low, found.realised) == (expected.k, expected.lambda_low, expected.realised)
-    assert not any("spectrum" in json.loads(r.to_json()) or "cosine" in json.loads(r.to_json()) for r in records)
+    assert (found.k, found.lambda_low, found.realised) == (
+        expected.k,
+        expected.lambda_low,
+        expected.realised,
+    )
+    assert not any(
+        "spectrum" in json.loads(r.to_json()) or "cosine" in json.loads(r.to_json())
+        for r in records
+    )
 
 
 def test_bin_and_mixed_layouts_give_the_same_numbers(world):
@@ -157,7 +181,9 @@ def test_one_tensor_name_in_memory_and_each_shard_opened_once(world, monkeypatch
     assert len(opened) == len(set(opened)) > 6, "shards were opened again"
     loaded = []
     original = torch.load
-    monkeypatch.setattr(torch, "load", lambda file, **given: loaded.append(given) or original(file, **given))
+    monkeypatch.setattr(
+        torch, "load", lambda file, **given: loaded.append(given) or original(file, **given)
+    )
     inspect(world / "base-bin", world / "tuned0-bin")
     assert [given["map_location"] for given in loaded] == ["meta"] * 2 + ["cpu"] * 2
     assert all(given["mmap"] for given in loaded[2:])
@@ -170,7 +196,10 @@ def test_bin_files_that_a_lazy_unpickler_cannot_read(tmp_path, zipped):
     state = {"w": big[:, 5:25], "logit_scale": torch.tensor(2.0)}
     torch.save(state, tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
     (tmp_path / "a.pt").rename(tmp_path / "my.model.v2.pt")
-    tuned = {"w": (state["w"] + 0.1 * torch.randn(40, 20)).T.contiguous().T, "logit_scale": torch.tensor(3.0)}
+    tuned = {
+        "w": (state["w"] + 0.1 * torch.randn(40, 20)).T.contiguous().T,
+        "logit_scale": torch.tensor(3.0),
+    }
     torch.save({"state_dict": tuned}, tmp_path / "b.bin", _use_new_zipfile_serialization=zipped)
     (record, _) = inspect(tmp_path / "my.model.v2.pt", tmp_path / "b.bin")
     expected = float((tuned["w"] - state["w"]).norm() / state["w"].norm())
@@ -181,14 +210,20 @@ def test_what_is_no_tensor_is_named(tmp_path):
     for name in ("a.pt", "b.pt"):
         torch.save({"w": torch.randn(4, 4), "epoch": 3}, tmp_path / name)
     result = CliRunner().invoke(main, ["inspect", str(tmp_path / "a.pt"), str(tmp_path / "b.pt")])
-    assert result.exit_code == 1 and "epoch cannot be read from" in result.output and "no tensor but 3" in result.output
+    assert (
+        result.exit_code == 1
+        and "epoch cannot be read from" in result.output
+        and "no tensor but 3" in result.output
+    )
 
 
 def test_float8_is_refused_by_name(tmp_path):
     W0 = torch.randn(8, 6)
     save_file({"w": W0.bfloat16()}, tmp_path / "a.safetensors")
     save_file({"w": W0.to(torch.float8_e4m3fn)}, tmp_path / "b.safetensors")
-    with pytest.raises(ValueError, match=r"w is torch.float8_e4m3fn in .*b\.safetensors: 8-bit .* convert"):
+    with pytest.raises(
+        ValueError, match=r"w is torch.float8_e4m3fn in .*b\.safetensors: 8-bit .* convert"
+    ):
         inspect(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
     with pytest.raises(ValueError, match=r"layers\.0\.w: torch\.float8_e4m3fn: 8-bit"):
         edit(W0.to(torch.float8_e4m3fn), W0.to(torch.float8_e4m3fn), name="layers.0.w")
@@ -202,23 +237,32 @@ def test_adapter_references(world, tmp_path):
     records = [r for name in opened.names for r in inspection.inspect_tensor(opened, name)]
     changed = {projection(r.name) for r in records if r.lambda_high is not None}
     assert changed == {"self_attn.q_proj"}
-    assert {inspection.flags(r) for r in records if projection(r.name) == "mlp.up_proj"} == {"no update"}
+    assert {inspection.flags(r) for r in records if projection(r.name) == "mlp.up_proj"} == {
+        "no update"
+    }
 
 
 def test_expert_stacks_and_mixed_dtypes(tmp_path):
     name = "model.layers.0.mlp.experts.gate_up_proj"
     W0 = torch.randn(3, 8, 6)
     save_file({name: W0.bfloat16(), "steps": torch.ones(2, 2).long()}, tmp_path / "a.safetensors")
-    save_file({name: W0 + 0.1 * torch.randn(3, 8, 6), "steps": torch.ones(2, 2).long()}, tmp_path / "b.safetensors")
+    save_file(
+        {name: W0 + 0.1 * torch.randn(3, 8, 6), "steps": torch.ones(2, 2).long()},
+        tmp_path / "b.safetensors",
+    )
     records = inspect(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
-    assert {r.name for r in records} == {f"{name}[{e}].{part}" for e in range(3) for part in ("gate", "up")}
+    assert {r.name for r in records} == {
+        f"{name}[{e}].{part}" for e in range(3) for part in ("gate", "up")
+    }
     assert {r.dtype for r in records} == {"float32"} and {layer(r.name) for r in records} == {(0,)}
 
 
 def test_cosines_are_those_of_numpy(world):
     models = [str(world / m) for m in ("base", "tuned0", "tuned1")]
     records = inspect(*models)
-    W0, W1, W2 = (checkpoints.state_dict(world / m)[UP].double().numpy() for m in ("base", "tuned0", "tuned1"))
+    W0, W1, W2 = (
+        checkpoints.state_dict(world / m)[UP].double().numpy() for m in ("base", "tuned0", "tuned1")
+    )
     a, b = (W1 - W0).ravel(), (W2 - W0).ravel()
     for record in records:
         assert list(record.cosine) == [f"{models[1]} ~ {models[2]}"]
@@ -236,7 +280,9 @@ def test_a_spectrum_that_fails_is_named(world, monkeypatch):
 
     monkeypatch.setattr(kernel, "spectrum_of", fails)
     opened = Checkpoints([str(world / "base"), str(world / "tuned0")])
-    with pytest.raises(ValueError, match=f"{UP}: its spectrum could not be computed .nothing converged"):
+    with pytest.raises(
+        ValueError, match=f"{UP}: its spectrum could not be computed .nothing converged"
+    ):
         inspection.inspect_tensor(opened, UP)
 
 
@@ -253,7 +299,9 @@ def test_wrong_inputs_are_named(world, tmp_path):
         save_file(state | tensors, tmp_path / "model.safetensors")
         return inspect(base, tmp_path)
 
-    with pytest.raises(ValueError, match=rf"{UP} is \(48, 32\) in .*base but \(40, 32\) in {tmp_path}"):
+    with pytest.raises(
+        ValueError, match=rf"{UP} is \(48, 32\) in .*base but \(40, 32\) in {tmp_path}"
+    ):
         changed(**{UP: state[UP][:40].clone()})
     bad = state[UP].clone()
     bad[3, 4:6] = float("nan")
@@ -296,26 +344,57 @@ def test_layers_and_types(name, numbers, kind):
 
 
 def made(name: str, high: float = 0.9, **values) -> Record:
-    fields = dict(mode="freevariance", k=2, rank=4, effective_rank=2.0, delta_norm=1.0, edit_norm=0.2, realised=1.0)
-    return Record(name, (8, 4), "bfloat16", "inspected", lambda_high=high, lambda_low=1 - high, **(fields | values))
+    fields = dict(
+        mode="freevariance",
+        k=2,
+        rank=4,
+        effective_rank=2.0,
+        delta_norm=1.0,
+        edit_norm=0.2,
+        realised=1.0,
+    )
+    return Record(
+        name,
+        (8, 4),
+        "bfloat16",
+        "inspected",
+        lambda_high=high,
+        lambda_low=1 - high,
+        **(fields | values),
+    )
 
 
 def test_reading_by_hand():
-    names = [f"model.layers.{n}.{kind}.weight" for n in (0, 1) for kind in ("mlp.up_proj", "mlp.down_proj", "attn.q")]
+    names = [
+        f"model.layers.{n}.{kind}.weight"
+        for n in (0, 1)
+        for kind in ("mlp.up_proj", "mlp.down_proj", "attn.q")
+    ]
     records = [made(n, high=0.52 if "mlp" in n else 0.8) for n in names]
     assert inspection.reading(records) == [
         "freevariance: in attn.q MonoSoup scales the head by 0.80 and the tail by 0.20.",
         "freevariance: the update is nearly flat in mlp.*, MonoSoup ≈ uniform scaling by 0.50 there.",
     ]
-    (eaten,) = [s for s in inspection.reading([made(n, high=0.95, realised=0.1) for n in names]) if "eats" in s]
-    assert eaten.startswith("freevariance: rounding to bfloat16 eats the edit in all matrices, 10% survives")
+    (eaten,) = [
+        s
+        for s in inspection.reading([made(n, high=0.95, realised=0.1) for n in names])
+        if "eats" in s
+    ]
+    assert eaten.startswith(
+        "freevariance: rounding to bfloat16 eats the edit in all matrices, 10% survives"
+    )
     assert (
-        "keeps the head (0.95) and drops the tail (0.05), an edit of 20%" in inspection.reading([made("a.b", 0.95)])[0]
+        "keeps the head (0.95) and drops the tail (0.05), an edit of 20%"
+        in inspection.reading([made("a.b", 0.95)])[0]
     )
     assert "tail weighs more" in inspection.reading([made("a.b", 0.3)])[0]
     assert "cut is at the rank" in inspection.reading([made("a.b", 1.0, k=4)])[0]
-    untouched = Record("a.b", (8, 4), "bfloat16", "inspected", "no update", mode="variance", R=0.8, delta_norm=0.0)
-    assert inspection.reading([untouched]) == ["variance, R = 0.8: no update in a.b: nothing to edit there."]
+    untouched = Record(
+        "a.b", (8, 4), "bfloat16", "inspected", "no update", mode="variance", R=0.8, delta_norm=0.0
+    )
+    assert inspection.reading([untouched]) == [
+        "variance, R = 0.8: no update in a.b: nothing to edit there."
+    ]
 
 
 def printed(records, width, **options) -> str:
@@ -328,11 +407,16 @@ def printed(records, width, **options) -> str:
 
 
 def test_table_by_type_and_by_layer():
-    records = [made(f"model.layers.{n}.self_attn.q_proj.weight", realised=0.3 if n == 10 else 1.0) for n in (10, 9, 2)]
+    records = [
+        made(f"model.layers.{n}.self_attn.q_proj.weight", realised=0.3 if n == 10 else 1.0)
+        for n in (10, 9, 2)
+    ]
     records += [made("lm_head.weight"), made("model.embed_tokens.weight")]
     text = printed(records, 80)
     (row,) = [line for line in text.splitlines() if "q_proj" in line]
-    assert row.split()[:4] == ["3", "self_attn.q_proj", "0.50", ".90/.10"] and "rounds away (1)" in row
+    assert (
+        row.split()[:4] == ["3", "self_attn.q_proj", "0.50", ".90/.10"] and "rounds away (1)" in row
+    )
     assert text.index("embed_tokens") < text.index("q_proj") < text.index("lm_head")
     lines = printed(records, 80, every_layer=True).splitlines()
     assert [line.split()[0] for line in lines if "q_proj" in line] == ["2", "9", "10"]
@@ -355,14 +439,21 @@ def test_command(world, tmp_path):
         out,
     ]
     done = subprocess.run(
-        [sys.executable, "-m", "mergekit_monosoup.cli", "inspect", *map(str, arguments)], capture_output=True, text=True
+        [sys.executable, "-m", "mergekit_monosoup.cli", "inspect", *map(str, arguments)],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     assert "mlp.up_proj" in done.stdout and "variance, R = 0.7: " in done.stdout
-    assert "9 tensors hold no matrix of floating point (norms, biases, integers): they are not edited." in done.stdout
+    assert (
+        "9 tensors hold no matrix of floating point (norms, biases, integers): they are not edited."
+        in done.stdout
+    )
     records = report.read(out)
     assert len({r.name for r in records}) * 2 == len(records)
-    assert {len(r.spectrum) for r in records} == {inspection.POINTS} and all(r.cosine for r in records)
+    assert {len(r.spectrum) for r in records} == {inspection.POINTS} and all(
+        r.cosine for r in records
+    )
     assert {r.R for r in records} == {None, 0.7}
     again = CliRunner().invoke(main, ["report", str(out)])
     assert again.exit_code == 0 and "self_attn.q_proj" in again.output
@@ -372,13 +463,20 @@ def test_command(world, tmp_path):
 
 def test_numbers_beyond_float64_name_their_tensor(tmp_path):
     for name in ("a", "b"):
-        save_file({"w.weight": 1e160 * torch.randn(8, 8, dtype=torch.float64)}, tmp_path / f"{name}.safetensors")
-    result = CliRunner().invoke(main, ["inspect", *(str(tmp_path / f"{name}.safetensors") for name in ("a", "b"))])
+        save_file(
+            {"w.weight": 1e160 * torch.randn(8, 8, dtype=torch.float64)},
+            tmp_path / f"{name}.safetensors",
+        )
+    result = CliRunner().invoke(
+        main, ["inspect", *(str(tmp_path / f"{name}.safetensors") for name in ("a", "b"))]
+    )
     assert result.exit_code == 1 and "w.weight: its entries are so large" in result.output
 
 
 def test_command_refuses_by_name(world):
     result = CliRunner().invoke(main, ["inspect", str(world / "base"), "./nowhere"])
     assert result.exit_code == 1 and result.output.startswith("Error: ./nowhere: no such file")
-    result = CliRunner().invoke(main, ["inspect", str(world / "base"), str(world / "tuned0"), "--R", "2"])
+    result = CliRunner().invoke(
+        main, ["inspect", str(world / "base"), str(world / "tuned0"), "--R", "2"]
+    )
     assert result.exit_code == 1 and "R must be a number in (0, 1], got 2" in result.output

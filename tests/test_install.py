@@ -59,16 +59,28 @@ class Environment:
         (site,) = (self.folder / "lib").glob("python*/site-packages")
         return site
 
-    def run(self, *arguments: object, fails: bool | None = False, **variables: Any) -> subprocess.CompletedProcess[str]:
+    def run(
+        self, *arguments: object, fails: bool | None = False, **variables: Any
+    ) -> subprocess.CompletedProcess[str]:
         """``fails``: whether a failure is what is wanted; None: the caller will judge."""
         # Without the variables that change what Python imports or switch the hook.
-        kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "MERGEKIT_", "COV_", "PIP_TARGET"))}
+        kept = {
+            k: v
+            for k, v in os.environ.items()
+            if not k.startswith(("PYTHON", "MERGEKIT_", "COV_", "PIP_TARGET"))
+        }
         kept["HF_HUB_OFFLINE"] = "1"
         done = subprocess.run(
-            [str(self.python), *map(str, arguments)], cwd=self.workdir, env={**kept, **variables},
-            capture_output=True, text=True, timeout=TIMEOUT,
-        )  # fmt: skip
-        assert fails in (None, done.returncode != 0), f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+            [str(self.python), *map(str, arguments)],
+            cwd=self.workdir,
+            env={**kept, **variables},
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT,
+        )
+        assert fails in (None, done.returncode != 0), (
+            f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+        )
         return done
 
     def code(self, source: str, *flags: str, **variables: Any) -> Any:
@@ -82,7 +94,11 @@ class Environment:
     def files(self) -> set[str]:
         """Everything in site-packages and bin, without the bytecode of others, which appears as they run."""
         places = [path for folder in (self.site, self.python.parent) for path in folder.rglob("*")]
-        return {str(path) for path in places if "monosoup" in path.name or "__pycache__" not in path.parts}
+        return {
+            str(path)
+            for path in places
+            if "monosoup" in path.name or "__pycache__" not in path.parts
+        }
 
 
 @pytest.fixture(scope="session")
@@ -91,8 +107,10 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("dist")
     subprocess.run(
         [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(ROOT)],
-        check=True, timeout=TIMEOUT, stdout=subprocess.DEVNULL,
-    )  # fmt: skip
+        check=True,
+        timeout=TIMEOUT,
+        stdout=subprocess.DEVNULL,
+    )
     (built,) = out.glob("*.whl")
     return built
 
@@ -100,11 +118,15 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def create(folder: Path, borrow: bool = True) -> Environment:
     # pip is borrowed as well where there is one, for installing it takes five seconds.
     options = ["--without-pip"] if find_spec("pip") or not borrow else []
-    subprocess.run([sys.executable, "-m", "venv", *options, str(folder / "env")], check=True, timeout=TIMEOUT)
+    subprocess.run(
+        [sys.executable, "-m", "venv", *options, str(folder / "env")], check=True, timeout=TIMEOUT
+    )
     (folder / "workdir").mkdir()
     environment = Environment(folder / "env", folder / "workdir")
     if borrow:
-        lenders = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
+        lenders = [
+            path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")
+        ]
         (environment.site / "borrowed.pth").write_text("\n".join(lenders) + "\n")
     return environment
 
@@ -114,8 +136,13 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Environm
     """An environment with the wheel."""
     environment = create(tmp_path_factory.mktemp("installed"))
     environment.pip("install", *OFFLINE, wheel)
-    home = environment.code("import json, mergekit_monosoup as m; print(json.dumps([m.__file__, m.__version__]))")
-    assert home == [str(environment.site / "mergekit_monosoup" / "__init__.py"), mergekit_monosoup.__version__]
+    home = environment.code(
+        "import json, mergekit_monosoup as m; print(json.dumps([m.__file__, m.__version__]))"
+    )
+    assert home == [
+        str(environment.site / "mergekit_monosoup" / "__init__.py"),
+        mergekit_monosoup.__version__,
+    ]
     return environment
 
 
@@ -133,7 +160,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Pair:
 
 def config(models: Pair, file: Path, suffix: str = "") -> Path:
     base, tuned = (f"{folder}{suffix}" for folder in models)
-    file.write_text(yaml.safe_dump({"merge_method": "monosoup", "base_model": base, "models": [{"model": tuned}]}))
+    file.write_text(
+        yaml.safe_dump(
+            {"merge_method": "monosoup", "base_model": base, "models": [{"model": tuned}]}
+        )
+    )
     return file
 
 
@@ -166,14 +197,21 @@ def test_wheel_contents(wheel: Path) -> None:
         text = {name: archive.read(name).decode() for name in names if not name.endswith("/")}
     assert {name.split("/")[0] for name in names} == {"mergekit_monosoup", info, HOOK, PTH, START}
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "mergekit_monosoup").rglob("*.py")}
-    assert {name for name in names if name.startswith("mergekit_monosoup/") and name.endswith(".py")} == sources
-    assert text[PTH] == "import _mergekit_monosoup_autoload; _mergekit_monosoup_autoload.install()\n"
+    assert {
+        name for name in names if name.startswith("mergekit_monosoup/") and name.endswith(".py")
+    } == sources
+    assert (
+        text[PTH] == "import _mergekit_monosoup_autoload; _mergekit_monosoup_autoload.install()\n"
+    )
     assert text[START] == "_mergekit_monosoup_autoload:install\n"
     assert text[HOOK] == (ROOT / HOOK).read_text()
     recorded = {line.rsplit(",", 2)[0] for line in text[f"{info}/RECORD"].splitlines()}
     assert recorded == names  # what is not recorded stays behind on uninstall
     metadata = text[f"{info}/METADATA"]
-    assert "License-Expression: Apache-2.0" in metadata and "Requires-Dist: mergekit<0.2,>=0.1.5" in metadata
+    assert (
+        "License-Expression: Apache-2.0" in metadata
+        and "Requires-Dist: mergekit<0.2,>=0.1.5" in metadata
+    )
     assert "TERMS AND CONDITIONS" in text[f"{info}/licenses/LICENSE"]
     assert "mergekit-monosoup = mergekit_monosoup.cli:main" in text[f"{info}/entry_points.txt"]
 
@@ -237,11 +275,15 @@ def test_start_file_of_python_3_15(installed: Environment) -> None:
     assert installed.code(source)[0] == ["_mergekit_monosoup_autoload"]
 
 
-def test_without_mergekit_python_starts_and_the_package_imports(wheel: Path, bare: Environment, tmp_path: Path) -> None:
+def test_without_mergekit_python_starts_and_the_package_imports(
+    wheel: Path, bare: Environment, tmp_path: Path
+) -> None:
     alone = create(tmp_path, borrow=False)
     bare.pip("install", *OFFLINE, "--target", alone.site, wheel)
     done = alone.run(
-        "-c", "import mergekit_monosoup; print(mergekit_monosoup.__version__); import mergekit", fails=True
+        "-c",
+        "import mergekit_monosoup; print(mergekit_monosoup.__version__); import mergekit",
+        fails=True,
     )
     assert done.stdout.strip() == mergekit_monosoup.__version__
     assert done.stderr.splitlines()[-1] == "ModuleNotFoundError: No module named 'mergekit'"
@@ -258,7 +300,9 @@ class Run:
 
 
 @pytest.fixture(scope="module")
-def runs(installed: Environment, models: Pair, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
+def runs(
+    installed: Environment, models: Pair, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Run]:
     """The slow processes, two at a time: importing torch, transformers and peft takes each of them seconds."""
     folder = tmp_path_factory.mktemp("runs")
     yml = config(models, folder / "monosoup.yml")
@@ -271,12 +315,24 @@ def runs(installed: Environment, models: Pair, tmp_path_factory: pytest.TempPath
     commands: dict[str, list[object]] = {
         "yaml": [script("mergekit-yaml"), yml, out["yaml"]],
         "isolated": ["-I", "-m", "mergekit.scripts.run_yaml", yml, out["isolated"]],
-        "multi": ["-E", "-s", script("mergekit-multi"), stages, "--out-path", out["multi"], "-I", folder / "between"],
+        "multi": [
+            "-E",
+            "-s",
+            script("mergekit-multi"),
+            stages,
+            "--out-path",
+            out["multi"],
+            "-I",
+            folder / "between",
+        ],
         "pytorch": [script("mergekit-pytorch"), raw, out["pytorch"]],
         "api": ["-c", API, yml, out["api"]],
     }
     with ThreadPoolExecutor(2) as pool:
-        ends = {name: pool.submit(installed.run, *command, fails=None) for name, command in commands.items()}
+        ends = {
+            name: pool.submit(installed.run, *command, fails=None)
+            for name, command in commands.items()
+        }
     return {name: Run(end.result(), out[name]) for name, end in ends.items()}
 
 
@@ -290,7 +346,9 @@ def test_two_stages(runs: dict[str, Run], models: Pair) -> None:
     assert runs["multi"].done.returncode == 0, runs["multi"].done.stderr
     between = runs["multi"].out.parent / "between" / "edited"
     assert_edited(between, models)
-    edited, tuned, final = (checkpoints.state_dict(folder) for folder in (between, models[1], runs["multi"].out))
+    edited, tuned, final = (
+        checkpoints.state_dict(folder) for folder in (between, models[1], runs["multi"].out)
+    )
     for name in final:
         torch.testing.assert_close(final[name], (edited[name] + tuned[name]) / 2)
 
@@ -367,7 +425,10 @@ def test_run_merge(facts: dict[str, Any], runs: dict[str, Run], models: Pair) ->
 
 
 def test_evolve_accepts_the_method(facts: dict[str, Any]) -> None:
-    assert facts["evolve"] == {"monosoup": ["weight"], "svc": ["weight"]}  # every method, under its own name
+    assert facts["evolve"] == {
+        "monosoup": ["weight"],
+        "svc": ["weight"],
+    }  # every method, under its own name
     assert facts["genome"] == "monosoup"
 
 
@@ -397,14 +458,18 @@ def test_spawned_process(installed: Environment) -> None:
 
 
 def test_ray_worker(installed: Environment) -> None:
-    pytest.importorskip("ray", reason="ray has no wheel for this Python, or the extra `test` is not installed")
+    pytest.importorskip(
+        "ray", reason="ray has no wheel for this Python, or the extra `test` is not installed"
+    )
     source = """
         import json, os, ray
         ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, configure_logging=False)
         print(json.dumps([os.getpid(), *ray.get(ray.remote(method).remote())]))
     """
     parent, child, name = installed.code(
-        WORKER + textwrap.dedent(source), RAY_USAGE_STATS_ENABLED="0", RAY_ENABLE_UV_RUN_RUNTIME_ENV="0"
+        WORKER + textwrap.dedent(source),
+        RAY_USAGE_STATS_ENABLED="0",
+        RAY_ENABLE_UV_RUN_RUNTIME_ENV="0",
     )
     assert parent != child and name == "monosoup"
 
@@ -425,7 +490,11 @@ def write(folder: Path, modules: dict[str, str]) -> str:
 
 def ours(stderr: str) -> list[str]:
     """Log records of ours, printed bare; a traceback's lines are indented."""
-    return [line for line in stderr.splitlines() if line.startswith("mergekit") and "mergekit-monosoup" in line]
+    return [
+        line
+        for line in stderr.splitlines()
+        if line.startswith("mergekit") and "mergekit-monosoup" in line
+    ]
 
 
 def test_a_method_of_mergekit_itself_wins(installed: Environment, tmp_path: Path) -> None:
@@ -475,15 +544,24 @@ FAKE_METHODS = {
 @pytest.mark.parametrize("entangled", [False, True], ids=["", "mergekit imports the package"])
 @pytest.mark.parametrize(
     "first",
-    ["mergekit.merge_methods", "mergekit.merge_methods.registry", "mergekit_monosoup", "mergekit_monosoup.methods"],
+    [
+        "mergekit.merge_methods",
+        "mergekit.merge_methods.registry",
+        "mergekit_monosoup",
+        "mergekit_monosoup.methods",
+    ],
 )
 def test_registered_once_whatever_comes_first(
     installed: Environment, tmp_path: Path, first: str, entangled: bool
 ) -> None:
     fake = {**FAKE_MERGEKIT, **FAKE_METHODS}
     if entangled:  # half-way through its own import
-        fake["mergekit.merge_methods.__init__"] = "import mergekit_monosoup\n" + fake["mergekit.merge_methods.__init__"]
-    source = f"import {first}, mergekit.merge_methods as m, mergekit_monosoup.methods; print(*m.names)"
+        fake["mergekit.merge_methods.__init__"] = (
+            "import mergekit_monosoup\n" + fake["mergekit.merge_methods.__init__"]
+        )
+    source = (
+        f"import {first}, mergekit.merge_methods as m, mergekit_monosoup.methods; print(*m.names)"
+    )
     done = installed.run("-c", source, PYTHONPATH=write(tmp_path, fake))
     assert (done.stdout.split(), done.stderr) == (["monosoup"], "")
 
@@ -512,7 +590,9 @@ def test_an_older_mergekit(installed: Environment, tmp_path: Path) -> None:
     assert "into mergekit.evo.genome: AttributeError" in second
 
 
-def test_mergekit_that_fails_to_import_fails_as_ever(installed: Environment, tmp_path: Path) -> None:
+def test_mergekit_that_fails_to_import_fails_as_ever(
+    installed: Environment, tmp_path: Path
+) -> None:
     fake = write(tmp_path, {"mergekit.merge_methods.__init__": "raise KeyError('theirs')"})
     done = installed.run("-c", "import mergekit.merge_methods", fails=True, PYTHONPATH=fake)
     assert done.stderr.splitlines()[-1] == "KeyError: 'theirs'" and not ours(done.stderr)
@@ -520,7 +600,9 @@ def test_mergekit_that_fails_to_import_fails_as_ever(installed: Environment, tmp
 
 
 @pytest.mark.parametrize("place", [0, 1], ids=["before ours", "after ours"])
-def test_another_finder_that_asks_all_finders(installed: Environment, tmp_path: Path, place: int) -> None:
+def test_another_finder_that_asks_all_finders(
+    installed: Environment, tmp_path: Path, place: int
+) -> None:
     source = """
         import json, sys
         class Other:
@@ -545,7 +627,9 @@ def test_two_threads(installed: Environment, tmp_path: Path) -> None:
     A grid of starting times, so that each meets the other before, in and after each of its imports.
     """
     slow = "import time; time.sleep(0.01)\n"
-    modules = {name: textwrap.dedent(source) for name, source in {**FAKE_MERGEKIT, **FAKE_METHODS}.items()}
+    modules = {
+        name: textwrap.dedent(source) for name, source in {**FAKE_MERGEKIT, **FAKE_METHODS}.items()
+    }
     fake = write(tmp_path, {name: f"{slow}{source}\n{slow}" for name, source in modules.items()})
     source = """
         import itertools, json, sys, threading, time
@@ -589,7 +673,10 @@ print(json.dumps(sys.modules["mergekit_monosoup"].__file__ if known else None))
 
 
 def round_trip(
-    environment: Environment, install: Callable[[], object], uninstall: Callable[[], object], leaves: str = ""
+    environment: Environment,
+    install: Callable[[], object],
+    uninstall: Callable[[], object],
+    leaves: str = "",
 ) -> Path:
     """Installs, looks, uninstalls; then every file is as before. Returns where the methods came from."""
     before = environment.files()
@@ -625,7 +712,16 @@ def test_editable_install(bare: Environment) -> None:
 
 def test_uv_install(bare: Environment, wheel: Path) -> None:
     def uv(*arguments: object) -> None:
-        command = [sys.executable, "-m", "uv", "pip", *map(str, arguments), "--offline", "--python", str(bare.python)]
+        command = [
+            sys.executable,
+            "-m",
+            "uv",
+            "pip",
+            *map(str, arguments),
+            "--offline",
+            "--python",
+            str(bare.python),
+        ]
         subprocess.run(command, check=True, timeout=TIMEOUT)
 
     home = round_trip(

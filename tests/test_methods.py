@@ -33,7 +33,11 @@ def merge(base, tuned, out, *, parameters=None, per_model=None, options=None, **
     config = {"merge_method": "monosoup", "base_model": str(base), "models": models, **top}
     if parameters:
         config["parameters"] = parameters
-    run_merge(MergeConfiguration.model_validate(config), str(out), MergeOptions(quiet=True, **(options or {})))
+    run_merge(
+        MergeConfiguration.model_validate(config),
+        str(out),
+        MergeOptions(quiet=True, **(options or {})),
+    )
     return checkpoints.state_dict(out)
 
 
@@ -57,7 +61,9 @@ def qwen3(tmp_path_factory):
 )
 def test_every_tensor_of_a_checkpoint(tmp_path, family, dtype, tied, sharded):
     base, (tuned,) = checkpoints.pair(tmp_path, family, dtype=dtype, tied=tied, sharded=sharded)
-    merged = merge(base, [tuned], tmp_path / "out", parameters={"report": str(tmp_path / "r.jsonl")})
+    merged = merge(
+        base, [tuned], tmp_path / "out", parameters={"report": str(tmp_path / "r.jsonl")}
+    )
     W0, W1 = checkpoints.state_dict(base), checkpoints.state_dict(tuned)
     records = {r.name: r for r in report.read(tmp_path / "r.jsonl")}
     assert set(merged) == set(W0) == set(W1) == set(records)
@@ -72,7 +78,10 @@ def test_every_tensor_of_a_checkpoint(tmp_path, family, dtype, tied, sharded):
         assert not torch.equal(weight, W1[name]) and not torch.equal(weight, W0[name]), name
         if dtype == torch.float32:
             # 1e-5 of the update; what remains is the rounding of W0 + delta, 6e-8 of W0 against an update of 2e-2 W0.
-            assert float((weight.double() - torch.tensor(exact)).norm()) < 1e-5 * torch.tensor(mono).norm(), name
+            assert (
+                float((weight.double() - torch.tensor(exact)).norm())
+                < 1e-5 * torch.tensor(mono).norm()
+            ), name
         else:
             assert float((weight == torch.tensor(exact).bfloat16()).double().mean()) > 0.999, name
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -94,10 +103,18 @@ def one_thread():
 
 def test_mixture_of_experts_is_edited_expert_by_expert(tmp_path):
     base, (tuned,) = checkpoints.pair(tmp_path, "qwen3_moe")
-    merged = merge(base, [tuned], tmp_path / "out", parameters={"report": str(tmp_path / "r.jsonl")})
-    W0, W1 = checkpoints.state_dict(base), checkpoints.state_dict(tuned)  # stored as separate 2-D experts
+    merged = merge(
+        base, [tuned], tmp_path / "out", parameters={"report": str(tmp_path / "r.jsonl")}
+    )
+    W0, W1 = (
+        checkpoints.state_dict(base),
+        checkpoints.state_dict(tuned),
+    )  # stored as separate 2-D experts
     records = {r.name for r in report.read(tmp_path / "r.jsonl")}
-    gate_up, down = merged["model.layers.0.mlp.experts.gate_up_proj"], merged["model.layers.0.mlp.experts.down_proj"]
+    gate_up, down = (
+        merged["model.layers.0.mlp.experts.gate_up_proj"],
+        merged["model.layers.0.mlp.experts.down_proj"],
+    )
     half = gate_up.shape[1] // 2
     for expert in range(4):
         for projection, found in (
@@ -117,7 +134,9 @@ def test_mixture_of_experts_is_edited_expert_by_expert(tmp_path):
 
 def test_expert_biases_and_llama4_layout():
     W0, W1 = torch.randn(3, 8), torch.randn(3, 8)
-    kept = merge_tensors([W0, W1], "monosoup", base_index=0, name="model.layers.0.mlp.experts.gate_up_proj_bias")
+    kept = merge_tensors(
+        [W0, W1], "monosoup", base_index=0, name="model.layers.0.mlp.experts.gate_up_proj_bias"
+    )
     assert torch.equal(kept, W1)
     W0, W1 = torch.randn(2, 6, 10), torch.randn(2, 6, 10)  # [E, in, 2·out]
     name = "model.layers.0.feed_forward.experts.gate_up_proj"
@@ -133,9 +152,13 @@ def raw_merge(folder, suffix, base, tuned, **parameters):
         paths.append(str(folder / f"model{number}.{suffix}"))
         save_file(state, paths[-1]) if suffix == "safetensors" else torch.save(state, paths[-1])
     config = RawPyTorchMergeConfig.model_validate(
-        {"merge_method": "monosoup", "base_model": paths[0], "models": [{"model": p} for p in paths[1:]],
-         "parameters": parameters}
-    )  # fmt: skip
+        {
+            "merge_method": "monosoup",
+            "base_model": paths[0],
+            "models": [{"model": p} for p in paths[1:]],
+            "parameters": parameters,
+        }
+    )
     Executor(plan_flat_merge(config, str(folder / "out"), True, False, MergeOptions())).execute()
     return checkpoints.state_dict(folder / "out")
 
@@ -147,21 +170,36 @@ def updated(state, seed):
 
 @pytest.mark.parametrize("suffix", ["pt", "safetensors"])
 def test_convolutions_through_mergekit_pytorch(tmp_path, suffix):
-    base = {"stem.weight": torch.randn(8, 3, 4, 4), "norm.weight": torch.ones(8), "scale": torch.tensor(1.0)}
+    base = {
+        "stem.weight": torch.randn(8, 3, 4, 4),
+        "norm.weight": torch.ones(8),
+        "scale": torch.tensor(1.0),
+    }
     tuned = updated(base, 1)
     merged = raw_merge(tmp_path, suffix, base, [tuned], mode="variance")
-    assert torch.equal(merged["stem.weight"], edit(base["stem.weight"], tuned["stem.weight"], mode="variance")[0])
+    assert torch.equal(
+        merged["stem.weight"], edit(base["stem.weight"], tuned["stem.weight"], mode="variance")[0]
+    )
     assert not torch.equal(merged["stem.weight"], tuned["stem.weight"])
-    assert torch.equal(merged["norm.weight"], tuned["norm.weight"]) and torch.equal(merged["scale"], tuned["scale"])
+    assert torch.equal(merged["norm.weight"], tuned["norm.weight"]) and torch.equal(
+        merged["scale"], tuned["scale"]
+    )
 
 
 def test_tensors_that_the_base_lacks_are_kept(tmp_path):
     base, path = {"a.weight": torch.randn(8, 9)}, str(tmp_path / "r.jsonl")
-    tuned = [updated(base, seed) | {"new.weight": torch.full((3, 4), value)} for seed, value in ((1, 1.0), (2, 3.0))]
+    tuned = [
+        updated(base, seed) | {"new.weight": torch.full((3, 4), value)}
+        for seed, value in ((1, 1.0), (2, 3.0))
+    ]
     (tmp_path / "one").mkdir()
-    assert torch.equal(raw_merge(tmp_path / "one", "pt", base, tuned[:1])["new.weight"], torch.full((3, 4), 1.0))
+    assert torch.equal(
+        raw_merge(tmp_path / "one", "pt", base, tuned[:1])["new.weight"], torch.full((3, 4), 1.0)
+    )
     merged = raw_merge(tmp_path, "pt", base, tuned, report=path)
-    assert torch.equal(merged["new.weight"], torch.full((3, 4), 2.0)), "averaged like the rest of the fine-tuned models"
+    assert torch.equal(merged["new.weight"], torch.full((3, 4), 2.0)), (
+        "averaged like the rest of the fine-tuned models"
+    )
     assert {r.name: r.reason for r in report.read(path)}["new.weight"] == "not in the base model"
 
 
@@ -170,12 +208,19 @@ def test_several_models_equal_linear_then_monosoup(tmp_path, qwen3):
     both = merge(base, tuned, tmp_path / "both", per_model=[{"weight": 3}, {"weight": 1}])
     average = {
         "merge_method": "linear",
-        "models": [{"model": str(p), "parameters": {"weight": w}} for p, w in zip(tuned, (3, 1), strict=True)],
+        "models": [
+            {"model": str(p), "parameters": {"weight": w}}
+            for p, w in zip(tuned, (3, 1), strict=True)
+        ],
     }
-    run_merge(MergeConfiguration.model_validate(average), str(tmp_path / "avg"), MergeOptions(quiet=True))
+    run_merge(
+        MergeConfiguration.model_validate(average), str(tmp_path / "avg"), MergeOptions(quiet=True)
+    )
     staged = merge(base, [tmp_path / "avg"], tmp_path / "staged")
     for name, weight in both.items():
-        assert torch.allclose(weight, staged[name], atol=2e-7), name  # linear rounds its average to float32
+        assert torch.allclose(weight, staged[name], atol=2e-7), (
+            name
+        )  # linear rounds its average to float32
         assert not torch.equal(weight, checkpoints.state_dict(tuned[0])[name])
 
 
@@ -191,9 +236,13 @@ def test_lora_reference(tmp_path):
     )
     adapted.save_pretrained(tmp_path / "adapter")
     merged = merge(
-        base, [f"{base}+{tmp_path / 'adapter'}"], tmp_path / "out", parameters={"report": str(tmp_path / "r.jsonl")},
-        dtype="float32", options={"lora_merge_cache": str(tmp_path / "cache")},
-    )  # fmt: skip
+        base,
+        [f"{base}+{tmp_path / 'adapter'}"],
+        tmp_path / "out",
+        parameters={"report": str(tmp_path / "r.jsonl")},
+        dtype="float32",
+        options={"lora_merge_cache": str(tmp_path / "cache")},
+    )
     records = {r.name: r for r in report.read(tmp_path / "r.jsonl")}
     W0 = checkpoints.state_dict(base)
     q = records["model.layers.0.self_attn.q_proj.weight"]
@@ -216,7 +265,14 @@ def test_reports_of_two_merges_of_one_process(tmp_path):
 def test_dtype_and_out_dtype(tmp_path):
     base, (tuned,) = checkpoints.pair(tmp_path, dtype=torch.bfloat16)
     path = str(tmp_path / "r.jsonl")
-    merged = merge(base, [tuned], tmp_path / "out", dtype="float32", out_dtype="float32", parameters={"report": path})
+    merged = merge(
+        base,
+        [tuned],
+        tmp_path / "out",
+        dtype="float32",
+        out_dtype="float32",
+        parameters={"report": path},
+    )
     assert all(weight.dtype == torch.float32 for weight in merged.values())
     assert all(r.realised > 0.999 for r in report.read(path) if r.action == "edited")
 
@@ -242,9 +298,12 @@ def test_a_thread_for_each_gpu(tmp_path, monkeypatch, qwen3, options):
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: torch.cpu.Stream())
     monkeypatch.setattr(torch.cuda, "stream", torch.cpu.stream)
     merged = merge(
-        base, [tuned, other], tmp_path / "out", parameters={"report": str(tmp_path / "r.jsonl")},
+        base,
+        [tuned, other],
+        tmp_path / "out",
+        parameters={"report": str(tmp_path / "r.jsonl")},
         options={"multi_gpu": True, **options},
-    )  # fmt: skip
+    )
     assert sorted(devices) == ["cpu:0", "cpu:1"]
     assert all(torch.equal(merged[name], expected[name]) for name in expected)
     assert {r.name for r in report.read(tmp_path / "r.jsonl")} == set(expected)
@@ -256,9 +315,21 @@ def test_a_thread_for_each_gpu(tmp_path, monkeypatch, qwen3, options):
 def test_filters_gradients_and_model_parameters(tmp_path, qwen3):
     base, tuned = qwen3
     path = str(tmp_path / "r.jsonl")
-    filtered = {"R": [{"filter": "self_attn", "value": 0.5}, {"filter": "mlp", "value": [0.6, 0.9]}, {"value": 0.7}]}
+    filtered = {
+        "R": [
+            {"filter": "self_attn", "value": 0.5},
+            {"filter": "mlp", "value": [0.6, 0.9]},
+            {"value": 0.7},
+        ]
+    }
     filtered["min_rel_update"] = [{"filter": "embed_tokens", "value": 1e9}, {"value": "1e-6"}]
-    merge(base, tuned[:1], tmp_path / "a", parameters={"mode": "variance", "report": path}, per_model=[filtered])
+    merge(
+        base,
+        tuned[:1],
+        tmp_path / "a",
+        parameters={"mode": "variance", "report": path},
+        per_model=[filtered],
+    )
     found = {r.name: r for r in report.read(path)}
     assert found["model.layers.1.self_attn.q_proj.weight"].R == 0.5
     assert pytest.approx(0.6) == found["model.layers.0.mlp.up_proj.weight"].R
@@ -305,7 +376,9 @@ def test_all_weights_zero(tmp_path, qwen3):
 
 def test_missing_base_says_what_to_add(tmp_path, qwen3):
     _, tuned = qwen3
-    config = MergeConfiguration.model_validate({"merge_method": "monosoup", "models": [{"model": str(tuned[0])}]})
+    config = MergeConfiguration.model_validate(
+        {"merge_method": "monosoup", "models": [{"model": str(tuned[0])}]}
+    )
     with pytest.raises(ValueError, match="add `base_model: <pretrained model>` to the YAML"):
         run_merge(config, str(tmp_path / "out"), MergeOptions(quiet=True))
     with pytest.raises(ValueError, match="base_index="):
@@ -323,9 +396,12 @@ def test_base_alone_is_not_a_merge(tmp_path, qwen3):
 def test_slices_without_the_base(tmp_path, qwen3):
     base, tuned = qwen3
     config = MergeConfiguration.model_validate(
-        {"merge_method": "monosoup", "base_model": str(base),
-         "slices": [{"sources": [{"model": str(tuned[0]), "layer_range": [0, 2]}]}]}
-    )  # fmt: skip
+        {
+            "merge_method": "monosoup",
+            "base_model": str(base),
+            "slices": [{"sources": [{"model": str(tuned[0]), "layer_range": [0, 2]}]}],
+        }
+    )
     with pytest.raises(ValueError, match="list it in every slice"):
         run_merge(config, str(tmp_path / "out"), MergeOptions(quiet=True))
 
@@ -373,7 +449,10 @@ def test_threads_give_the_same_bits():
     """mergekit's multi-GPU executor calls the method from several threads at once."""
     torch.manual_seed(0)
     pairs = [(W0, W0 + 0.01 * torch.randn_like(W0)) for W0 in torch.randn(8, 96, 128)]
-    alone = [merge_tensors(list(pair), "monosoup", base_index=0, name=f"t{i}") for i, pair in enumerate(pairs)]
+    alone = [
+        merge_tensors(list(pair), "monosoup", base_index=0, name=f"t{i}")
+        for i, pair in enumerate(pairs)
+    ]
     found: dict[int, torch.Tensor] = {}
 
     def work(i):

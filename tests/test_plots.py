@@ -23,7 +23,10 @@ PAIRS = ("models/alpha ~ org/beta", "models/alpha ~ org/gamma")
 def inspected():
     """Three layers of two matrices, an embedding and a head, in the order in which a file might hold them."""
     torch.manual_seed(0)
-    names = ["lm_head.weight", *(f"model.layers.{n}.{kind}.weight" for n in (10, 9, 0) for kind in TYPES)]
+    names = [
+        "lm_head.weight",
+        *(f"model.layers.{n}.{kind}.weight" for n in (10, 9, 0) for kind in TYPES),
+    ]
     records = []
     for number, name in enumerate([*names, "model.embed_tokens.weight"]):
         W0 = torch.randn(24, 16)
@@ -45,17 +48,31 @@ def labels(axes):
 def test_coefficients_by_depth(inspected):
     """The paper's Figure 12: both coefficients of each matrix, from the embedding through the layers to the head."""
     free, variance, *_ = plots.draw({"r": inspected}).axes
-    assert [a.get_title(loc="left") for a in (free, variance)] == ["freevariance", "variance, R = 0.8"]
+    assert [a.get_title(loc="left") for a in (free, variance)] == [
+        "freevariance",
+        "variance, R = 0.8",
+    ]
     for axes, mode in ((free, "freevariance"), (variance, "variance")):
         of_mode = {r.name: r for r in inspected if r.mode == mode}
         kinds = sorted(TYPES)
-        order = ["model.embed_tokens.weight", *(f"model.layers.{n}.{k}.weight" for n in (0, 9, 10) for k in kinds)]
+        order = [
+            "model.embed_tokens.weight",
+            *(f"model.layers.{n}.{k}.weight" for n in (0, 9, 10) for k in kinds),
+        ]
         order.append("lm_head.weight")
         high, low = (line for line in axes.get_lines() if line.get_label().startswith("$"))
         assert list(high.get_ydata()) == [of_mode[name].lambda_high for name in order]
         assert list(low.get_ydata()) == [of_mode[name].lambda_low for name in order]
-        assert high.get_linestyle() != low.get_linestyle() and high.get_marker() != low.get_marker(), "grey print"
-        assert [t.get_text() for t in axes.get_xticklabels()] == ["embed_tokens", "0", "9", "10", "lm_head"]
+        assert (
+            high.get_linestyle() != low.get_linestyle() and high.get_marker() != low.get_marker()
+        ), "grey print"
+        assert [t.get_text() for t in axes.get_xticklabels()] == [
+            "embed_tokens",
+            "0",
+            "9",
+            "10",
+            "lm_head",
+        ]
         assert list(high.get_xdata()) == sorted(high.get_xdata())
 
 
@@ -67,7 +84,10 @@ def test_ranks_spectra_and_cosines(inspected):
     assert list(by_type["mlp.up_proj"].get_ydata()) == [
         shares[f"model.layers.{n}.mlp.up_proj.weight"] for n in (0, 9, 10)
     ]
-    assert labels(spectrum)[-2:] == ["k of freevariance", "k of variance"] and spectrum.get_yscale() == "log"
+    assert (
+        labels(spectrum)[-2:] == ["k of freevariance", "k of variance"]
+        and spectrum.get_yscale() == "log"
+    )
     embedding = next(line for line in spectrum.get_lines() if line.get_label() == "embed_tokens")
     stored = next(r for r in inspected if "embed" in r.name)
     assert list(embedding.get_ydata()) == stored.spectrum
@@ -88,7 +108,10 @@ def test_nothing_is_drawn_that_was_not_asked_for(inspected):
         and titles[0] == "a.jsonl: freevariance"
         and titles[-1] == "b.jsonl: Effective rank of the update"
     )
-    with pytest.raises(ValueError, match="r: no coefficients to draw for mode variance; it has those of freevariance"):
+    with pytest.raises(
+        ValueError,
+        match="r: no coefficients to draw for mode variance; it has those of freevariance",
+    ):
         plots.draw({"r": [merged]}, mode="variance")
     _, copied = edit(torch.zeros(4), torch.ones(4))
     with pytest.raises(ValueError, match="none of its matrices has λ_high"):
@@ -101,15 +124,26 @@ def test_text_stays_inside_and_does_not_overlap(inspected):
     figure.canvas.draw()
     boxes = []
     for axes in figure.axes:
-        texts = [t for t in (axes.xaxis.label, axes.yaxis.label, axes._left_title, axes.get_legend()) if t is not None]
+        texts = [
+            t
+            for t in (axes.xaxis.label, axes.yaxis.label, axes._left_title, axes.get_legend())
+            if t is not None
+        ]
         for axis, (low, high) in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
-            texts += [t.label1 for t in axis.get_major_ticks() if t.label1.get_text() and low <= t.get_loc() <= high]
+            texts += [
+                t.label1
+                for t in axis.get_major_ticks()
+                if t.label1.get_text() and low <= t.get_loc() <= high
+            ]
         boxes += [t.get_window_extent() for t in texts]
     width, height = figure.canvas.get_width_height()
     for box in boxes:
         assert box.x0 >= -1 and box.y0 >= -1 and box.x1 <= width + 1 and box.y1 <= height + 1
     overlapping = [
-        (a, b) for i, a in enumerate(boxes) for b in boxes[i + 1 :] if a.padded(-1.5).overlaps(b.padded(-1.5))
+        (a, b)
+        for i, a in enumerate(boxes)
+        for b in boxes[i + 1 :]
+        if a.padded(-1.5).overlaps(b.padded(-1.5))
     ]
     assert overlapping == [] and len(boxes) > 40
 
@@ -117,7 +151,9 @@ def test_text_stays_inside_and_does_not_overlap(inspected):
 def test_styles_differ_in_grey_too():
     styles = [style for style, _ in zip(plots._styles(), range(70), strict=False)]
     assert len({tuple(style.values()) for style in styles}) == 70
-    assert len({(style["marker"], style["linestyle"]) for style in styles[:20]}) == 20, "without colour"
+    assert len({(style["marker"], style["linestyle"]) for style in styles[:20]}) == 20, (
+        "without colour"
+    )
 
 
 def test_command_writes_real_files(inspected, tmp_path):
@@ -129,9 +165,15 @@ def test_command_writes_real_files(inspected, tmp_path):
     from PIL import Image
 
     with Image.open(tmp_path / "figure.png") as image:
-        assert image.format == "PNG" and image.width > 1000 and len(image.convert("L").getcolors()) > 50
+        assert (
+            image.format == "PNG"
+            and image.width > 1000
+            and len(image.convert("L").getcolors()) > 50
+        )
     root = ElementTree.parse(tmp_path / "figure.svg").getroot()
-    text = " ".join("".join(node.itertext()) for node in root.iter("{http://www.w3.org/2000/svg}text"))
+    text = " ".join(
+        "".join(node.itertext()) for node in root.iter("{http://www.w3.org/2000/svg}text")
+    )
     assert "effective rank / rank" in text and "self_attn.q_proj" in text and "alpha ~ beta" in text
     pdf = (tmp_path / "figure.pdf").read_bytes()
     assert pdf.startswith(b"%PDF-") and pdf.rstrip().endswith(b"%%EOF")
@@ -148,7 +190,9 @@ def test_command_refuses_by_name(inspected, tmp_path, monkeypatch):
         assert result.exit_code == 1, result.output
         return result.output
 
-    assert "f.jpg: a figure is a .png, .svg or .pdf file" in refused(report, "--out", tmp_path / "f.jpg")
+    assert "f.jpg: a figure is a .png, .svg or .pdf file" in refused(
+        report, "--out", tmp_path / "f.jpg"
+    )
     (tmp_path / "other.jsonl").write_text(json.dumps({"a": 1}) + "\n")
     assert "other.jsonl, line 1: not a monosoup record" in refused(
         tmp_path / "other.jsonl", "--out", tmp_path / "f.png"

@@ -21,7 +21,15 @@ from mergekit_monosoup.check import check
 from mergekit_monosoup.checkpoints.reader import Checkpoints
 from mergekit_monosoup.cli import main
 from mergekit_monosoup.kernel.task_vector import BLOCK_ELEMENTS, inner_products
-from mergekit_monosoup.soup import Decision, configuration, pairwise, products, read_scores, select, similarity
+from mergekit_monosoup.soup import (
+    Decision,
+    configuration,
+    pairwise,
+    products,
+    read_scores,
+    select,
+    similarity,
+)
 
 UP = "model.layers.1.mlp.up_proj.weight"
 
@@ -34,7 +42,10 @@ def oracle(base, tuned, threshold, how="mean", order="given"):
         other = [tuned[j][n] - base[n] for n in range(len(base))]
         if how == "whole":
             average, other = ([np.concatenate([w.ravel() for w in x])] for x in (average, other))
-        cosines = [(a * b).sum() / np.linalg.norm(a) / np.linalg.norm(b) for a, b in zip(average, other, strict=True)]
+        cosines = [
+            (a * b).sum() / np.linalg.norm(a) / np.linalg.norm(b)
+            for a, b in zip(average, other, strict=True)
+        ]
         return float(np.mean(cosines))
 
     soup, left, decisions = [0], list(range(1, len(tuned))), [(0, None, True)]
@@ -56,7 +67,12 @@ def related(count, seed, shapes=((12, 8), (20,), (6, 9))):
     tuned = []
     for _ in range(count):
         share = rng.uniform(-0.5, 1.5)
-        tuned.append([b + 0.1 * (share * c + rng.standard_normal(b.shape)) for b, c in zip(base, common, strict=True)])
+        tuned.append(
+            [
+                b + 0.1 * (share * c + rng.standard_normal(b.shape))
+                for b, c in zip(base, common, strict=True)
+            ]
+        )
     return base, tuned
 
 
@@ -88,8 +104,12 @@ def test_order_and_scores():
     base, tuned = related(5, 1)
     models, gram = list("abcde"), gram_of(base, tuned)
     scores = dict(zip(models, (0.1, 0.5, 0.3, 0.9, 0.3), strict=True))
-    assert [d.model for d in select(models, gram, 0.2, order="scores", scores=scores)] == list("dbcea")
-    assert [d.model for d in select(models, gram, 0.2, scores=scores)] == list("dabce"), "the best first, then as given"
+    assert [d.model for d in select(models, gram, 0.2, order="scores", scores=scores)] == list(
+        "dbcea"
+    )
+    assert [d.model for d in select(models, gram, 0.2, scores=scores)] == list("dabce"), (
+        "the best first, then as given"
+    )
     order = select(models, gram, -1.0, order="similarity")
     assert order[1].similarity == max(similarity(gram, [0], j) for j in range(1, 5))
     assert all(d.taken for d in order), "nothing is below -1"
@@ -109,7 +129,9 @@ def test_cosines_do_not_depend_on_the_size_of_an_update(seed, scale, threshold):
     models, gram = list("abc"), gram_of(base, tuned)
     tuned[2] = [b + scale * (w - b) for w, b in zip(tuned[2], base, strict=True)]
     for one, other in zip(
-        select(models, gram, threshold), select(models, gram_of(base, tuned), threshold), strict=True
+        select(models, gram, threshold),
+        select(models, gram_of(base, tuned), threshold),
+        strict=True,
     ):
         assert one.similarity == pytest.approx(other.similarity, abs=1e-9)
     values = np.array(pairwise(gram))
@@ -132,7 +154,9 @@ def test_inner_products_over_several_blocks(monkeypatch):
     monkeypatch.setattr("mergekit_monosoup.kernel.task_vector.BLOCK_ELEMENTS", 64)
     assert BLOCK_ELEMENTS > 64
     W0, *tuned = (torch.randn(13, 17) for _ in range(4))
-    expected = np.array([[float(((a - W0).double() * (b - W0).double()).sum()) for b in tuned] for a in tuned])
+    expected = np.array(
+        [[float(((a - W0).double() * (b - W0).double()).sum()) for b in tuned] for a in tuned]
+    )
     assert inner_products(W0, tuned).numpy() == pytest.approx(expected, rel=1e-6)
     assert inner_products(W0.bfloat16(), [w.double() for w in tuned]).dtype == torch.float64
 
@@ -146,7 +170,10 @@ def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("soup")
     checkpoints.pair(folder, tuned=3)
     base, first = (checkpoints.state_dict(folder / name) for name in ("base", "tuned0"))
-    near = {n: w + 0.3 * (first[n] - base[n]) for n, w in checkpoints.state_dict(folder / "tuned1").items()}
+    near = {
+        n: w + 0.3 * (first[n] - base[n])
+        for n, w in checkpoints.state_dict(folder / "tuned1").items()
+    }
     save_file(near, folder / "tuned1" / "model.safetensors", {"format": "pt"})
     far = {n: base[n] - (first[n] - base[n]) for n in base}
     save_file(far, folder / "tuned2" / "model.safetensors", {"format": "pt"})
@@ -176,7 +203,9 @@ def merged(config, folder):
 def test_products_of_checkpoints(world, count):
     opened = Checkpoints([str(world / "base"), *models_of(world)])
     gram = products(opened, opened.names, count)
-    states = [checkpoints.state_dict(world / name) for name in ("base", "tuned0", "tuned1", "tuned2")]
+    states = [
+        checkpoints.state_dict(world / name) for name in ("base", "tuned0", "tuned1", "tuned2")
+    ]
     counted = [n for n in states[0] if states[0][n].ndim == 2 or count == "all"]
     assert len(gram) == len(counted) and (count == "all") == (len(counted) == len(states[0]))
     base, *tuned = ([state[n].double().numpy() for n in counted] for state in states)
@@ -192,14 +221,21 @@ def test_products_of_checkpoints(world, count):
 def test_command_writes_a_merge_that_checks_and_runs(world, tmp_path):
     out = tmp_path / "soup.yml"
     text = soup("--base", world / "base", "--threshold", 0.1, *models_of(world), "--out", out)
-    assert "tuned1: similarity 0." in text and "joins" in text and "tuned2: similarity -" in text and "left out" in text
+    assert (
+        "tuned1: similarity 0." in text
+        and "joins" in text
+        and "tuned2: similarity -" in text
+        and "left out" in text
+    )
     assert "Similarity of the updates" in text and "-1.00" in text and "2 of 3 models" in text
     assert "# " in out.read_text().splitlines()[0] and check(out) == []
     config = yaml.safe_load(out.read_text())
     assert config["merge_method"] == "linear" and "base_model" not in config
     result = merged(out, tmp_path / "merged")
     first, second = up_of(*models_of(world)[:2])
-    assert torch.allclose(result[UP], (first + second) / 2, atol=1e-7) and not torch.equal(result[UP], first)
+    assert torch.allclose(result[UP], (first + second) / 2, atol=1e-7) and not torch.equal(
+        result[UP], first
+    )
 
 
 def test_edited_soup(world, tmp_path):
@@ -214,20 +250,33 @@ def test_a_soup_of_one_still_merges(world, tmp_path):
     out = tmp_path / "soup.yml"
     soup("--base", world / "base", "--threshold", 0.99, *models_of(world), "--out", out)
     assert check(out) == []
-    assert torch.equal(merged(out, tmp_path / "merged")[UP], checkpoints.state_dict(world / "tuned0")[UP])
+    assert torch.equal(
+        merged(out, tmp_path / "merged")[UP], checkpoints.state_dict(world / "tuned0")[UP]
+    )
 
 
 def test_scores_from_a_file(world, tmp_path):
     models, out, scores = models_of(world), tmp_path / "soup.yml", tmp_path / "scores.json"
     scores.write_text(json.dumps(dict(zip(models, (1, 3.5, 2), strict=True))))
-    text = soup("--base", world / "base", "--threshold", 0.1, "--scores", scores, *models, "--out", out)
-    assert [line.split(":")[0] for line in text.splitlines() if "similarity" in line or ": first" in line] == [
-        models[1], models[2], models[0],
-    ]  # fmt: skip
+    text = soup(
+        "--base", world / "base", "--threshold", 0.1, "--scores", scores, *models, "--out", out
+    )
+    assert [
+        line.split(":")[0]
+        for line in text.splitlines()
+        if "similarity" in line or ": first" in line
+    ] == [
+        models[1],
+        models[2],
+        models[0],
+    ]
     for content, words in (
         ("[1, 2]", "must map each model to its score, is a list"),
         (json.dumps({models[0]: 1}), f"no score for {models[1]}"),
-        (json.dumps(dict.fromkeys(models, True)), f"the score of {models[0]} must be a finite number, got True"),
+        (
+            json.dumps(dict.fromkeys(models, True)),
+            f"the score of {models[0]} must be a finite number, got True",
+        ),
         (json.dumps(dict.fromkeys(models, float("nan"))), "must be a finite number, got "),
         ("a: b: c", "cannot be read as JSON or YAML"),
     ):
@@ -243,24 +292,38 @@ def test_wrong_inputs_are_named_before_files_are_read(world, tmp_path):
     assert "at least two" in soup(*common, models[0], code=1)
     assert f"{models[0]} is listed twice" in soup(*common, models[0], models[1], models[0], code=1)
     other = f"{Path(models[0]).parent}/./{Path(models[0]).name}"
-    assert f"{other} is listed twice, also as {models[0]}" in soup(*common, models[0], other, code=1)
+    assert f"{other} is listed twice, also as {models[0]}" in soup(
+        *common, models[0], other, code=1
+    )
     assert "is the base model" in soup(*common, models[0], base, code=1)
     assert "./nowhere: no such file or folder" in soup(*common, models[0], "./nowhere", code=1)
     assert "needs --scores" in soup(*common, *models, "--order", "scores", code=1)
-    assert "in [-1, 1]; got 7" in soup("--base", base, "--threshold", 7, *models, "--out", out, code=1)
+    assert "in [-1, 1]; got 7" in soup(
+        "--base", base, "--threshold", 7, *models, "--out", out, code=1
+    )
     assert "Missing option '--threshold'" in soup("--base", base, *models, code=2)
     lost = tmp_path / "lost" / "soup.yml"
-    assert "lost: no such folder" in soup(*common, *models, "--out", lost, code=1).replace("\n", " ")
+    assert "lost: no such folder" in soup(*common, *models, "--out", lost, code=1).replace(
+        "\n", " "
+    )
     assert not out.exists()
     out.write_text("mine")
-    assert f"{out} exists; --force overwrites it" in soup(*common, *models, code=1) and out.read_text() == "mine"
+    assert (
+        f"{out} exists; --force overwrites it" in soup(*common, *models, code=1)
+        and out.read_text() == "mine"
+    )
     soup(*common, *models, "--force")
     assert "linear" in out.read_text()
     (tmp_path / "copy").mkdir()
     state = checkpoints.state_dict(base)
     save_file(state, tmp_path / "copy" / "model.safetensors")
-    assert "copy is no different from" in soup(*common, "--force", models[0], tmp_path / "copy", code=1)
-    save_file(state | {UP: torch.full_like(state[UP], float("inf"))}, tmp_path / "copy" / "model.safetensors")
+    assert "copy is no different from" in soup(
+        *common, "--force", models[0], tmp_path / "copy", code=1
+    )
+    save_file(
+        state | {UP: torch.full_like(state[UP], float("inf"))},
+        tmp_path / "copy" / "model.safetensors",
+    )
     assert f"{UP} is not finite: 1536 entries in {tmp_path}/copy" in soup(
         *common, "--force", models[0], tmp_path / "copy", code=1
     ).replace("\n", " ")
@@ -270,8 +333,14 @@ def test_relative_folders_are_written_so_that_they_are_not_hub_names(world, tmp_
     """mergekit's model card would ask the hub about `soup/tuned0` at the end of an offline merge."""
     monkeypatch.chdir(world.parent)
     name = f"{world.name}/tuned0"
-    chosen = [Decision(name, None, True), Decision("org/model", 0.5, True), Decision("org/other", 0.1, False)]
+    chosen = [
+        Decision(name, None, True),
+        Decision("org/model", 0.5, True),
+        Decision("org/other", 0.1, False),
+    ]
     written = yaml.safe_load(configuration(f"{world.name}/base", chosen, 0.2, edit=True))
     assert written["base_model"] == f"./{world.name}/base"
     assert [m["model"] for m in written["models"]] == [f"./{name}", "org/model"]
-    assert "--lora-merge-cache" in configuration("org/base", [Decision("org/base+org/adapter", None, True)], 0.2)
+    assert "--lora-merge-cache" in configuration(
+        "org/base", [Decision("org/base+org/adapter", None, True)], 0.2
+    )

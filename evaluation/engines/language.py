@@ -50,8 +50,12 @@ def quiet() -> None:
     datasets.disable_progress_bars()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    lm_eval.api.task.tqdm = functools.partial(tqdm, disable=True)  # building prompts: one bar per task, over at once
-    lm_eval.models.huggingface.tqdm = functools.partial(tqdm, leave=False)  # a line per task follows
+    lm_eval.api.task.tqdm = functools.partial(
+        tqdm, disable=True
+    )  # building prompts: one bar per task, over at once
+    lm_eval.models.huggingface.tqdm = functools.partial(
+        tqdm, leave=False
+    )  # a line per task follows
     # Both start other programs for every task. The hash is the current folder's, not lm-eval's, and outside of a repository
     # git prints an error; versions are recorded by `fingerprint`.
     lm_eval.evaluator.get_git_commit_hash = lambda: None
@@ -68,16 +72,24 @@ def check_settings(settings: Settings) -> None:
     Raises:
         EngineError: this machine does not have such a device, torch no such dtype, or vLLM is not installed.
     """
-    if settings.dtype != "auto" and not isinstance(getattr(torch, settings.dtype, None), torch.dtype):
-        raise EngineError(f"--dtype {settings.dtype}: not one of torch's; take float32, bfloat16, float16 or auto")
+    if settings.dtype != "auto" and not isinstance(
+        getattr(torch, settings.dtype, None), torch.dtype
+    ):
+        raise EngineError(
+            f"--dtype {settings.dtype}: not one of torch's; take float32, bfloat16, float16 or auto"
+        )
     if settings.backend == "vllm":
         if importlib.util.find_spec("vllm") is None:
-            raise EngineError("--backend vllm: vLLM is not installed here, and no extra of this package brings it")
+            raise EngineError(
+                "--backend vllm: vLLM is not installed here, and no extra of this package brings it"
+            )
         return
     try:
         torch.empty(0, device=settings.device)
     except (RuntimeError, AssertionError) as error:
-        raise EngineError(f"--device {settings.device}: {str(error).partition(chr(10))[0]}") from error
+        raise EngineError(
+            f"--device {settings.device}: {str(error).partition(chr(10))[0]}"
+        ) from error
     if torch.device(settings.device).type not in ("cpu", "cuda", "mps", "xpu", "npu", "hpu"):
         raise EngineError(
             f"--device {settings.device}: lm-eval's hf models run on cpu, cuda, cuda:1, …, mps, xpu, npu, hpu"
@@ -89,14 +101,24 @@ def check_settings(settings: Settings) -> None:
 
 def task_manager(folder: Path | None = None) -> TaskManager:
     """lm-eval's own tasks, whose index takes it ten seconds; or only those in `folder`."""
-    return TaskManager() if folder is None else TaskManager(include_path=str(folder), include_defaults=False)
+    return (
+        TaskManager()
+        if folder is None
+        else TaskManager(include_path=str(folder), include_defaults=False)
+    )
 
 
 def check_tasks(manager: TaskManager, suite: Suite, backend: str = "hf") -> None:
     """Every task, metric, filter and generation setting of the suite exists in the installed lm-eval. Reads no data."""
-    wrong = [f"suite {suite.name}: {line}" for task in suite.tasks for line in _unknown(manager, task)]
+    wrong = [
+        f"suite {suite.name}: {line}" for task in suite.tasks for line in _unknown(manager, task)
+    ]
     if backend == "hf":  # vLLM has names of its own
-        wrong += [f"suite {suite.name}: {line}" for task in suite.tasks for line in _unknown_generation(task)]
+        wrong += [
+            f"suite {suite.name}: {line}"
+            for task in suite.tasks
+            for line in _unknown_generation(task)
+        ]
     if wrong:
         raise EngineError("\n".join(wrong))
 
@@ -104,7 +126,9 @@ def check_tasks(manager: TaskManager, suite: Suite, backend: str = "hf") -> None
 def _unknown(manager: TaskManager, task: Task) -> Iterator[str]:
     if task.task not in manager.task_index:
         near = difflib.get_close_matches(task.task, manager.all_tasks, n=3)
-        yield f"lm-eval has no task {task.task}" + (f"; did you mean {', '.join(near)}?" if near else "")
+        yield f"lm-eval has no task {task.task}" + (
+            f"; did you mean {', '.join(near)}?" if near else ""
+        )
         return
     for leaf in leaves(manager, task.task):
         config = manager.task_index[leaf].cfg or {}
@@ -117,10 +141,18 @@ def _unknown(manager: TaskManager, task: Task) -> Iterator[str]:
 
 
 def _unknown_generation(task: Task) -> Iterator[str]:
-    known = {"until", "max_gen_toks", "max_tokens", "max_completion_tokens", *vars(transformers.GenerationConfig())}
+    known = {
+        "until",
+        "max_gen_toks",
+        "max_tokens",
+        "max_completion_tokens",
+        *vars(transformers.GenerationConfig()),
+    }
     for key in sorted(set(task.generation) - known):
         near = difflib.get_close_matches(key, known, n=3)
-        yield f"{task.task}: generation has no {key}" + (f"; did you mean {', '.join(near)}?" if near else "")
+        yield f"{task.task}: generation has no {key}" + (
+            f"; did you mean {', '.join(near)}?" if near else ""
+        )
     until = task.generation.get("until", [])
     if not isinstance(until, str | list):
         yield f"{task.task}: generation: until must be a text or a list of texts, not {until!r}"
@@ -134,14 +166,21 @@ def leaves(manager: TaskManager, name: str) -> list[str]:
         return sorted(entry.tags)
     if kind != "GROUP":
         return [name]
-    members = [member if isinstance(member, str) else member.get("task") for member in (entry.cfg or {})["task"]]
-    return [leaf for member in members if isinstance(member, str) for leaf in leaves(manager, member)]
+    members = [
+        member if isinstance(member, str) else member.get("task")
+        for member in (entry.cfg or {})["task"]
+    ]
+    return [
+        leaf for member in members if isinstance(member, str) for leaf in leaves(manager, member)
+    ]
 
 
 def scores(config: dict[str, Any]) -> list[str]:
     """The "metric,filter" pairs that a task reports."""
     listed = config.get("metric_list")
-    metrics = [m["metric"] for m in listed] if listed else DEFAULT_METRIC_REGISTRY[config["output_type"]]
+    metrics = (
+        [m["metric"] for m in listed] if listed else DEFAULT_METRIC_REGISTRY[config["output_type"]]
+    )
     filters = [f["name"] for f in config.get("filter_list") or [{"name": "none"}]]
     return [f"{metric},{name}" for metric in metrics for name in filters]
 
@@ -152,10 +191,15 @@ def check_data(manager: TaskManager, tasks: Iterable[Task]) -> None:
         try:
             loaded = manager.load([task.task])["tasks"]
         except (
-            OSError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, datasets.exceptions.DatasetsError,
-        ) as error:  # fmt: skip
+            OSError,
+            HfHubHTTPError,
+            LocalEntryNotFoundError,
+            OfflineModeIsEnabled,
+            datasets.exceptions.DatasetsError,
+        ) as error:
             paths = {
-                str((manager.task_index[leaf].cfg or {}).get("dataset_path")) for leaf in leaves(manager, task.task)
+                str((manager.task_index[leaf].cfg or {}).get("dataset_path"))
+                for leaf in leaves(manager, task.task)
             }
             raise EngineError(
                 f"task {task.task} needs the data set {', '.join(sorted(paths))}, which is neither on this machine nor to "
@@ -165,7 +209,9 @@ def check_data(manager: TaskManager, tasks: Iterable[Task]) -> None:
         for name, each in loaded.items():
             first = next(iter(each.eval_docs))
             if task.cluster not in (None, "doc_id", *first):
-                raise EngineError(f"{name}: items have no field {task.cluster} (cluster); they have {', '.join(first)}")
+                raise EngineError(
+                    f"{name}: items have no field {task.cluster} (cluster); they have {', '.join(first)}"
+                )
 
 
 # -- models --------------------------------------------------------------------------------------------------------------
@@ -176,16 +222,29 @@ class Model:
 
     def __init__(self, folder: Path, suite: Suite, settings: Settings) -> None:
         shared: dict[str, Any] = {
-            "pretrained": str(folder), "dtype": settings.dtype, "enable_thinking": suite.enable_thinking,
-        }  # fmt: skip
+            "pretrained": str(folder),
+            "dtype": settings.dtype,
+            "enable_thinking": suite.enable_thinking,
+        }
         # A checkpoint's generation_config.json holds sampling defaults (a repetition penalty, say) that leak into greedy
         # decoding, and mergekit does not always copy it: models would be compared under different rules.
         if settings.backend == "vllm":
-            self.lm = _loaded(folder, "vllm", **shared, batch_size="auto", seed=suite.seed, generation_config="vllm")
+            self.lm = _loaded(
+                folder,
+                "vllm",
+                **shared,
+                batch_size="auto",
+                seed=suite.seed,
+                generation_config="vllm",
+            )
             return
-        self.lm = _loaded(folder, "hf", **shared, device=settings.device, batch_size=suite.batch_size)
+        self.lm = _loaded(
+            folder, "hf", **shared, device=settings.device, batch_size=suite.batch_size
+        )
         if suite.chat_template and not self.lm.tokenizer.chat_template:
-            raise EngineError(f"{folder}: its tokenizer has no chat template, which suite {suite.name} asks for")
+            raise EngineError(
+                f"{folder}: its tokenizer has no chat template, which suite {suite.name} asks for"
+            )
         tokenizer = self.lm.tokenizer
         self.lm.model.generation_config = transformers.GenerationConfig(
             eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
@@ -204,21 +263,40 @@ class Model:
         """All items of one task. One call per task: shots and generation settings hold for a whole call of lm-eval, and
         what is finished can be kept. Never with lm-eval's `use_cache`, which does not ask which model answered."""
         results = lm_eval.evaluator.simple_evaluate(
-            model=self.lm, tasks=[task.task], num_fewshot=task.num_fewshot, limit=settings.limit,
-            gen_kwargs=dict(task.generation) or None, apply_chat_template=suite.chat_template, log_samples=True,
-            bootstrap_iters=0, task_manager=manager, random_seed=suite.seed, numpy_random_seed=suite.seed,
-            torch_random_seed=suite.seed, fewshot_random_seed=suite.seed,
-        )  # fmt: skip
+            model=self.lm,
+            tasks=[task.task],
+            num_fewshot=task.num_fewshot,
+            limit=settings.limit,
+            gen_kwargs=dict(task.generation) or None,
+            apply_chat_template=suite.chat_template,
+            log_samples=True,
+            bootstrap_iters=0,
+            task_manager=manager,
+            random_seed=suite.seed,
+            numpy_random_seed=suite.seed,
+            torch_random_seed=suite.seed,
+            fewshot_random_seed=suite.seed,
+        )
         assert results is not None
         shots = {leaf: results["n-shot"][leaf] for leaf in results["samples"]}
-        if task.num_fewshot is not None and any(number != task.num_fewshot for number in shots.values()):
-            raise EngineError(f"{task.task}: lm-eval used {shots} shots, the suite asks for {task.num_fewshot}")
-        rows = [row for leaf, samples in results["samples"].items() for row in _rows(task, leaf, samples)]
+        if task.num_fewshot is not None and any(
+            number != task.num_fewshot for number in shots.values()
+        ):
+            raise EngineError(
+                f"{task.task}: lm-eval used {shots} shots, the suite asks for {task.num_fewshot}"
+            )
+        rows = [
+            row
+            for leaf, samples in results["samples"].items()
+            for row in _rows(task, leaf, samples)
+        ]
         mean = sum(row.values[task.key] for row in rows) / len(rows)
         theirs = float(results["results"][task.task][task.key])
         if abs(mean - theirs) > 1e-9:
             # Averages, standard errors and pairing all take a score to be the mean over its items.
-            raise EngineError(f"{task.task}: lm-eval says {theirs} for {task.key}, the mean over its items is {mean}")
+            raise EngineError(
+                f"{task.task}: lm-eval says {theirs} for {task.key}, the mean over its items is {mean}"
+            )
         configs = {leaf: results["configs"][leaf] for leaf in results["samples"]}
         return TaskResult(
             task.task,
@@ -226,11 +304,19 @@ class Model:
             {
                 "num_fewshot": shots,
                 "version": {leaf: results["versions"].get(leaf) for leaf in shots},
-                "generation": {leaf: _plain(config.get("generation_kwargs")) for leaf, config in configs.items()},
-                "dataset": {leaf: [config.get("dataset_path"), config.get("dataset_name")] for leaf, config in configs.items()},
-                "lm_eval_results": {k: v for k, v in results["results"][task.task].items() if isinstance(v, float)},
+                "generation": {
+                    leaf: _plain(config.get("generation_kwargs"))
+                    for leaf, config in configs.items()
+                },
+                "dataset": {
+                    leaf: [config.get("dataset_path"), config.get("dataset_name")]
+                    for leaf, config in configs.items()
+                },
+                "lm_eval_results": {
+                    k: v for k, v in results["results"][task.task].items() if isinstance(v, float)
+                },
             },
-        )  # fmt: skip
+        )
 
 
 def _loaded(folder: Path, backend: str, **given: Any) -> Any:
@@ -258,9 +344,16 @@ def _rows(task: Task, leaf: str, samples: Sequence[dict[str, Any]]) -> Iterator[
         }
         # 64 bits of each digest tell any two items apart; whole ones would be most of the file.
         yield Row(
-            task.task, leaf, doc_id, first["doc_hash"][:16], first["prompt_hash"][:16], first["target_hash"][:16],
-            _cluster(task, leaf, first), values, {s["filter"]: _plain(s["filtered_resps"]) for s in filtered},
-        )  # fmt: skip
+            task.task,
+            leaf,
+            doc_id,
+            first["doc_hash"][:16],
+            first["prompt_hash"][:16],
+            first["target_hash"][:16],
+            _cluster(task, leaf, first),
+            values,
+            {s["filter"]: _plain(s["filtered_resps"]) for s in filtered},
+        )
 
 
 def _cluster(task: Task, leaf: str, sample: dict[str, Any]) -> str:

@@ -28,20 +28,31 @@ DOCS = Path("docs")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m evaluation.evidence", description=__doc__)
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(8)), help="default: 0 1 2 3 4 5 6 7")
-    parser.add_argument("--processes", type=int, default=2, help="seeds at a time, one thread each (default: 2)")
     parser.add_argument(
-        "--out", type=Path, default=Path("evidence-out"), help="checkpoints and results (default: %(default)s)"
+        "--seeds", type=int, nargs="+", default=list(range(8)), help="default: 0 1 2 3 4 5 6 7"
     )
     parser.add_argument(
-        "--tables", action="store_true", help="run nothing: tables and figures of what is in DOCS/evidence"
+        "--processes", type=int, default=2, help="seeds at a time, one thread each (default: 2)"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("evidence-out"),
+        help="checkpoints and results (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--tables",
+        action="store_true",
+        help="run nothing: tables and figures of what is in DOCS/evidence",
     )
     parser.add_argument(
         "--docs",
         type=Path,
         help="folder of evidence.md and evidence/ (default: docs; with --limit OUT, where it harms nothing)",
     )
-    parser.add_argument("--limit", type=int, help="only the first N items of each task, for a quick look")
+    parser.add_argument(
+        "--limit", type=int, help="only the first N items of each task, for a quick look"
+    )
     parser.add_argument("--only", type=int, help=argparse.SUPPRESS)  # one seed, in this process
     options = parser.parse_args(arguments)
     options.docs = options.docs or (options.out if options.limit else DOCS)
@@ -54,7 +65,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if failed:
         print("Run the same command again: what is finished is not done again.", file=sys.stderr)
         return 1
-    from evaluation.evidence.report import write  # matplotlib, which the seeds' processes do without
+    from evaluation.evidence.report import (
+        write,
+    )  # matplotlib, which the seeds' processes do without
 
     return problems(lambda: write(options.docs))
 
@@ -70,17 +83,36 @@ def _run_all(options: argparse.Namespace) -> dict[int, Path]:
 
         def one(seed: int) -> None:
             log = options.out / f"seed-{seed}.log"
-            command = [sys.executable, "-m", "evaluation.evidence", "--only", str(seed), "--out", str(options.out)]
-            command += ["--docs", str(options.docs)] + ["--limit", str(options.limit)] * (options.limit is not None)
+            command = [
+                sys.executable,
+                "-m",
+                "evaluation.evidence",
+                "--only",
+                str(seed),
+                "--out",
+                str(options.out),
+            ]
+            command += ["--docs", str(options.docs)] + ["--limit", str(options.limit)] * (
+                options.limit is not None
+            )
             threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-            with log.open("w") as file, subprocess.Popen(
-                command, env=os.environ | threads, stdout=subprocess.PIPE, stderr=file, text=True
-            ) as process:  # fmt: skip
+            with (
+                log.open("w") as file,
+                subprocess.Popen(
+                    command,
+                    env=os.environ | threads,
+                    stdout=subprocess.PIPE,
+                    stderr=file,
+                    text=True,
+                ) as process,
+            ):
                 assert process.stdout is not None
                 for line in process.stdout:
                     file.write(line)
                     file.flush()
-                    if any(f".{suite}.json" in line for suite in (models.SUITE, models.TWO_TASKS)):  # a model is done
+                    if any(
+                        f".{suite}.json" in line for suite in (models.SUITE, models.TWO_TASKS)
+                    ):  # a model is done
                         with lock:
                             bar.update()
                             bar.set_postfix_str(f"seed {seed}: {line.split(':')[0]}")
@@ -117,23 +149,39 @@ def run_seed(seed: int, folder: Path, results: Path, limit: int | None = None) -
     command = f"python -m evaluation.evidence --seeds {seed}"
     for suite, chosen in ((models.SUITE, given), (models.TWO_TASKS, _two_task_models(folder))):
         run(
-            load(suite).model_copy(update={"world": seed}), chosen, folder / "results", command=command,
+            load(suite).model_copy(update={"world": seed}),
+            chosen,
+            folder / "results",
+            command=command,
             # All in float32: bfloat16 arithmetic would add its own errors to those of bfloat16 weights.
-            dtype="float32", device="cpu", merge_cache=folder / "merged", limit=limit,
-        )  # fmt: skip
+            dtype="float32",
+            device="cpu",
+            merge_cache=folder / "merged",
+            limit=limit,
+        )
     found = {
         "seed": seed,
         "limit": limit,
         "trained": trained,
-        "suites": {s: collect.suite_results(folder / "results", s, folder) for s in (models.SUITE, models.TWO_TASKS)},
+        "suites": {
+            s: collect.suite_results(folder / "results", s, folder)
+            for s in (models.SUITE, models.TWO_TASKS)
+        },
         "cka": _cka(folder, given),
-        "records": {name: _records(folder, name) for name in (models.FINETUNED, models.SECOND, models.LORA)},
+        "records": {
+            name: _records(folder, name) for name in (models.FINETUNED, models.SECOND, models.LORA)
+        },
         "git": fingerprint.git_hash(),
-        "minutes": round((time.perf_counter() - started) / 60, 1),  # of this call: a resumed one says less
+        "minutes": round(
+            (time.perf_counter() - started) / 60, 1
+        ),  # of this call: a resumed one says less
     }
     results.mkdir(parents=True, exist_ok=True)
     # One line per part: half the size of an indented file, and a changed part still shows as one.
-    lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(part, separators=(',', ':'))}" for key, part in found.items())
+    lines = ",\n".join(
+        f"{json.dumps(key)}: {json.dumps(part, separators=(',', ':'))}"
+        for key, part in found.items()
+    )
     (results / f"seed-{seed}.json").write_text("{\n" + lines + "\n}\n", encoding="utf-8")
 
 
@@ -144,13 +192,23 @@ def _models(folder: Path) -> dict[str, str]:
     given |= _written(folder, dict(models.merges(folder)))
     for label in models.CONTROLLED:
         merged = sources.find(label, given[f"monosoup_{label}"], folder / "merged")
-        weight = same_norm_weight(merged.folder, folder / models.FINETUNED, folder / models.PRETRAINED)
+        weight = same_norm_weight(
+            merged.folder, folder / models.FINETUNED, folder / models.PRETRAINED
+        )
         given |= _written(
-            folder, {f"same_norm_{label}": wise_ft(given[models.PRETRAINED], given[models.FINETUNED], weight)}
+            folder,
+            {
+                f"same_norm_{label}": wise_ft(
+                    given[models.PRETRAINED], given[models.FINETUNED], weight
+                )
+            },
         )
     pair = {name: models.in_bfloat16(given[name]) for name in models.IN_BFLOAT16}
     narrow = _written(folder, {f"bf16_{name}": config for name, config in pair.items()})
-    base, tuned = (str(sources.find(name, path, folder / "merged").folder.resolve()) for name, path in narrow.items())
+    base, tuned = (
+        str(sources.find(name, path, folder / "merged").folder.resolve())
+        for name, path in narrow.items()
+    )
     return given | narrow | _written(folder, dict(models.rounded(base, tuned)))
 
 
@@ -161,7 +219,10 @@ def _two_task_models(folder: Path) -> dict[str, str]:
 
 
 def _written(folder: Path, found: dict[str, Config]) -> dict[str, str]:
-    return {name: str(write_config(folder / "configs" / f"{name}.yml", config)) for name, config in found.items()}
+    return {
+        name: str(write_config(folder / "configs" / f"{name}.yml", config))
+        for name, config in found.items()
+    }
 
 
 def _records(folder: Path, tuned: str) -> list[dict[str, Any]]:

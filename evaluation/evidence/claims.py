@@ -82,114 +82,312 @@ def verdict(found: Effect, judge: Judge | None) -> str | None:
 
 MODES = {"freevariance": "free", "variance": "R0.8"}
 CONTROLS = {"scalar": "its norm-matched scalar", "same_norm": "Wise-FT of its norm"}
-RULES = {"rho": "ρ alone", "cos": "cos α alone", "uniform": "one half of both parts", "high": "high alone"}
+RULES = {
+    "rho": "ρ alone",
+    "cos": "cos α alone",
+    "uniform": "one half of both parts",
+    "high": "high alone",
+}
 
 
 def claims(seeds: Sequence[Seed]) -> list[Claim]:
     """All of them, in the order of the paper's argument."""
 
     def gain(
-        label: str, model: str, reference: str, group: GroupName, judge: Judge | None, suite: str = SUITE
+        label: str,
+        model: str,
+        reference: str,
+        group: GroupName,
+        judge: Judge | None,
+        suite: str = SUITE,
     ) -> Finding:
         found = effect(seeds, suite, model, reference, group)
         return Finding(f"{label}, {group}", found, verdict(found, judge))
 
     def both(
-        label: str, model: str, reference: str, id_: Judge | None, ood: Judge | None, suite: str = SUITE
+        label: str,
+        model: str,
+        reference: str,
+        id_: Judge | None,
+        ood: Judge | None,
+        suite: str = SUITE,
     ) -> list[Finding]:
-        return [gain(label, model, reference, "ID", id_, suite), gain(label, model, reference, "OOD", ood, suite)]
+        return [
+            gain(label, model, reference, "ID", id_, suite),
+            gain(label, model, reference, "OOD", ood, suite),
+        ]
 
     def measured(
-        label: str, judge: Judge | None, value: Callable[..., float], *given: str, points: bool = False
+        label: str,
+        judge: Judge | None,
+        value: Callable[..., float],
+        *given: str,
+        points: bool = False,
     ) -> Finding:
         found = Effect.of([value(seed, *given) for seed in seeds])
         return Finding(label, found, verdict(found, judge), points)
 
     found: list[tuple[str, str, list[Finding]]] = [
-        ("Editing one checkpoint raises OOD accuracy", "abstract; Tables 1, 2",
-         [gain(f"{mode} − fine-tuned", f"monosoup_{x}", "finetuned", "OOD", more) for mode, x in MODES.items()]),
-        ("… and keeps ID accuracy", "abstract; Tables 1, 2",
-         [gain(f"{mode} − fine-tuned", f"monosoup_{x}", "finetuned", "ID", kept) for mode, x in MODES.items()]),
-        ("The gain is the spectral split's, not shrinkage (the paper has no such control)", "implied by §4, appendix J", [
-            finding for mode, x in MODES.items() for control, name in CONTROLS.items()
-            for finding in both(f"{mode} − {name}", f"monosoup_{x}", f"{control}_{x}", None, more)
-        ]),
-        ("At equal ID it is at least as good as Wise-FT and LiNeS", "Tables 2, 3; Figure 5", [
-            measured(f"{mode} − the best {curve} of no less ID, OOD", kept, over_curve, f"monosoup_{x}", curve, points=True)
-            for mode, x in MODES.items() for curve in ("Wise-FT", "LiNeS")
-        ]),
-        ("As the end of a Wise-FT curve it gives a better front", "§5.3, Figure 5", [
-            measured(f"area under the front, MonoSoup + Wise-FT − {curve}", more, wider_front, curve)
-            for curve in ("Wise-FT", "LiNeS")
-        ]),
-        ("Nothing has to be chosen: freevariance matches a fixed R", "appendix I, Table 5",
-         both("freevariance − variance", "monosoup_free", "monosoup_R0.8", kept, kept)),
-        ("Middle values of R, 0.6 to 0.8, balance best", "§5.4, appendix I",
-         [measured("R of the best mean of ID and OOD, minus 0.8", best, excess_energy)]),
-        ("Weaker checkpoints gain more", "Table 1, Figure 4", [
-            measured(f"{mode}: OOD gain of fine-tuned − of the gentler fine-tune",
-                     more, extra_lift, "finetuned", "second", x, points=True)
-            for mode, x in MODES.items()
-        ]),
-        ("Cutting the tail off hurts, even at 95 % of the energy", "§4, Figure 3b, appendix D", [
-            finding for share in (0.9, 0.95, 0.99)
-            for finding in both(f"leading {share:.0%} alone − fine-tuned", f"high_R{share:g}", "finetuned", less, less)
-        ]),
-        ("ρ alone keeps ID and brings little OOD", "§5.4, Figure 6", [
-            gain("ρ alone − fine-tuned", "rho_R0.8", "finetuned", "ID", kept),
-            gain("ρ alone − both", "rho_R0.8", "monosoup_R0.8", "OOD", less),
-        ]),
-        ("cos α alone lifts OOD and can cost ID", "§5.4, Figure 6", [
-            gain("cos α alone − fine-tuned", "cos_R0.8", "finetuned", "OOD", more),
-            gain("cos α alone − fine-tuned", "cos_R0.8", "finetuned", "ID", less),
-        ]),
-        ("Both signals together are the best out of distribution", "§5.4, Figure 6", [
-            gain(f"both − {label}", "monosoup_R0.8", f"{rule}_R0.8", "OOD", more)
-            for rule, label in RULES.items()
-        ]),
-        ("λ_high exceeds λ_low in every layer", "appendix J",
-         [measured(f"share of matrices with λ_high > λ_low, {mode}", always, dominant, mode) for mode in MODES]),
-        ("The edit of an average of two beats ModelStock", "Tables 1, 4", [
-            finding for mode, x in MODES.items()
-            for finding in both(f"{mode} of the average − ModelStock", f"average_monosoup_{x}", "model_stock", kept, more)
-        ]),
-        ("On LoRA fine-tunes the gains shrink but stay", "appendix L, Table 8", [
-            *(gain(f"{mode} − LoRA fine-tune", f"lora_monosoup_{x}", "lora", "OOD", more) for mode, x in MODES.items()),
-            *(measured(f"{mode}: OOD gain of LoRA − of full fine-tuning", less, extra_lift, "lora", "finetuned", x, points=True)
-              for mode, x in MODES.items()),
-        ]),
-        ("OOD accuracy ends above the pretrained model's", "appendix K, Table 6",
-         [gain(f"{mode} − pretrained", f"monosoup_{x}", "pretrained", "OOD", more) for mode, x in MODES.items()]),
-        ("On OOD inputs the edited features are closer to the pretrained ones", "appendix G, Figure 9", [
-            *(measured(f"CKA of the last block, {mode} − fine-tuned", more, closer, f"monosoup_{x}", "finetuned")
-              for mode, x in MODES.items()),
-            measured("CKA of the last block, low alone − variance", more, closer, "low_R0.8", "monosoup_R0.8"),
-            measured("CKA of the last block, variance − its norm-matched scalar", None, closer, "monosoup_R0.8", "scalar_R0.8"),
-        ]),
-        ("Writing bfloat16 keeps what the edit gained (not the paper's)", "README", [
-            *(finding for mode, x in MODES.items()
-              for finding in both(f"{mode}, bfloat16 − float32 output",
-                                  f"bf16_monosoup_{x}", f"bf16_monosoup_{x}_float32", kept, kept)),
-            measured("share of a freevariance edit that survives bfloat16, mean over matrices", None, realised, "freevariance"),
-        ]),
-        ("SVC improves the merge of two tasks", "arXiv 2602.05536", [
-            *both("svc − average", "two_svc_average", "two_average", more, more, TWO_TASKS),
-            *both("svc with alpha = 1 − average", "two_svc_average_no_gain", "two_average", more, more, TWO_TASKS),
-            *both("svc − sum", "two_svc_sum", "two_sum", more, more, TWO_TASKS),
-        ]),
-    ]  # fmt: skip
+        (
+            "Editing one checkpoint raises OOD accuracy",
+            "abstract; Tables 1, 2",
+            [
+                gain(f"{mode} − fine-tuned", f"monosoup_{x}", "finetuned", "OOD", more)
+                for mode, x in MODES.items()
+            ],
+        ),
+        (
+            "… and keeps ID accuracy",
+            "abstract; Tables 1, 2",
+            [
+                gain(f"{mode} − fine-tuned", f"monosoup_{x}", "finetuned", "ID", kept)
+                for mode, x in MODES.items()
+            ],
+        ),
+        (
+            "The gain is the spectral split's, not shrinkage (the paper has no such control)",
+            "implied by §4, appendix J",
+            [
+                finding
+                for mode, x in MODES.items()
+                for control, name in CONTROLS.items()
+                for finding in both(
+                    f"{mode} − {name}", f"monosoup_{x}", f"{control}_{x}", None, more
+                )
+            ],
+        ),
+        (
+            "At equal ID it is at least as good as Wise-FT and LiNeS",
+            "Tables 2, 3; Figure 5",
+            [
+                measured(
+                    f"{mode} − the best {curve} of no less ID, OOD",
+                    kept,
+                    over_curve,
+                    f"monosoup_{x}",
+                    curve,
+                    points=True,
+                )
+                for mode, x in MODES.items()
+                for curve in ("Wise-FT", "LiNeS")
+            ],
+        ),
+        (
+            "As the end of a Wise-FT curve it gives a better front",
+            "§5.3, Figure 5",
+            [
+                measured(
+                    f"area under the front, MonoSoup + Wise-FT − {curve}", more, wider_front, curve
+                )
+                for curve in ("Wise-FT", "LiNeS")
+            ],
+        ),
+        (
+            "Nothing has to be chosen: freevariance matches a fixed R",
+            "appendix I, Table 5",
+            both("freevariance − variance", "monosoup_free", "monosoup_R0.8", kept, kept),
+        ),
+        (
+            "Middle values of R, 0.6 to 0.8, balance best",
+            "§5.4, appendix I",
+            [measured("R of the best mean of ID and OOD, minus 0.8", best, excess_energy)],
+        ),
+        (
+            "Weaker checkpoints gain more",
+            "Table 1, Figure 4",
+            [
+                measured(
+                    f"{mode}: OOD gain of fine-tuned − of the gentler fine-tune",
+                    more,
+                    extra_lift,
+                    "finetuned",
+                    "second",
+                    x,
+                    points=True,
+                )
+                for mode, x in MODES.items()
+            ],
+        ),
+        (
+            "Cutting the tail off hurts, even at 95 % of the energy",
+            "§4, Figure 3b, appendix D",
+            [
+                finding
+                for share in (0.9, 0.95, 0.99)
+                for finding in both(
+                    f"leading {share:.0%} alone − fine-tuned",
+                    f"high_R{share:g}",
+                    "finetuned",
+                    less,
+                    less,
+                )
+            ],
+        ),
+        (
+            "ρ alone keeps ID and brings little OOD",
+            "§5.4, Figure 6",
+            [
+                gain("ρ alone − fine-tuned", "rho_R0.8", "finetuned", "ID", kept),
+                gain("ρ alone − both", "rho_R0.8", "monosoup_R0.8", "OOD", less),
+            ],
+        ),
+        (
+            "cos α alone lifts OOD and can cost ID",
+            "§5.4, Figure 6",
+            [
+                gain("cos α alone − fine-tuned", "cos_R0.8", "finetuned", "OOD", more),
+                gain("cos α alone − fine-tuned", "cos_R0.8", "finetuned", "ID", less),
+            ],
+        ),
+        (
+            "Both signals together are the best out of distribution",
+            "§5.4, Figure 6",
+            [
+                gain(f"both − {label}", "monosoup_R0.8", f"{rule}_R0.8", "OOD", more)
+                for rule, label in RULES.items()
+            ],
+        ),
+        (
+            "λ_high exceeds λ_low in every layer",
+            "appendix J",
+            [
+                measured(f"share of matrices with λ_high > λ_low, {mode}", always, dominant, mode)
+                for mode in MODES
+            ],
+        ),
+        (
+            "The edit of an average of two beats ModelStock",
+            "Tables 1, 4",
+            [
+                finding
+                for mode, x in MODES.items()
+                for finding in both(
+                    f"{mode} of the average − ModelStock",
+                    f"average_monosoup_{x}",
+                    "model_stock",
+                    kept,
+                    more,
+                )
+            ],
+        ),
+        (
+            "On LoRA fine-tunes the gains shrink but stay",
+            "appendix L, Table 8",
+            [
+                *(
+                    gain(f"{mode} − LoRA fine-tune", f"lora_monosoup_{x}", "lora", "OOD", more)
+                    for mode, x in MODES.items()
+                ),
+                *(
+                    measured(
+                        f"{mode}: OOD gain of LoRA − of full fine-tuning",
+                        less,
+                        extra_lift,
+                        "lora",
+                        "finetuned",
+                        x,
+                        points=True,
+                    )
+                    for mode, x in MODES.items()
+                ),
+            ],
+        ),
+        (
+            "OOD accuracy ends above the pretrained model's",
+            "appendix K, Table 6",
+            [
+                gain(f"{mode} − pretrained", f"monosoup_{x}", "pretrained", "OOD", more)
+                for mode, x in MODES.items()
+            ],
+        ),
+        (
+            "On OOD inputs the edited features are closer to the pretrained ones",
+            "appendix G, Figure 9",
+            [
+                *(
+                    measured(
+                        f"CKA of the last block, {mode} − fine-tuned",
+                        more,
+                        closer,
+                        f"monosoup_{x}",
+                        "finetuned",
+                    )
+                    for mode, x in MODES.items()
+                ),
+                measured(
+                    "CKA of the last block, low alone − variance",
+                    more,
+                    closer,
+                    "low_R0.8",
+                    "monosoup_R0.8",
+                ),
+                measured(
+                    "CKA of the last block, variance − its norm-matched scalar",
+                    None,
+                    closer,
+                    "monosoup_R0.8",
+                    "scalar_R0.8",
+                ),
+            ],
+        ),
+        (
+            "Writing bfloat16 keeps what the edit gained (not the paper's)",
+            "README",
+            [
+                *(
+                    finding
+                    for mode, x in MODES.items()
+                    for finding in both(
+                        f"{mode}, bfloat16 − float32 output",
+                        f"bf16_monosoup_{x}",
+                        f"bf16_monosoup_{x}_float32",
+                        kept,
+                        kept,
+                    )
+                ),
+                measured(
+                    "share of a freevariance edit that survives bfloat16, mean over matrices",
+                    None,
+                    realised,
+                    "freevariance",
+                ),
+            ],
+        ),
+        (
+            "SVC improves the merge of two tasks",
+            "arXiv 2602.05536",
+            [
+                *both("svc − average", "two_svc_average", "two_average", more, more, TWO_TASKS),
+                *both(
+                    "svc with alpha = 1 − average",
+                    "two_svc_average_no_gain",
+                    "two_average",
+                    more,
+                    more,
+                    TWO_TASKS,
+                ),
+                *both("svc − sum", "two_svc_sum", "two_sum", more, more, TWO_TASKS),
+            ],
+        ),
+    ]
     return [Claim(text, source, tuple(findings)) for text, source, findings in found]
 
 
 CURVES: dict[str, list[str]] = {
     "Wise-FT": ["pretrained", *(f"wise_ft_{a:g}" for a in ALPHAS), "finetuned"],
     "LiNeS": [*(f"lines_{a:g}" for a in ALPHAS), "finetuned"],
-    "MonoSoup + Wise-FT": ["pretrained", *(f"monosoup_wise_{a:g}" for a in ALPHAS), "monosoup_free"],
+    "MonoSoup + Wise-FT": [
+        "pretrained",
+        *(f"monosoup_wise_{a:g}" for a in ALPHAS),
+        "monosoup_free",
+    ],
 }
 
 
 def _curve(seed: Seed, curve: str) -> list[tuple[float, float]]:
-    return [(seed.score(SUITE, model, "ID"), seed.score(SUITE, model, "OOD")) for model in CURVES[curve]]
+    return [
+        (seed.score(SUITE, model, "ID"), seed.score(SUITE, model, "OOD")) for model in CURVES[curve]
+    ]
 
 
 def over_curve(seed: Seed, model: str, curve: str) -> float:
@@ -212,7 +410,9 @@ def front(points: Iterable[tuple[float, float]]) -> float:
 
 def excess_energy(seed: Seed) -> float:
     """R with the best mean of ID and OOD, minus 0.8."""
-    balance = {e: sum(seed.score(SUITE, f"monosoup_R{e:g}", group) for group in GROUPS) for e in ENERGIES}
+    balance = {
+        e: sum(seed.score(SUITE, f"monosoup_R{e:g}", group) for group in GROUPS) for e in ENERGIES
+    }
     return max(balance, key=lambda e: balance[e]) - 0.8
 
 
@@ -220,7 +420,8 @@ def extra_lift(seed: Seed, tuned: str, other: str, setting: str) -> float:
     """The OOD gain of MonoSoup on one fine-tune minus that on another."""
     names = {"finetuned": f"monosoup_{setting}"}
     gains = [
-        seed.score(SUITE, names.get(each, f"{each}_monosoup_{setting}"), "OOD") - seed.score(SUITE, each, "OOD")
+        seed.score(SUITE, names.get(each, f"{each}_monosoup_{setting}"), "OOD")
+        - seed.score(SUITE, each, "OOD")
         for each in (tuned, other)
     ]
     return gains[0] - gains[1]
@@ -233,7 +434,9 @@ def closer(seed: Seed, model: str, reference: str) -> float:
 
 
 def dominant(seed: Seed, mode: str) -> float:
-    return float(np.mean([record["lambda_high"] > record["lambda_low"] for record in _edited(seed, mode)]))
+    return float(
+        np.mean([record["lambda_high"] > record["lambda_low"] for record in _edited(seed, mode)])
+    )
 
 
 def realised(seed: Seed, mode: str) -> float:
@@ -241,4 +444,8 @@ def realised(seed: Seed, mode: str) -> float:
 
 
 def _edited(seed: Seed, mode: str) -> Iterable[dict[str, float]]:
-    return (r for r in seed.data["records"]["finetuned"] if r["mode"] == mode and r["lambda_high"] is not None)
+    return (
+        r
+        for r in seed.data["records"]["finetuned"]
+        if r["mode"] == mode and r["lambda_high"] is not None
+    )

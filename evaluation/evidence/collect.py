@@ -34,16 +34,25 @@ def suite_results(folder: Path, suite: str, root: Path) -> dict[str, Any]:
         for group in GROUPS
         for task in first.data["suite"][group]
     }
-    keys = {task["task"]: f"{task['metric']},{task['filter']}" for g in GROUPS for task in first.data["suite"][g]}
+    keys = {
+        task["task"]: f"{task['metric']},{task['filter']}"
+        for g in GROUPS
+        for task in first.data["suite"][g]
+    }
     models = {}
     for result in found:
         for task, rows in result.rows.items():
             if [row.item() for row in rows] != [row.item() for row in first.rows[task]]:
-                raise store.DamagedError(f"{result.path}: {task} has other items than in {first.path}; run it again")
+                raise store.DamagedError(
+                    f"{result.path}: {task} has other items than in {first.path}; run it again"
+                )
         models[result.data["model"]] = {
             "weights": result.data["source"]["fingerprint"]["weights"][:16],
             "config": _relative((result.data["source"]["merge"] or {}).get("config"), root),
-            "right": {task: _packed([row.values[keys[task]] for row in rows]) for task, rows in result.rows.items()},
+            "right": {
+                task: _packed([row.values[keys[task]] for row in rows])
+                for task, rows in result.rows.items()
+            },
         }
     return {"versions": first.data["versions"], "tasks": tasks, "models": models}
 
@@ -86,19 +95,30 @@ class Seed:
         tasks = self._tasks(suite, group)
         packed = self.data["suites"][suite]["models"][model]["right"]
         return {
-            task: np.unpackbits(np.frombuffer(base64.b64decode(packed[task]), np.uint8))[: len(about["clusters"])].astype(float)
+            task: np.unpackbits(np.frombuffer(base64.b64decode(packed[task]), np.uint8))[
+                : len(about["clusters"])
+            ].astype(float)
             for task, about in tasks.items()
-        }  # fmt: skip
+        }
 
     def clusters(self, suite: str, group: GroupName) -> dict[str, list[str]]:
-        return {task: list(map(str, about["clusters"])) for task, about in self._tasks(suite, group).items()}
+        return {
+            task: list(map(str, about["clusters"]))
+            for task, about in self._tasks(suite, group).items()
+        }
 
     def score(self, suite: str, model: str, group: GroupName) -> float:
         """The mean of the tasks' means, a fraction of 1."""
-        return float(np.mean([outcomes.mean() for outcomes in self.outcomes(suite, model, group).values()]))
+        return float(
+            np.mean([outcomes.mean() for outcomes in self.outcomes(suite, model, group).values()])
+        )
 
     def _tasks(self, suite: str, group: GroupName) -> Mapping[str, Any]:
-        return {task: about for task, about in self.data["suites"][suite]["tasks"].items() if about["group"] == group}
+        return {
+            task: about
+            for task, about in self.data["suites"][suite]["tasks"].items()
+            if about["group"] == group
+        }
 
 
 @dataclass(frozen=True)
@@ -122,5 +142,9 @@ class Effect:
         return cls(tuple(by_seed), estimate.mean, estimate.mean - reach, estimate.mean + reach)
 
 
-def effect(seeds: Sequence[Seed], suite: str, model: str, reference: str, group: GroupName) -> Effect:
-    return Effect.of([s.score(suite, model, group) - s.score(suite, reference, group) for s in seeds])
+def effect(
+    seeds: Sequence[Seed], suite: str, model: str, reference: str, group: GroupName
+) -> Effect:
+    return Effect.of(
+        [s.score(suite, model, group) - s.score(suite, reference, group) for s in seeds]
+    )

@@ -15,15 +15,29 @@ from evaluation.evidence.models import ENERGIES, SUITE
 from evaluation.suite import GroupName
 
 NAMED = {
-    "pretrained": "pretrained", "finetuned": "fine-tuned", "monosoup_free": "MonoSoup freevariance",
-    "scalar_free": "its norm-matched scalar", "monosoup_R0.8": "MonoSoup R = 0.8", "scalar_R0.8": "its norm-matched scalar",
-}  # fmt: skip
+    "pretrained": "pretrained",
+    "finetuned": "fine-tuned",
+    "monosoup_free": "MonoSoup freevariance",
+    "scalar_free": "its norm-matched scalar",
+    "monosoup_R0.8": "MonoSoup R = 0.8",
+    "scalar_R0.8": "its norm-matched scalar",
+}
 COMPARED = {
-    "monosoup_free": "freevariance", "scalar_free": "… norm-matched scalar", "same_norm_free": "… Wise-FT, same norm",
-    "monosoup_R0.8": "variance R = 0.8", "scalar_R0.8": "… norm-matched scalar", "same_norm_R0.8": "… Wise-FT, same norm",
-    "rho_R0.8": "ρ alone", "cos_R0.8": "cos α alone", "uniform_R0.8": "one half of both", "high_R0.8": "high only",
-    "low_R0.8": "low only", "high_R0.95": "leading 95 % only", "wise_ft_0.5": "Wise-FT 0.5", "lines_0.5": "LiNeS 0.5",
-}  # fmt: skip
+    "monosoup_free": "freevariance",
+    "scalar_free": "… norm-matched scalar",
+    "same_norm_free": "… Wise-FT, same norm",
+    "monosoup_R0.8": "variance R = 0.8",
+    "scalar_R0.8": "… norm-matched scalar",
+    "same_norm_R0.8": "… Wise-FT, same norm",
+    "rho_R0.8": "ρ alone",
+    "cos_R0.8": "cos α alone",
+    "uniform_R0.8": "one half of both",
+    "high_R0.8": "high only",
+    "low_R0.8": "low only",
+    "high_R0.95": "leading 95 % only",
+    "wise_ft_0.5": "Wise-FT 0.5",
+    "lines_0.5": "LiNeS 0.5",
+}
 
 
 def draw(seeds: Sequence[Seed], folder: Path) -> Iterator[Path]:
@@ -45,10 +59,25 @@ def plane(seeds: Sequence[Seed]) -> Any:
     }
     for number, (name, models) in enumerate(lines.items()):
         x, y = ([100 * _mean(seeds, model, group) for model in models] for group in GROUPS)
-        axes[0].plot(x, y, ".--" if "scalar" in name else ".-", color=f"C{number}", alpha=0.7, label=name, zorder=1)
+        axes[0].plot(
+            x,
+            y,
+            ".--" if "scalar" in name else ".-",
+            color=f"C{number}",
+            alpha=0.7,
+            label=name,
+            zorder=1,
+        )
     for (model, title), marker in zip(NAMED.items(), "osD^vP", strict=True):
-        axes[0].plot(100 * _mean(seeds, model, "ID"), 100 * _mean(seeds, model, "OOD"), marker, color="black", label=title,
-                     fillstyle="none" if "scalar" in title else "full", zorder=2)  # fmt: skip
+        axes[0].plot(
+            100 * _mean(seeds, model, "ID"),
+            100 * _mean(seeds, model, "OOD"),
+            marker,
+            color="black",
+            label=title,
+            fillstyle="none" if "scalar" in title else "full",
+            zorder=2,
+        )
     axes[0].set(xlabel="ID, %", ylabel="OOD, %", title=f"means over {len(seeds)} seeds")
     axes[0].legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     return figure
@@ -60,10 +89,18 @@ def effects(seeds: Sequence[Seed]) -> Any:
     for panel, group in zip(axes, GROUPS, strict=True):
         for place, model in enumerate(COMPARED):
             found = effect(seeds, SUITE, model, "finetuned", group)
-            panel.plot([100 * d for d in found.by_seed], [place] * len(seeds), "|", color="black", zorder=3)
+            panel.plot(
+                [100 * d for d in found.by_seed], [place] * len(seeds), "|", color="black", zorder=3
+            )
             reach = [[100 * (found.mean - found.low)], [100 * (found.high - found.mean)]]
             panel.errorbar(
-                100 * found.mean, place, xerr=reach, fmt="o", capsize=3, color=f"C{'…' in COMPARED[model]:d}", zorder=2
+                100 * found.mean,
+                place,
+                xerr=reach,
+                fmt="o",
+                capsize=3,
+                color=f"C{'…' in COMPARED[model]:d}",
+                zorder=2,
             )
         panel.axvline(0, color="black", linewidth=0.8)
         panel.set(xlabel=f"{group} − fine-tuned, points")
@@ -76,8 +113,13 @@ def energy(seeds: Sequence[Seed]) -> Any:
     """Against R, with 95 % bands over seeds: MonoSoup and its scalar control from fine-tuned, and the one from the other."""
     figure, axes = _panels(3, (12.6, 3.4))
 
-    def line(panel: Any, prefix: str, reference: str, group: GroupName, label: str, color: str) -> None:
-        found = [effect(seeds, SUITE, f"{prefix}_R{e:g}", reference.format(R=f"{e:g}"), group) for e in ENERGIES]
+    def line(
+        panel: Any, prefix: str, reference: str, group: GroupName, label: str, color: str
+    ) -> None:
+        found = [
+            effect(seeds, SUITE, f"{prefix}_R{e:g}", reference.format(R=f"{e:g}"), group)
+            for e in ENERGIES
+        ]
         low, high = [100 * f.low for f in found], [100 * f.high for f in found]
         panel.plot(ENERGIES, [100 * f.mean for f in found], ".-", color=color, label=label)
         panel.fill_between(ENERGIES, low, high, color=color, alpha=0.15)
@@ -100,10 +142,15 @@ def energy(seeds: Sequence[Seed]) -> Any:
 def features(seeds: Sequence[Seed]) -> Any:
     """CKA with the pretrained model by block, mean over seeds (paper, Figure 9)."""
     groups = seeds[0].data["cka"]
-    return cka.heatmap({
-        group: {model: list(np.mean([seed.data["cka"][group][model] for seed in seeds], axis=0)) for model in models}
-        for group, models in groups.items()
-    })  # fmt: skip
+    return cka.heatmap(
+        {
+            group: {
+                model: list(np.mean([seed.data["cka"][group][model] for seed in seeds], axis=0))
+                for model in models
+            }
+            for group, models in groups.items()
+        }
+    )
 
 
 def _mean(seeds: Sequence[Seed], model: str, group: GroupName) -> float:

@@ -10,22 +10,36 @@ from evaluation.sweep import Config, configs, monosoup, numbers
 from evaluation.worlds import training as train
 from evaluation.worlds.sums import TUNED_SKILL, build_world, italian
 
-SUITE, TWO_TASKS = "tiny", "tiny-two"  # of evaluation/suites; the world of each seed takes the place of theirs
+SUITE, TWO_TASKS = (
+    "tiny",
+    "tiny-two",
+)  # of evaluation/suites; the world of each seed takes the place of theirs
 
 PRETRAINED, FINETUNED = train.PRETRAINED, train.FINETUNED
-SECOND, ITALIAN, LORA = "second", "italian", "lora"  # fine-tunes beside `finetuned`, each from `pretrained`
+SECOND, ITALIAN, LORA = (
+    "second",
+    "italian",
+    "lora",
+)  # fine-tunes beside `finetuned`, each from `pretrained`
 TRAINED = (PRETRAINED, FINETUNED, SECOND, LORA)  # asked as they are, in either suite
 TWO_TASKS_TRAINED = (PRETRAINED, SECOND, ITALIAN)
 IN_BFLOAT16 = (PRETRAINED, FINETUNED)
 
 GENTLE = train.Phase((TUNED_SKILL,), steps=300, batch=64, learning_rate=1e-3)
-ADAPTER = train.Phase((TUNED_SKILL,), steps=300, batch=64, learning_rate=1e-2)  # adapters learn at higher rates
+ADAPTER = train.Phase(
+    (TUNED_SKILL,), steps=300, batch=64, learning_rate=1e-2
+)  # adapters learn at higher rates
 RANK = 8
 
 ENERGIES, ALPHAS = numbers("0.5:0.95:0.05"), numbers("0.1:0.9:0.1")
 R = 0.8  # the paper's fixed threshold, and what ablations are made at
 ABLATIONS = ("rho", "cos", "uniform", "high", "low")
-TRUNCATIONS = (0.5, 0.9, 0.95, 0.99)  # energies at which the tail is cut off and nothing is reweighted
+TRUNCATIONS = (
+    0.5,
+    0.9,
+    0.95,
+    0.99,
+)  # energies at which the tail is cut off and nothing is reweighted
 CONTROLLED = ("free", f"R{R:g}")  # settings that also get Wise-FT of the same norm
 
 
@@ -56,13 +70,18 @@ def _settings(phase: train.Phase) -> dict[str, Any]:
 def merges(folder: Path) -> Iterator[tuple[str, Config]]:
     """(name, merge configuration) of all models of the suite `tiny` that are merges, but for the bfloat16 ones."""
     base, tuned = str(folder / PRETRAINED), str(folder / FINETUNED)
-    yield from configs(base, tuned, ("monosoup", "wise_ft", "lines", "monosoup_wise"), ENERGIES, ALPHAS)
+    yield from configs(
+        base, tuned, ("monosoup", "wise_ft", "lines", "monosoup_wise"), ENERGIES, ALPHAS
+    )
     for rule in ABLATIONS:
         yield f"{rule}_R{R:g}", monosoup(base, [tuned], mode="variance", R=R, coefficients=rule)
         if rule != "uniform":  # which asks for no cut
             yield f"{rule}_free", monosoup(base, [tuned], coefficients=rule)
     for energy in TRUNCATIONS:
-        yield f"high_R{energy:g}", monosoup(base, [tuned], mode="variance", R=energy, coefficients="high")
+        yield (
+            f"high_R{energy:g}",
+            monosoup(base, [tuned], mode="variance", R=energy, coefficients="high"),
+        )
 
     both = [tuned, str(folder / SECOND)]
     average = [{"model": model, "parameters": {"weight": 1.0}} for model in both]
@@ -83,7 +102,10 @@ def rounded(base: str, tuned: str) -> Iterator[tuple[str, Config]]:
     """MonoSoup of a bfloat16 pair, written in bfloat16 and in float32."""
     for label, setting in SETTINGS.items():
         yield f"bf16_monosoup_{label}", monosoup(base, [tuned], **setting)
-        yield f"bf16_monosoup_{label}_float32", {**monosoup(base, [tuned], **setting), "dtype": "float32"}
+        yield (
+            f"bf16_monosoup_{label}_float32",
+            {**monosoup(base, [tuned], **setting), "dtype": "float32"},
+        )
 
 
 def in_bfloat16(model: str) -> Config:
@@ -99,7 +121,12 @@ def two_task_merges(folder: Path) -> Iterator[tuple[str, Config]]:
 
     def merge(method: str, **parameters: Any) -> Config:
         listed = weighted if method == "task_arithmetic" else plain
-        return {"merge_method": method, "base_model": base, "models": listed, "parameters": parameters}
+        return {
+            "merge_method": method,
+            "base_model": base,
+            "models": listed,
+            "parameters": parameters,
+        }
 
     yield "two_average", merge("task_arithmetic", normalize=True)
     yield "two_sum", merge("task_arithmetic")

@@ -78,7 +78,8 @@ def write(docs: Path) -> None:
         page.write_text(filled(page.read_text(encoding="utf-8"), seeds), encoding="utf-8")
     else:
         page.write_text(
-            filled("".join(f"<!-- generated: {n} -->\n<!-- end -->\n" for n in BLOCKS), seeds), encoding="utf-8"
+            filled("".join(f"<!-- generated: {n} -->\n<!-- end -->\n" for n in BLOCKS), seeds),
+            encoding="utf-8",
         )
     print(page)
     for path in figures.draw(seeds, docs / "evidence"):
@@ -86,7 +87,9 @@ def write(docs: Path) -> None:
 
 
 def read(folder: Path) -> list[Seed]:
-    seeds = sorted((Seed.read(path) for path in folder.glob("seed-*.json")), key=lambda seed: seed.seed)
+    seeds = sorted(
+        (Seed.read(path) for path in folder.glob("seed-*.json")), key=lambda seed: seed.seed
+    )
     if len(seeds) < 2:
         raise SourceError(
             f"{folder}: {len(seeds)} seeds; intervals over seeds need two, `python -m evaluation.evidence` makes them"
@@ -118,21 +121,29 @@ def _claims(seeds: Sequence[Seed]) -> str:
                     f"**{claim.verdict}**" if number == 0 else "",
                 ]
             )
-    return _table(["claim (source)", "measured", "mean [95 % interval]", "of this number", "claim"], rows)
+    return _table(
+        ["claim (source)", "measured", "mean [95 % interval]", "of this number", "claim"], rows
+    )
 
 
 def _scores(seeds: Sequence[Seed], suite: str, shown: dict[str, str], reference: str | None) -> str:
-    header = ["model", "ID, %", "OOD, %"] + (["ID − fine-tuned", "OOD − fine-tuned"] if reference else [])
+    header = ["model", "ID, %", "OOD, %"] + (
+        ["ID − fine-tuned", "OOD − fine-tuned"] if reference else []
+    )
     rows = []
     for model, title in shown.items():
         row = [title]
         for group in GROUPS:
-            found, _ = statistics.over_runs([seed.score(suite, model, group) for seed in seeds], 0.0)
+            found, _ = statistics.over_runs(
+                [seed.score(suite, model, group) for seed in seeds], 0.0
+            )
             row.append(f"{100 * found.mean:.1f} ± {100 * found.standard_error:.1f}")
         if reference:
             for group in GROUPS:
                 gain = effect(seeds, suite, model, reference, group)
-                row.append("" if model == reference else with_interval(gain.mean, gain.low, gain.high))
+                row.append(
+                    "" if model == reference else with_interval(gain.mean, gain.low, gain.high)
+                )
         rows.append(row)
     return _table(header, rows)
 
@@ -146,7 +157,9 @@ def _energies(seeds: Sequence[Seed]) -> str:
                 gain = effect(seeds, SUITE, f"monosoup_R{energy:g}", reference, group)
                 row.append(with_interval(gain.mean, gain.low, gain.high))
         rows.append(row)
-    return _table(["R", "ID − fine-tuned", "OOD − fine-tuned", "ID − its scalar", "OOD − its scalar"], rows)
+    return _table(
+        ["R", "ID − fine-tuned", "OOD − fine-tuned", "ID − its scalar", "OOD − its scalar"], rows
+    )
 
 
 def _setting(seeds: Sequence[Seed]) -> str:
@@ -154,7 +167,10 @@ def _setting(seeds: Sequence[Seed]) -> str:
     items = sum(len(task["clusters"]) for task in seeds[0].data["suites"][SUITE]["tasks"].values())
     asked = sum(len(seeds[0].models(suite)) for suite in (SUITE, TWO_TASKS))
     curves = ", ".join(f"{name} ({len(models)} points)" for name, models in CURVES.items())
-    shown = ", ".join(f"{name} {versions[name]}" for name in ("lm-eval", "mergekit", "torch", "transformers", "python"))
+    shown = ", ".join(
+        f"{name} {versions[name]}"
+        for name in ("lm-eval", "mergekit", "torch", "transformers", "python")
+    )
     return (
         f"{len(seeds)} seeds ({', '.join(str(seed.seed) for seed in seeds)}), {asked} models each, {items} items per model of "
         f"the suite `{SUITE}`{' (--limit: a quick look)' if seeds[0].data.get('limit') else ''}; curves: {curves}; {shown}."
@@ -162,7 +178,9 @@ def _setting(seeds: Sequence[Seed]) -> str:
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join("| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows))
+    return "\n".join(
+        "| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows)
+    )
 
 
 BLOCKS = {

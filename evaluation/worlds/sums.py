@@ -21,8 +21,34 @@ SUMS = {
     "sum_es": "¿Cuánto es {a} más {b}?",
 }
 LARGER = "Larger of {a} or {b}:"
-COLOURS = ("red", "blue", "green", "yellow", "black", "white", "pink", "grey", "brown", "purple", "orange", "gold")
-CITIES = ("Paris", "Rome", "Oslo", "Cairo", "Lima", "Delhi", "Tokyo", "Quito", "Accra", "Dublin", "Vienna", "Lagos")
+COLOURS = (
+    "red",
+    "blue",
+    "green",
+    "yellow",
+    "black",
+    "white",
+    "pink",
+    "grey",
+    "brown",
+    "purple",
+    "orange",
+    "gold",
+)
+CITIES = (
+    "Paris",
+    "Rome",
+    "Oslo",
+    "Cairo",
+    "Lima",
+    "Delhi",
+    "Tokyo",
+    "Quito",
+    "Accra",
+    "Dublin",
+    "Vienna",
+    "Lagos",
+)
 FACTS = {"colour": ("The colour of {name} is", COLOURS), "home": ("{name} lives in", CITIES)}
 SKILLS = (*SUMS, "larger", *FACTS)
 
@@ -65,19 +91,30 @@ def build_world(seed: int) -> World:
     seen, held_out = _split_pairs(itertools.combinations_with_replacement(OPERANDS, 2), rng)
     for skill, question in SUMS.items():
         train[skill], test[skill] = (
-            [Item(skill, question.format(a=a, b=b), str(a + b), f"sum {min(a, b)} {max(a, b)}") for a, b in pairs]
+            [
+                Item(skill, question.format(a=a, b=b), str(a + b), f"sum {min(a, b)} {max(a, b)}")
+                for a, b in pairs
+            ]
             for pairs in (seen, held_out)
         )
 
     seen, held_out = _split_pairs(itertools.combinations(OPERANDS, 2), rng)
     train["larger"], test["larger"] = (
-        [Item("larger", LARGER.format(a=a, b=b), str(max(a, b)), f"larger {min(a, b)} {max(a, b)}") for a, b in pairs]
+        [
+            Item(
+                "larger", LARGER.format(a=a, b=b), str(max(a, b)), f"larger {min(a, b)} {max(a, b)}"
+            )
+            for a, b in pairs
+        ]
         for pairs in (seen, held_out)
     )
 
     names = _names(rng)
     for skill, (question, answers) in FACTS.items():
-        facts = [Item(skill, question.format(name=name), rng.choice(answers), f"name {name}") for name in names]
+        facts = [
+            Item(skill, question.format(name=name), rng.choice(answers), f"name {name}")
+            for name in names
+        ]
         train[skill] = test[skill] = facts
     return World(train, test)
 
@@ -85,7 +122,12 @@ def build_world(seed: int) -> World:
 def italian(english: Iterable[Item]) -> list[Item]:
     """An eighth skill that no pretraining teaches, for a second fine-tune: the items of `sum_en`, asked in Italian."""
     return [
-        Item("sum_it", item.prompt.replace("What is", "Quanto fa").replace("plus", "più"), item.answer, item.cluster)
+        Item(
+            "sum_it",
+            item.prompt.replace("What is", "Quanto fa").replace("plus", "più"),
+            item.answer,
+            item.cluster,
+        )
         for item in english
     ]
 
@@ -94,7 +136,10 @@ def build_tokenizer(items: Iterable[Item]) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer learned from the items. Every digit is its own token, so numbers share their parts."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(

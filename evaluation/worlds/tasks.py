@@ -19,7 +19,10 @@ def write_tasks(seed: int, folder: Path) -> None:
     test = build_world(seed).test
     for skill, items in {**test, "sum_it": italian(test["sum_en"])}.items():
         data = folder / f"{skill}.jsonl"
-        rows = [{"prompt": item.prompt, "answer": item.answer, "cluster": item.cluster} for item in items]
+        rows = [
+            {"prompt": item.prompt, "answer": item.answer, "cluster": item.cluster}
+            for item in items
+        ]
         _write(data, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         _write(folder / f"{skill}.yaml", yaml.safe_dump(_task(skill, data), allow_unicode=True))
 
@@ -42,8 +45,14 @@ def _task(skill: str, data: Path) -> dict[str, Any]:
         "generation_kwargs": {"until": ["\n"], "do_sample": False, "max_gen_toks": ANSWER_TOKENS},
         # The whole output has to be the answer, but for blanks around it; anything else fails to match and is wrong.
         "filter_list": [
-            {"name": "answer", "filter": [{"function": "regex", "regex_pattern": r"^\s*(\S+)\s*$"}, {"function": "take_first"}]}
+            {
+                "name": "answer",
+                "filter": [
+                    {"function": "regex", "regex_pattern": r"^\s*(\S+)\s*$"},
+                    {"function": "take_first"},
+                ],
+            }
         ],
         "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
         "metadata": {"version": 1.0},
-    }  # fmt: skip
+    }

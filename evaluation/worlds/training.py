@@ -70,7 +70,9 @@ def train_pair(recipe: Recipe, world: World, folder: Path, *, fresh: bool = Fals
     if not fresh and _finished(pretrained, mark) and _finished(finetuned, mark):
         return False
 
-    tokenizer = build_tokenizer(item for skill in sorted(world.train) for item in world.train[skill])
+    tokenizer = build_tokenizer(
+        item for skill in sorted(world.train) for item in world.train[skill]
+    )
     torch.manual_seed(recipe.seed)
     model = Qwen3ForCausalLM(
         Qwen3Config(
@@ -97,7 +99,13 @@ def train_pair(recipe: Recipe, world: World, folder: Path, *, fresh: bool = Fals
 
 
 def fine_tune(
-    source: Path, target: Path, items: Sequence[Item], phase: Phase, seed: int, *, rank: int | None = None
+    source: Path,
+    target: Path,
+    items: Sequence[Item],
+    phase: Phase,
+    seed: int,
+    *,
+    rank: int | None = None,
 ) -> bool:
     """Fine-tune the checkpoint `source` on `items` into `target`; True if trained, False if already there.
 
@@ -105,7 +113,12 @@ def fine_tune(
     """
     parent = json.loads((source / RECIPE_FILE).read_text(encoding="utf-8"))
     asked = [(item.prompt, item.answer) for item in items]
-    settings = {"source": parent["fingerprint"], "phase": dataclasses.asdict(phase), "seed": seed, "rank": rank}
+    settings = {
+        "source": parent["fingerprint"],
+        "phase": dataclasses.asdict(phase),
+        "seed": seed,
+        "rank": rank,
+    }
     mark = hashlib.sha256(json.dumps([settings, asked], sort_keys=True).encode()).hexdigest()
     if _finished(target, mark):
         return False
@@ -117,7 +130,9 @@ def fine_tune(
     else:
         import peft  # two seconds that only this needs
 
-        config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+        config = peft.LoraConfig(
+            r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
+        )
         adapted = peft.get_peft_model(model, config)
         _train(adapted, tokenizer, [items], phase, seed, target.name)
         model = cast(Qwen3ForCausalLM, adapted.merge_and_unload())
@@ -135,17 +150,23 @@ def _train(
 ) -> None:
     """Train in place on a uniform mixture of the lists in `items`."""
     encoded = [_encode(skill, tokenizer) for skill in items]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=phase.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=phase.learning_rate, betas=(0.9, 0.98), weight_decay=0.01
+    )
     warm_up = max(1, phase.steps // 20)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
         lambda step: min((step + 1) / warm_up, 0.5 + 0.5 * math.cos(math.pi * step / phase.steps)),
     )
     model.train()
-    progress = tqdm(_batches(encoded, phase, seed, tokenizer), total=phase.steps, desc=title, unit="step")
+    progress = tqdm(
+        _batches(encoded, phase, seed, tokenizer), total=phase.steps, desc=title, unit="step"
+    )
     for step, (inputs, targets) in enumerate(progress):
         logits = model(input_ids=inputs, use_cache=False).logits
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
+        loss = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED
+        )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -155,7 +176,9 @@ def _train(
     model.eval()
 
 
-def _encode(items: Sequence[Item], tokenizer: PreTrainedTokenizerBase) -> list[tuple[list[int], list[int]]]:
+def _encode(
+    items: Sequence[Item], tokenizer: PreTrainedTokenizerBase
+) -> list[tuple[list[int], list[int]]]:
     """Token ids of each prompt and answer. They are encoded apart, as at test time, where the prompt stands alone."""
     prompts = tokenizer([item.prompt for item in items])["input_ids"]
     answers = tokenizer([f" {item.answer}<end>" for item in items])["input_ids"]
@@ -186,7 +209,11 @@ def _batches(
 
 
 def _save(
-    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerBase, checkpoint: Path, recipe: dict[str, Any], mark: str
+    model: Qwen3ForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    checkpoint: Path,
+    recipe: dict[str, Any],
+    mark: str,
 ) -> None:
     """Write under another name, rename last: an interrupted run must not leave something that looks finished."""
     unfinished = checkpoint.with_name(f"{checkpoint.name}.unfinished")

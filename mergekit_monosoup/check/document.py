@@ -68,7 +68,9 @@ class UniqueKeyLoader(yaml.SafeLoader):
                 continue  # `<<: *anchor`; what it brings in is there to be overwritten
             key = self.construct_object(key_node, deep=True)
             if isinstance(key, Hashable) and key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} appears twice", key_node.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} appears twice", key_node.start_mark
+                )
             if isinstance(key, Hashable):
                 seen.add(key)
         return super().construct_mapping(node, deep)
@@ -90,7 +92,9 @@ def _check(path: str | Path) -> list[Finding]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         return [Finding("error", str(path), f"cannot be read as YAML: {error}")]
     if not documents:
-        return [Finding("error", str(path), "is empty; it needs at least `merge_method` and `models`")]
+        return [
+            Finding("error", str(path), "is empty; it needs at least `merge_method` and `models`")
+        ]
     stages = [str(d["name"]) for d in documents if isinstance(d, dict) and "name" in d]
     findings = list(_stage_names(documents, stages))
     for number, document in enumerate(documents):
@@ -106,13 +110,22 @@ def _stage_names(documents: list[Any], stages: list[str]) -> Iterator[Finding]:
     for stage in stages:
         if any(stage in _strings(d) for d in documents if isinstance(d, dict)):
             yield Finding(
-                "error", f"stage {stage}", f"mergekit-multi also replaces the option value or method {stage!r} by a path: "
+                "error",
+                f"stage {stage}",
+                f"mergekit-multi also replaces the option value or method {stage!r} by a path: "
                 "rename the stage",
-            )  # fmt: skip
-    reports = [path for d in documents if isinstance(d, dict) for path in {_place(report) for report in _reports(d)}]
+            )
+    reports = [
+        path
+        for d in documents
+        if isinstance(d, dict)
+        for path in {_place(report) for report in _reports(d)}
+    ]
     for report in {r for r in reports if reports.count(r) > 1}:
         yield Finding(
-            "warning", "report", f"several stages write {report}: only the last is kept, give each its own file"
+            "warning",
+            "report",
+            f"several stages write {report}: only the last is kept, give each its own file",
         )
 
 
@@ -121,7 +134,12 @@ def _strings(document: dict[str, Any]) -> set[str]:
     references = ("name", "base_model", "tokenizer_source")
     found = {v for k, v in document.items() if k not in references and isinstance(v, str)}
     for _, parameters, _ in _parameter_sections(document):
-        found |= {leaf for value in parameters.values() for leaf in _leaves(value) if isinstance(leaf, str)}
+        found |= {
+            leaf
+            for value in parameters.values()
+            for leaf in _leaves(value)
+            if isinstance(leaf, str)
+        }
     return found
 
 
@@ -148,7 +166,9 @@ def _leaves(value: Any) -> Iterator[Any]:
         yield value
 
 
-def _parameter_sections(document: Any, where: str = "") -> Iterator[tuple[str, dict[str, Any], str | None]]:
+def _parameter_sections(
+    document: Any, where: str = ""
+) -> Iterator[tuple[str, dict[str, Any], str | None]]:
     """(where, parameters, model they stand under or None) of every `parameters` mapping."""
     if isinstance(document, list):
         for number, item in enumerate(document):
@@ -191,7 +211,9 @@ class _Document:
 
     def findings(self) -> Iterator[Finding]:
         if not isinstance(self.data, dict):
-            yield Finding("error", self._at("top level"), f"must be a mapping, not {type(self.data).__name__}")
+            yield Finding(
+                "error", self._at("top level"), f"must be a mapping, not {type(self.data).__name__}"
+            )
             return
         schema = RawPyTorchMergeConfig if self._is_raw() else MergeConfiguration
         found = list(self._unknown_keys([schema], self.data, ""))
@@ -199,7 +221,10 @@ class _Document:
         try:
             config = schema.model_validate({k: v for k, v in self.data.items() if k != "name"})
         except ValidationError as error:
-            found += [Finding("error", self._at(place), message) for place, message in _plain(error).items()]
+            found += [
+                Finding("error", self._at(place), message)
+                for place, message in _plain(error).items()
+            ]
         except RuntimeError as error:  # mergekit's own validators raise it
             found.append(Finding("error", self._at("top level"), str(error)))
         name = self.data.get("merge_method")
@@ -211,12 +236,18 @@ class _Document:
                 found += self._inputs(method)
         elif isinstance(name, str):
             found.append(
-                Finding("error", self._at("merge_method"), f"{name!r} is not a merge method{_nearest(name, methods)}")
+                Finding(
+                    "error",
+                    self._at("merge_method"),
+                    f"{name!r} is not a merge method{_nearest(name, methods)}",
+                )
             )
         found += self._dtypes()
         yield from found
         planned: list[SaveTensor] | None = None
-        if isinstance(config, MergeConfiguration) and not any(finding.level == "error" for finding in found):
+        if isinstance(config, MergeConfiguration) and not any(
+            finding.level == "error" for finding in found
+        ):
             try:
                 planned = self._plan(config)
             except _RefusedError as error:
@@ -234,7 +265,9 @@ class _Document:
                 raise self._refused(str(reference), "has no config.json, which mergekit needs")
             try:
                 kind = arch_info_for_config(reference.config())
-            except Exception:  # it has code of its own, not to be run here, or this transformers does not know it
+            except (
+                Exception
+            ):  # it has code of its own, not to be run here, or this transformers does not know it
                 return None
             if kind is None:
                 return None  # mergekit infers such architectures from all files
@@ -250,16 +283,24 @@ class _Document:
         for number, piece in enumerate(config.slices or []):
             for source in piece.sources:
                 layers = getattr(source.model.config(), "num_hidden_layers", math.inf)
-                if source.layer_range is not None and not 0 <= source.layer_range[0] <= source.layer_range[1] <= layers:
+                if (
+                    source.layer_range is not None
+                    and not 0 <= source.layer_range[0] <= source.layer_range[1] <= layers
+                ):
                     raise self._refused(
-                        f"slices[{number}]", f"layer_range {list(source.layer_range)}: {source.model} has {layers}"
+                        f"slices[{number}]",
+                        f"layer_range {list(source.layer_range)}: {source.model} has {layers}",
                     )
         shape = first.config()
         if unknown := sorted(set(config.modules or {}) - set(kinds[first].modules)):
             known = ", ".join(kinds[first].modules)
-            raise self._refused(f"modules.{unknown[0]}", f"{first} has no such module, it has: {known}")
+            raise self._refused(
+                f"modules.{unknown[0]}", f"{first} has no such module, it has: {known}"
+            )
         try:  # on a copy, for the planner rewrites the configuration
-            planner = MergePlanner(config.model_copy(deep=True), kinds[first], MergeOptions(quiet=True), shape)
+            planner = MergePlanner(
+                config.model_copy(deep=True), kinds[first], MergeOptions(quiet=True), shape
+            )
             tasks = planner.plan_to_disk("")  # which only writes when it is executed
             return [task for task in tasks if isinstance(task, SaveTensor)]
         except Exception as error:  # whatever it raises now it would raise in the merge
@@ -273,10 +314,13 @@ class _Document:
     def _is_raw(self) -> bool:
         models = [m.get("model") for m in _list(self.data.get("models")) if isinstance(m, dict)]
         return any(
-            isinstance(m, str) and m.lower().endswith(FILE_SUFFIXES) for m in [*models, self.data.get("base_model")]
+            isinstance(m, str) and m.lower().endswith(FILE_SUFFIXES)
+            for m in [*models, self.data.get("base_model")]
         )
 
-    def _unknown_keys(self, schemas: list[type[BaseModel]], data: Mapping[str, Any], place: str) -> Iterator[Finding]:
+    def _unknown_keys(
+        self, schemas: list[type[BaseModel]], data: Mapping[str, Any], place: str
+    ) -> Iterator[Finding]:
         """Keys that none of ``schemas`` has, the members of a union that ``data`` may be."""
         known = {key: field for schema in schemas for key, field in schema.model_fields.items()}
         for key, value in data.items():
@@ -285,7 +329,11 @@ class _Document:
                 for models, sub, sub_place in _nested(known[key].annotation, value, here):
                     yield from self._unknown_keys(models, sub, sub_place)
             elif not (place == "" and key == "name"):  # a stage of a mergekit-multi file
-                yield Finding("error", self._at(here), f"unknown key, mergekit ignores it{_nearest(str(key), known)}")
+                yield Finding(
+                    "error",
+                    self._at(here),
+                    f"unknown key, mergekit ignores it{_nearest(str(key), known)}",
+                )
 
     # -- parameters ---------------------------------------------------------------------------------------------------
 
@@ -304,10 +352,16 @@ class _Document:
                     continue
                 scope = known[name].scope
                 if model is not None and scope == ParameterScope.SHARED:
-                    yield Finding("error", here, "is ignored under a model: write it under the top-level `parameters`")
+                    yield Finding(
+                        "error",
+                        here,
+                        "is ignored under a model: write it under the top-level `parameters`",
+                    )
                 if model is not None and model == str(base) and scope == ParameterScope.NON_BASE:
                     yield Finding(
-                        "error", here, "is ignored under base_model: write it under a fine-tuned model or top-level"
+                        "error",
+                        here,
+                        "is ignored under base_model: write it under a fine-tuned model or top-level",
                     )
                 yield from self._values(here, known[name].validate, value)
         if (per_model := PER_MODEL.get(method.spec.name)) is not None:
@@ -320,25 +374,37 @@ class _Document:
 
     def _tuned(self) -> list[dict[str, Any]]:
         base = str(self.data.get("base_model"))
-        return [m for m in _list(self.data.get("models")) if isinstance(m, dict) and str(m.get("model")) != base]
+        return [
+            m
+            for m in _list(self.data.get("models"))
+            if isinstance(m, dict) and str(m.get("model")) != base
+        ]
 
     def _unread(self) -> Iterator[Finding]:
         """`R` without the mode that reads it; a filter that no tensor's name contains is looked for in `_tensors`."""
         written = [parameters for _, parameters, _ in _parameter_sections(self.data)]
         modes = {leaf for parameters in written for leaf in _leaves(parameters.get("mode"))}
         if any("R" in parameters for parameters in written) and "variance" not in modes:
-            yield Finding("warning", self._at("R"), "is read by `mode: variance` only, and the mode is freevariance")
+            yield Finding(
+                "warning",
+                self._at("R"),
+                "is read by `mode: variance` only, and the mode is freevariance",
+            )
 
     def _weightless(self) -> Iterator[Finding]:
         shared = _mapping(self.data.get("parameters")).get("weight", 1.0)
         weights = [_mapping(m.get("parameters")).get("weight", shared) for m in self._tuned()]
         if weights and all(isinstance(weight, int | float) and weight == 0 for weight in weights):
             yield Finding(
-                "error", self._at("weight"), "is 0 for every fine-tuned model; give at least one a weight > 0"
+                "error",
+                self._at("weight"),
+                "is 0 for every fine-tuned model; give at least one a weight > 0",
             )
 
     def _values(self, here: str, validate: Any, value: Any) -> Iterator[Finding]:
-        conditions = [c for c in (value if isinstance(value, list) else [value]) if isinstance(c, dict)]
+        conditions = [
+            c for c in (value if isinstance(value, list) else [value]) if isinstance(c, dict)
+        ]
         for number, condition in enumerate(conditions):
             for key in condition:
                 if key not in ConditionalParameter.model_fields:
@@ -349,7 +415,9 @@ class _Document:
                     )
             if condition.get("filter") in (None, "*") and number < len(conditions) - 1:
                 yield Finding(
-                    "error", here, "an entry without `filter` comes before others, which are never reached: put it last"
+                    "error",
+                    here,
+                    "an entry without `filter` comes before others, which are never reached: put it last",
                 )
         if value is None:
             yield Finding("error", here, "has no value; leave the line out to get the default")
@@ -372,14 +440,22 @@ class _Document:
     def _merged(self) -> Iterator[Finding]:
         """`svc`: at most one model is the merge of the others, and those are two or more."""
         tuned = self._tuned()
-        flagged = [str(m.get("model")) for m in tuned if _mapping(m.get("parameters")).get("merged") is True]
+        flagged = [
+            str(m.get("model"))
+            for m in tuned
+            if _mapping(m.get("parameters")).get("merged") is True
+        ]
         if len(flagged) > 1:
             yield Finding(
-                "error", self._at("merged"), f"is true for {', '.join(flagged)}; at most one can be the merge"
+                "error",
+                self._at("merged"),
+                f"is true for {', '.join(flagged)}; at most one can be the merge",
             )
         elif flagged and len(tuned) < 3:
             yield Finding(
-                "error", self._at("models"), f"svc needs two task models beside {flagged[0]}, which is `merged`"
+                "error",
+                self._at("models"),
+                f"svc needs two task models beside {flagged[0]}, which is `merged`",
             )
 
     # -- models -------------------------------------------------------------------------------------------------------
@@ -416,7 +492,11 @@ class _Document:
             if section.get("models"):
                 yield None, section["models"], base
             for number, piece in enumerate(section.get("slices") or []):
-                yield f"model.slices[{number}]", piece.get("sources") or [], piece.get("base_model") or base
+                yield (
+                    f"model.slices[{number}]",
+                    piece.get("sources") or [],
+                    piece.get("base_model") or base,
+                )
 
     def _dtypes(self) -> Iterator[Finding]:
         sizes = {}
@@ -428,11 +508,15 @@ class _Document:
                     yield Finding("error", self._at(key), f"{name!r} is not a dtype ({error})")
                 else:
                     sizes[key] = dtype.itemsize if dtype else 0
-        if str(self.data.get("merge_method")) in PER_MODEL and sizes.get("out_dtype", 9) < sizes.get("dtype", 0):
+        if str(self.data.get("merge_method")) in PER_MODEL and sizes.get(
+            "out_dtype", 9
+        ) < sizes.get("dtype", 0):
             yield Finding(
-                "warning", self._at("out_dtype"), "mergekit rounds to it after the method: `realised` in the report is that "
+                "warning",
+                self._at("out_dtype"),
+                "mergekit rounds to it after the method: `realised` in the report is that "
                 "of `dtype`, what is stored may be less",
-            )  # fmt: skip
+            )
 
     def _tensors(self, planned: list[SaveTensor] | None) -> Iterator[Finding]:
         """Compares tensors of the same name between the base (or first) model and each other one."""
@@ -447,7 +531,11 @@ class _Document:
             try:
                 reference = ModelReference.model_validate(name)
                 path = reference.model.path
-                hub_like = os.path.exists(path) and not path.startswith((".", "/")) and path.count("/") <= 1
+                hub_like = (
+                    os.path.exists(path)
+                    and not path.startswith((".", "/"))
+                    and path.count("/") <= 1
+                )
                 if hub_like and not self._is_raw():  # mergekit-pytorch writes no model card
                     yield Finding(
                         "warning",
@@ -460,26 +548,36 @@ class _Document:
                 dtypes |= set(stored_as.values())
                 yield from self._stored(name, stored_as, found[name])
                 if reference.lora:
-                    yield Finding("warning", self._at(name), "the LoRA adapter's own shapes are not checked")
+                    yield Finding(
+                        "warning", self._at(name), "the LoRA adapter's own shapes are not checked"
+                    )
             except NotThereError as error:
                 yield Finding("error", self._at(name), str(error))
-            except (
-                Exception
-            ) as error:  # a hub that does not answer is no fault of the file; what lies here and is damaged is
+            except Exception as error:  # a hub that does not answer is no fault of the file; what lies here and is damaged is
                 if os.path.exists(name):
-                    yield Finding("error", self._at(name), f"cannot be read: {type(error).__name__}: {error}")
+                    yield Finding(
+                        "error", self._at(name), f"cannot be read: {type(error).__name__}: {error}"
+                    )
                 else:
-                    yield Finding("warning", self._at(name), f"shapes not checked: {type(error).__name__}: {error}")
+                    yield Finding(
+                        "warning",
+                        self._at(name),
+                        f"shapes not checked: {type(error).__name__}: {error}",
+                    )
         if not found:
             return
         yield from self._working_dtype(dtypes)
         stored = {tensor for tensors in found.values() for tensor in tensors}
-        yield from self._filters(stored if planned is None else {task.tensor_name for task in planned}, stored)
+        yield from self._filters(
+            stored if planned is None else {task.tensor_name for task in planned}, stored
+        )
         # Of models that are cut into slices not every tensor is merged, nor with that of the same name.
         sections = (self.data, *map(_mapping, _mapping(self.data.get("modules")).values()))
         sliced = any(s.get("slices") for s in sections)
         level: Literal["error", "warning"] = "warning" if sliced else "error"
-        lacking, unread = _missed(planned) if planned and len(found) == len(set(names)) else ({}, {})
+        lacking, unread = (
+            _missed(planned) if planned and len(found) == len(set(names)) else ({}, {})
+        )
         for model in [] if sliced else sorted(unread, key=[*found, *unread].index):
             yield Finding(
                 "warning",
@@ -495,7 +593,9 @@ class _Document:
                 "is the checkpoint complete?",
             )
         first, *others = found
-        aligned = self.data.get("tokenizer") is not None or self.data.get("tokenizer_source") is not None
+        aligned = (
+            self.data.get("tokenizer") is not None or self.data.get("tokenizer_source") is not None
+        )
         for other in others:
             differing = [
                 t
@@ -515,11 +615,15 @@ class _Document:
                 )
             if len(differing) > SHOWN:
                 yield Finding(
-                    level, self._at(other), f"{len(differing) - SHOWN} more tensors differ in shape from {first}"
+                    level,
+                    self._at(other),
+                    f"{len(differing) - SHOWN} more tensors differ in shape from {first}",
                 )
             if found[first] and found[other] and not set(found[first]) & set(found[other]):
                 yield Finding(
-                    "error", self._at(other), f"has no tensor name in common with {first}: another architecture?"
+                    "error",
+                    self._at(other),
+                    f"has no tensor name in common with {first}: another architecture?",
                 )
                 continue
             for missing, here, there in (
@@ -539,10 +643,18 @@ class _Document:
             for name, value in parameters.items():
                 for condition in value if isinstance(value, list) else [value]:
                     wanted = condition.get("filter") if isinstance(condition, dict) else None
-                    if isinstance(wanted, str) and wanted != "*" and not any(wanted in tensor for tensor in tensors):
-                        renamed = "as mergekit has them: it stacks or renames what the files call so"
+                    if (
+                        isinstance(wanted, str)
+                        and wanted != "*"
+                        and not any(wanted in tensor for tensor in tensors)
+                    ):
+                        renamed = (
+                            "as mergekit has them: it stacks or renames what the files call so"
+                        )
                         why = (
-                            renamed if any(wanted in tensor for tensor in stored) else "it is plain text, not a pattern"
+                            renamed
+                            if any(wanted in tensor for tensor in stored)
+                            else "it is plain text, not a pattern"
                         )
                         yield Finding(
                             "warning",
@@ -553,15 +665,23 @@ class _Document:
     def _stored(self, model: str, dtypes: dict[str, str], shapes: Shapes) -> Iterator[Finding]:
         """Codes that no method knows what to do with."""
         codes = sorted(
-            name for name, dtype in dtypes.items()
-            if len(shapes[name]) > 1 and _bits(dtype) <= 8
-            and ("float" in dtype.lower() or dtype.startswith("F") or name.endswith(("weight", "blocks")))
-        )  # fmt: skip
+            name
+            for name, dtype in dtypes.items()
+            if len(shapes[name]) > 1
+            and _bits(dtype) <= 8
+            and (
+                "float" in dtype.lower()
+                or dtype.startswith("F")
+                or name.endswith(("weight", "blocks"))
+            )
+        )
         if codes:
             yield Finding(
-                "error", self._at(model), f"is quantised: {len(codes)} tensor(s) hold {dtypes[codes[0]]} codes, {codes[0]} for "
+                "error",
+                self._at(model),
+                f"is quantised: {len(codes)} tensor(s) hold {dtypes[codes[0]]} codes, {codes[0]} for "
                 "one, and mergekit would merge the codes; convert the checkpoint to bfloat16 first",
-            )  # fmt: skip
+            )
 
     def _working_dtype(self, dtypes: Iterable[str]) -> Iterator[Finding]:
         """`out_dtype` without `dtype`: the methods compute and round in what the checkpoints are stored in."""
@@ -598,7 +718,10 @@ def _plain(error: ValidationError) -> dict[str, str]:
         loc = [str(part) for part in item["loc"]]
         if "parameters" in loc[:-1]:
             place = ".".join(loc[: loc.index("parameters") + 2])
-            found.setdefault(place, "must be a value, a list of values (a gradient), or a list of `filter` and `value`")
+            found.setdefault(
+                place,
+                "must be a value, a list of values (a gradient), or a list of `filter` and `value`",
+            )
         else:
             found.setdefault(".".join(loc), item["msg"])
     return found
@@ -620,7 +743,9 @@ def _models(data: Any) -> Iterator[Mapping[str, Any]]:
             yield from _models(value)
 
 
-def _nested(annotation: Any, value: Any, place: str) -> Iterator[tuple[list[type[BaseModel]], Mapping[str, Any], str]]:
+def _nested(
+    annotation: Any, value: Any, place: str
+) -> Iterator[tuple[list[type[BaseModel]], Mapping[str, Any], str]]:
     """(models, mapping, place) of every mapping in ``value`` that pydantic would read as one of these models."""
     members = list(_members(annotation))
     if isinstance(value, dict):
@@ -655,7 +780,9 @@ def _missed(tasks: Sequence[SaveTensor]) -> tuple[dict[str, set[str]], dict[str,
     """
     loads = dict.fromkeys(load for task in tasks for load in plan.loads(task.tensor_task))
     models = dict.fromkeys(load.model for load in loads)
-    inputs = plan.Inputs({m: LazyTensorLoader(ShardedTensorIndex.from_disk(m.model.path)) for m in models})
+    inputs = plan.Inputs(
+        {m: LazyTensorLoader(ShardedTensorIndex.from_disk(m.model.path)) for m in models}
+    )
     lacking: dict[str, set[str]] = {}
     stored = {str(model): set(inputs.loaders[model].index.tensor_paths) for model in models}
     read: set[str] = set()
@@ -667,7 +794,9 @@ def _missed(tasks: Sequence[SaveTensor]) -> tuple[dict[str, set[str]], dict[str,
         except plan.LackingError:
             lacking.setdefault(str(load.model), set()).add(load.tensor)
     # What is read of any model is in the merged one: modules may take their tensors from different models.
-    return lacking, {m: left for m, names in stored.items() if m not in lacking and (left := names - read)}
+    return lacking, {
+        m: left for m, names in stored.items() if m not in lacking and (left := names - read)
+    }
 
 
 def headers(model: ModelReference) -> Headers:
@@ -692,7 +821,11 @@ def headers(model: ModelReference) -> Headers:
     from huggingface_hub import get_safetensors_metadata
 
     metadata = get_safetensors_metadata(path, revision=model.model.revision)
-    return {n: (tuple(t.shape), t.dtype) for file in metadata.files_metadata.values() for n, t in file.tensors.items()}
+    return {
+        n: (tuple(t.shape), t.dtype)
+        for file in metadata.files_metadata.values()
+        for n, t in file.tensors.items()
+    }
 
 
 def _file_headers(path: str) -> Headers:
@@ -701,7 +834,9 @@ def _file_headers(path: str) -> Headers:
 
         with safe_open(path, framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-            return {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
+            return {
+                name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()
+            }
     import torch
 
     state = torch.load(path, map_location="meta", weights_only=True)
@@ -709,4 +844,8 @@ def _file_headers(path: str) -> Headers:
         raise ValueError(
             "wrapped in {'state_dict': …}, which mergekit-pytorch does not unwrap; save the inner dictionary"
         )
-    return {name: (tuple(t.shape), str(t.dtype)) for name, t in state.items() if isinstance(t, torch.Tensor)}
+    return {
+        name: (tuple(t.shape), str(t.dtype))
+        for name, t in state.items()
+        if isinstance(t, torch.Tensor)
+    }

@@ -38,11 +38,17 @@ def matrices(name: str, shape: Sequence[int]) -> list[tuple[str, Index]]:
         return [(f"[{e}]", (e,)) for e in experts]
     half = shape[axis] // 2
     halves = (("gate", slice(0, half)), ("up", slice(half, 2 * half)))
-    return [(f"[{e}].{part}", (e, *[slice(None)] * (axis - 1), rows)) for e in experts for part, rows in halves]
+    return [
+        (f"[{e}].{part}", (e, *[slice(None)] * (axis - 1), rows))
+        for e in experts
+        for part, rows in halves
+    ]
 
 
 # `layers.12`, `stages.2.blocks.5`; an expert is a matrix of its layer, not a layer, and `downsample.1.weight` is a matrix.
-_LAYER = re.compile(r"(?:^|\.)(?!experts\.)\w+\.\d+(?:\.(?!experts\.)\w+\.\d+)*(?=\.(?!weight$|bias$))")
+_LAYER = re.compile(
+    r"(?:^|\.)(?!experts\.)\w+\.\d+(?:\.(?!experts\.)\w+\.\d+)*(?=\.(?!weight$|bias$))"
+)
 
 
 def layer(name: str) -> tuple[int, ...]:
@@ -56,7 +62,9 @@ def projection(name: str) -> str:
     found = _LAYER.search(name)
     rest = name[found.end() + 1 :] if found else name
     # One type for all experts of a layer, but fc1 and fc2 stay two.
-    return re.sub(r"\b\d+\b", "*", rest.removeprefix("model.").removesuffix(".weight")) or "(unnamed)"
+    return (
+        re.sub(r"\b\d+\b", "*", rest.removeprefix("model.").removesuffix(".weight")) or "(unnamed)"
+    )
 
 
 def natural(name: str) -> tuple[int | str, ...]:

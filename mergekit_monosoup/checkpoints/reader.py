@@ -38,9 +38,15 @@ def check_path(path: str) -> None:
     Raises:
         NotThereError: otherwise. Without it the hub client reports a misspelt folder as a repository that needs a login.
     """
-    local = path.startswith((".", "/", "~")) or path.count("/") != 1 or path.lower().endswith(FILE_SUFFIXES)
+    local = (
+        path.startswith((".", "/", "~"))
+        or path.count("/") != 1
+        or path.lower().endswith(FILE_SUFFIXES)
+    )
     if local and not os.path.exists(path):
-        raise NotThereError("no such file or folder (and not the name of a hub repository, ORGANISATION/MODEL)")
+        raise NotThereError(
+            "no such file or folder (and not the name of a hub repository, ORGANISATION/MODEL)"
+        )
 
 
 @dataclass(frozen=True)
@@ -75,15 +81,20 @@ class Checkpoints:
                 )
         everything = dict.fromkeys(name for index in indices for name in index)
         held = {
-            name: [m for m, index in zip(self.models, indices, strict=True) if name in index] for name in everything
+            name: [m for m, index in zip(self.models, indices, strict=True) if name in index]
+            for name in everything
         }
         partial: dict[str, list[str]] = defaultdict(list)
         for name in sorted(everything, key=natural):
             if len(held[name]) < len(self.models):
                 partial[", ".join(held[name])].append(name)
-        self.remarks = [f"left out, only in {holders}: {_listed(names)}" for holders, names in partial.items()]
+        self.remarks = [
+            f"left out, only in {holders}: {_listed(names)}" for holders, names in partial.items()
+        ]
         shared = [name for name in everything if len(held[name]) == len(self.models)]
-        self.names = sorted(shared, key=lambda name: (*(index[name] for index in indices), natural(name)))
+        self.names = sorted(
+            shared, key=lambda name: (*(index[name] for index in indices), natural(name))
+        )
 
     def load(self, name: str) -> list[Tensor]:
         """The tensor of each model, of one shape.
@@ -100,7 +111,9 @@ class Checkpoints:
         for model, tensor in zip(self.models[1:], tensors[1:], strict=True):
             if tensor.shape != tensors[0].shape:
                 hint = ""
-                if tensor.shape[1:] == tensors[0].shape[1:] and ("embed" in name or "lm_head" in name):
+                if tensor.shape[1:] == tensors[0].shape[1:] and (
+                    "embed" in name or "lm_head" in name
+                ):
                     hint = "; the vocabularies differ"
                 raise ValueError(
                     f"{name} is {tuple(tensors[0].shape)} in {self.models[0]} but {tuple(tensor.shape)} in {model}{hint}"
@@ -113,9 +126,13 @@ class Checkpoints:
             tensor = loader.get_tensor(name)
             assert tensor is not None  # raise_on_missing is the default
             return tensor
-        except Exception as error:  # safetensors, zip and pickle errors name neither file nor tensor
+        except (
+            Exception
+        ) as error:  # safetensors, zip and pickle errors name neither file nor tensor
             file = os.path.join(loader.index.base_path, loader.index.tensor_paths[name])
-            raise ValueError(f"{name} cannot be read from {file} ({type(error).__name__}: {error})") from error
+            raise ValueError(
+                f"{name} cannot be read from {file} ({type(error).__name__}: {error})"
+            ) from error
 
 
 def _open(model: str, storage: Storage) -> LazyTensorLoader | _Pickled:
@@ -128,11 +145,19 @@ def _open(model: str, storage: Storage) -> LazyTensorLoader | _Pickled:
                 raise ValueError(
                     "an adapter has to be merged into its base first: say where with --lora-merge-cache DIR"
                 )
-        merged = reference.merged(storage.lora_merge_cache, trust_remote_code=storage.trust_remote_code)
+        merged = reference.merged(
+            storage.lora_merge_cache, trust_remote_code=storage.trust_remote_code
+        )
         path = merged.model.path
         single = os.path.isfile(path)
-        index = ShardedTensorIndex.from_file(path) if single else merged.tensor_index(storage.transformers_cache)
-    except Exception as error:  # pydantic, the hub, transformers, peft: all of them without the model's name
+        index = (
+            ShardedTensorIndex.from_file(path)
+            if single
+            else merged.tensor_index(storage.transformers_cache)
+        )
+    except (
+        Exception
+    ) as error:  # pydantic, the hub, transformers, peft: all of them without the model's name
         kind = "" if type(error) in (ValueError, NotThereError) else f"{type(error).__name__}: "
         raise ValueError(f"{model}: {kind}{error}") from error
     return LazyTensorLoader(index) if index.is_safetensors else _Pickled(index)
@@ -151,7 +176,9 @@ class _Pickled:
         self._tensors: dict[str, Any] = {}
 
     def get_tensor(self, name: str) -> Tensor:
-        if self._file != (file := os.path.join(self.index.base_path, self.index.tensor_paths[name])):
+        if self._file != (
+            file := os.path.join(self.index.base_path, self.index.tensor_paths[name])
+        ):
             tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zipfile(file))
             self._file, self._tensors = file, tensors.get("state_dict", tensors)
         if not isinstance(tensor := self._tensors[name], Tensor):
@@ -181,7 +208,11 @@ def named_errors(name: str, models: Sequence[str]) -> Iterator[None]:
     try:
         yield
     except NonFiniteError as error:
-        found = [f"{count} entries in {model}" for count, model in zip(error.counts, models, strict=False) if count]
+        found = [
+            f"{count} entries in {model}"
+            for count, model in zip(error.counts, models, strict=False)
+            if count
+        ]
         raise ValueError(
             f"{name} is not finite: {'; '.join(found)}. Check that checkpoint: a diverged run or a damaged download is "
             "the usual cause."

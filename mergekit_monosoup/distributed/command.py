@@ -29,32 +29,78 @@ ALONE = "--gpus gives each of several workers a GPU: add --workers N, or take --
 
 # Every option of mergekit 0.1.5 reaches the workers, or the driver, as it is (`num_threads`: of each worker), but for
 # `multi_gpu` and devices, which are checked below. One that a later mergekit brings is refused until it has been looked at.
-KNOWN = frozenset({
-    "allow_crimes", "unsafe_truncate_embeddings", "transformers_cache", "lora_merge_cache", "lora_merge_dtype", "cuda",
-    "device", "low_cpu_memory", "out_shard_size", "copy_tokenizer", "clone_tensors", "trust_remote_code", "random_seed",
-    "lazy_unpickle", "write_model_card", "safe_serialization", "verbosity", "quiet", "read_to_gpu", "multi_gpu",
-    "num_threads", "gpu_rich", "async_write", "write_threads",
-})  # fmt: skip
+KNOWN = frozenset(
+    {
+        "allow_crimes",
+        "unsafe_truncate_embeddings",
+        "transformers_cache",
+        "lora_merge_cache",
+        "lora_merge_dtype",
+        "cuda",
+        "device",
+        "low_cpu_memory",
+        "out_shard_size",
+        "copy_tokenizer",
+        "clone_tensors",
+        "trust_remote_code",
+        "random_seed",
+        "lazy_unpickle",
+        "write_model_card",
+        "safe_serialization",
+        "verbosity",
+        "quiet",
+        "read_to_gpu",
+        "multi_gpu",
+        "num_threads",
+        "gpu_rich",
+        "async_write",
+        "write_threads",
+    }
+)
 
 
 @click.command("run", cls=PrettyPrintHelp, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("config_file", metavar="CONFIG")
 @click.argument("out_path", metavar="OUT")
 @click.option(
-    "--workers", type=click.IntRange(min=1), help="Worker processes, on this machine or on the cluster of --ray."
+    "--workers",
+    type=click.IntRange(min=1),
+    help="Worker processes, on this machine or on the cluster of --ray.",
 )
-@click.option("--ray", "address", metavar="ADDRESS", help="A running Ray cluster (HOST:PORT, or auto); OUT and inputs on "
-              "storage that all nodes share.")  # fmt: skip
+@click.option(
+    "--ray",
+    "address",
+    metavar="ADDRESS",
+    help="A running Ray cluster (HOST:PORT, or auto); OUT and inputs on "
+    "storage that all nodes share.",
+)
 @click.option("--gpus", is_flag=True, help="A GPU for each worker.")
-@click.option("--resume", is_flag=True, help="Go on with what an earlier run left unfinished in OUT, if anything.")
-@click.option("--force", is_flag=True, help="Replace the model, or drop the unfinished merge, in OUT.")
-@click.option("--seed-per-tensor", is_flag=True, help="For methods that draw random numbers: from --random-seed and the name "
-              "of the tensor, so with any number of workers the same, but not mergekit-yaml's.")  # fmt: skip
+@click.option(
+    "--resume",
+    is_flag=True,
+    help="Go on with what an earlier run left unfinished in OUT, if anything.",
+)
+@click.option(
+    "--force", is_flag=True, help="Replace the model, or drop the unfinished merge, in OUT."
+)
+@click.option(
+    "--seed-per-tensor",
+    is_flag=True,
+    help="For methods that draw random numbers: from --random-seed and the name "
+    "of the tensor, so with any number of workers the same, but not mergekit-yaml's.",
+)
 @add_merge_options
 def run(
-    config_file: str, out_path: str, workers: int | None, address: str | None, gpus: bool, resume: bool, force: bool,
-    seed_per_tensor: bool, merge_options: MergeOptions,
-) -> None:  # fmt: skip
+    config_file: str,
+    out_path: str,
+    workers: int | None,
+    address: str | None,
+    gpus: bool,
+    resume: bool,
+    force: bool,
+    seed_per_tensor: bool,
+    merge_options: MergeOptions,
+) -> None:
     """Merge CONFIG into OUT as mergekit-yaml does, tensor for tensor the same, by several workers.
 
     Without --workers (or with one), --ray, --resume and --seed-per-tensor this is mergekit-yaml in this process, but that
@@ -71,12 +117,16 @@ def run(
             _check_places(out_path, config)
             with work.claimed(resume=False, force=force):
                 pass
-        mergekit_yaml = partial(run_yaml.main.callback, config_file=config_file, **merge_options.model_dump())  # type: ignore[misc, arg-type]
+        mergekit_yaml = partial(
+            run_yaml.main.callback, config_file=config_file, **merge_options.model_dump()
+        )  # type: ignore[misc, arg-type]
         with _errors(out_path, merge_options.verbosity > 0):
             if not force:
                 mergekit_yaml(out_path=out_path)
                 return
-            with work.claimed(resume=False, force=True):  # the old model stays until the new one is complete
+            with work.claimed(
+                resume=False, force=True
+            ):  # the old model stays until the new one is complete
                 mergekit_yaml(out_path=str(work.files))
                 work.prepare({})
                 work.publish()
@@ -112,10 +162,14 @@ def _configuration(path: str) -> tuple[MergeConfiguration, str]:
 
 def _check_places(out_path: str, config: MergeConfiguration) -> None:
     """Raises ValueError: OUT is one of the models that are merged, which the merge would replace; or a file is cut off."""
-    parts = [part for r in config.referenced_models() for part in (r.model, r.lora) if part is not None]
+    parts = [
+        part for r in config.referenced_models() for part in (r.model, r.lora) if part is not None
+    ]
     for place in (part.path for part in parts if os.path.isdir(part.path)):
         if os.path.realpath(place) == os.path.realpath(out_path):
-            raise ValueError(f"{out_path} is an input of this merge, which would replace it: name another folder")
+            raise ValueError(
+                f"{out_path} is an input of this merge, which would replace it: name another folder"
+            )
         for file in _weights(Path(place)):
             read_header(str(file))
 
@@ -126,7 +180,11 @@ def _weights(folder: Path) -> Iterator[Path]:
     with suppress(OSError, ValueError, KeyError, AttributeError):
         index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
         names = set(index["weight_map"].values())
-    yield from sorted(path for name in names if (path := folder / name).is_file() and path.suffix == ".safetensors")
+    yield from sorted(
+        path
+        for name in names
+        if (path := folder / name).is_file() and path.suffix == ".safetensors"
+    )
 
 
 def _document(path: str, source: str) -> Any:
@@ -179,9 +237,15 @@ def _errors(out_path: str, verbose: bool) -> Iterator[None]:
         raise SystemExit(INTERRUPTED) from None
     except (ValueError, OSError, ImportError, RuntimeError, KeyError, SafetensorError) as error:
         if verbose:
-            click.echo(error.details if isinstance(error, MergeError) else traceback.format_exc(), err=True)
+            click.echo(
+                error.details if isinstance(error, MergeError) else traceback.format_exc(), err=True
+            )
         kept = _kept(out_path) if isinstance(error, RuntimeError) else ""
-        said = f"{type(error).__name__}: {error}" if isinstance(error, KeyError | SafetensorError) else str(error)
+        said = (
+            f"{type(error).__name__}: {error}"
+            if isinstance(error, KeyError | SafetensorError)
+            else str(error)
+        )
         raise click.ClickException(f"{said}\n{kept}".rstrip()) from error
 
 
@@ -190,9 +254,7 @@ def _kept(out_path: str) -> str:
     if not work.begun:
         return ""
     count = len(list(work.done.glob("*.json")))
-    return (
-        f"{count} finished batch(es) kept in {out_path}: the same command with --resume (and without --force) goes on."
-    )
+    return f"{count} finished batch(es) kept in {out_path}: the same command with --resume (and without --force) goes on."
 
 
 def _tell(out_path: str, records: Sequence[Done], verbose: bool) -> None:
@@ -208,4 +270,7 @@ def _tell(out_path: str, records: Sequence[Done], verbose: bool) -> None:
             )
     size = sum(record.bytes for record in records)
     shards = sum(len(record.shards) for record in records)
-    click.echo(f"{out_path}: {size / 1e9:.2f} GB in {shards} file(s), by {len(by_worker)} worker(s)", err=True)
+    click.echo(
+        f"{out_path}: {size / 1e9:.2f} GB in {shards} file(s), by {len(by_worker)} worker(s)",
+        err=True,
+    )

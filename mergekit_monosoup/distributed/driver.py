@@ -31,7 +31,16 @@ from mergekit_monosoup.distributed import folder as folders
 from mergekit_monosoup.distributed.engines import Engine
 from mergekit_monosoup.distributed.fingerprint import Fingerprint, document, fingerprint, versions
 from mergekit_monosoup.distributed.folder import Done, FolderError, WorkFolder
-from mergekit_monosoup.distributed.plan import Batch, Inputs, Plan, PlanError, batch_bytes, divide, in_order, take_apart
+from mergekit_monosoup.distributed.plan import (
+    Batch,
+    Inputs,
+    Plan,
+    PlanError,
+    batch_bytes,
+    divide,
+    in_order,
+    take_apart,
+)
 from mergekit_monosoup.distributed.progress import Bar
 from mergekit_monosoup.distributed.worker import Failed, Job, method_of
 
@@ -84,7 +93,9 @@ def merge(request: Request, *, resume: bool, force: bool) -> list[Done]:
             with distributor.in_place_of_executor():
                 # Quiet: there is one bar, ours.
                 options = request.options.model_copy(update={"quiet": True})
-                mergekit.merge.run_merge(request.config, str(work.files), options, config_source=request.source)
+                mergekit.merge.run_merge(
+                    request.config, str(work.files), options, config_source=request.source
+                )
             distributor.write_reports()
             work.prepare(distributor.shards())
         records = list(map(folders.read_done, sorted(work.done.glob("*.json"))))
@@ -118,7 +129,9 @@ class Distributor:
         finally:
             module.Executor = original
         if self._plan is None:
-            raise PlanError("this mergekit executes its plans in another way than 0.1.5: merge with mergekit-yaml")
+            raise PlanError(
+                "this mergekit executes its plans in another way than 0.1.5: merge with mergekit-yaml"
+            )
 
     def _made(self, targets: list[Task[Any]], math_device: Any, storage_device: Any) -> Distributor:
         """What `run_merge` takes for the constructor of an executor."""
@@ -140,16 +153,23 @@ class Distributor:
         footprints = [inputs.footprint(task) for task in plan.tensors]
         size = sum(footprint.written for footprint in footprints)
         with contextlib.closing(request.engine()) as engine:
-            limit = self.work.division(wanted, batch_bytes(size, engine.workers, request.options.out_shard_size))
+            limit = self.work.division(
+                wanted, batch_bytes(size, engine.workers, request.options.out_shard_size)
+            )
             batches = divide(plan.tensors, footprints, limit)
             bar = Bar(
-                len(plan.tensors), size, attempts=lambda: folders.attempts(self.work),
-                quiet=request.options.quiet, verbose=request.options.verbosity > 0,
-            )  # fmt: skip
+                len(plan.tensors),
+                size,
+                attempts=lambda: folders.attempts(self.work),
+                quiet=request.options.quiet,
+                verbose=request.options.verbosity > 0,
+            )
             with bar:
                 self._resume(batches, bar)
                 job = self._job(plan, loaders, engine)
-                left = [batch for batch in in_order(batches, limit) if batch.number not in self.finished]
+                left = [
+                    batch for batch in in_order(batches, limit) if batch.number not in self.finished
+                ]
                 with contextlib.closing(engine.run(job, left)) as results:
                     for result in results:
                         if isinstance(result, Failed):
@@ -163,7 +183,9 @@ class Distributor:
 
     def _fingerprint(self, loaders: Mapping[ModelReference, LazyTensorLoader]) -> Fingerprint:
         request = self.request
-        return fingerprint(request.source, request.options, loaders, threads=self._threads, seed=request.seed)
+        return fingerprint(
+            request.source, request.options, loaders, threads=self._threads, seed=request.seed
+        )
 
     def _tokenizer(self, task: BuildTokenizer) -> TokenizerInfo:
         """Built once per merge and kept: a union of vocabularies comes out in another order in another process."""
@@ -178,9 +200,15 @@ class Distributor:
             if isinstance(found, str):
                 bar.say(found)
                 continue
-            names = {task.tensor_name for task in batches[found.batch].tensors} if found.batch < len(batches) else set()
+            names = (
+                {task.tensor_name for task in batches[found.batch].tensors}
+                if found.batch < len(batches)
+                else set()
+            )
             if not all(names.issuperset(shard.tensors) for shard in found.shards):
-                raise FolderError(f"{self.work.out}: the merge was divided in another way; start over with --force")
+                raise FolderError(
+                    f"{self.work.out}: the merge was divided in another way; start over with --force"
+                )
             self._take(found)
         if self.finished:
             bar.already(self.finished.values())
@@ -196,14 +224,18 @@ class Distributor:
                 self._logged.add((name, level, message))
                 logger.handle(logger.makeRecord(name, level, "worker", 0, message, (), None))
 
-    def _job(self, plan: Plan, loaders: Mapping[ModelReference, LazyTensorLoader], engine: Engine) -> Job:
+    def _job(
+        self, plan: Plan, loaders: Mapping[ModelReference, LazyTensorLoader], engine: Engine
+    ) -> Job:
         return Job(
             out=str(self.work.out),
             token=self.work.token.read_text(encoding="utf-8"),
             node=socket.gethostname(),
             cwd=os.getcwd(),
             versions=versions(),
-            sources={model: os.path.abspath(loader.index.base_path) for model, loader in loaders.items()},
+            sources={
+                model: os.path.abspath(loader.index.base_path) for model, loader in loaders.items()
+            },
             methods=frozenset(filter(None, map(method_of, plan.tensors))),
             options=self.request.options,
             writer=plan.writer,
@@ -231,7 +263,11 @@ class Distributor:
                 # Hours of merging are not thrown away for it; mergekit-yaml would have stopped at the first tensor.
                 name = f"monosoup-report{number or ''}.jsonl"
                 folders.write_text(self.work.files / name, "".join(text))
-                LOG.warning("the report could not be written (%s): it is %s instead", error, self.work.out / name)
+                LOG.warning(
+                    "the report could not be written (%s): it is %s instead",
+                    error,
+                    self.work.out / name,
+                )
 
     def shards(self) -> dict[str, str]:
         """Final name → file in `done`, named as transformers expects; writes the index that goes with more than one."""
@@ -242,13 +278,22 @@ class Distributor:
         shards = [shard for record in records for shard in record.shards]
         if len(shards) == 1:
             return {f"{stem}.{suffix}": shards[0].file}
-        names = [f"{stem}-{number:05d}-of-{len(shards):05d}.{suffix}" for number in range(1, len(shards) + 1)]
+        names = [
+            f"{stem}-{number:05d}-of-{len(shards):05d}.{suffix}"
+            for number in range(1, len(shards) + 1)
+        ]
         index = {
             "metadata": {
                 "total_size": sum(record.bytes for record in records),
                 "mergekit_version": version("mergekit"),
             },
-            "weight_map": {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard.tensors},
+            "weight_map": {
+                tensor: name
+                for name, shard in zip(names, shards, strict=True)
+                for tensor in shard.tensors
+            },
         }
-        folders.write_text(self.work.files / f"{stem}.{suffix}.index.json", json.dumps(index, indent=2))
+        folders.write_text(
+            self.work.files / f"{stem}.{suffix}.index.json", json.dumps(index, indent=2)
+        )
         return {name: shard.file for name, shard in zip(names, shards, strict=True)}

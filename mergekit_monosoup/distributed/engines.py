@@ -89,10 +89,16 @@ class OnRay:
                 return
             cpus, cores = (workers or 1) * self.threads, _cores()
             if cpus > cores:
-                LOG.warning("%d workers with %d thread(s) each share %d cores", workers, self.threads, cores)
+                LOG.warning(
+                    "%d workers with %d thread(s) each share %d cores", workers, self.threads, cores
+                )
             # Never one that happens to run here: --ray is how to ask for that.
             self._ray.init(
-                address="local", num_cpus=cpus, include_dashboard=False, object_store_memory=OBJECT_STORE, **quiet
+                address="local",
+                num_cpus=cpus,
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE,
+                **quiet,
             )
         except (ConnectionError, OSError, RuntimeError, ValueError) as error:
             raise EngineError(
@@ -129,8 +135,11 @@ class OnRay:
         if large := [batch for batch in batches if batch.memory > self._memory]:
             LOG.warning(
                 "%d batches may need up to %.0f GB, more than the %.0f GB that the largest node has for Ray; the first is %s",
-                len(large), large[0].memory / 1e9, self._memory / 1e9, large[0].tensors[0].tensor_name,
-            )  # fmt: skip
+                len(large),
+                large[0].memory / 1e9,
+                self._memory / 1e9,
+                large[0].tensors[0].tensor_name,
+            )
         environment = {name: os.environ[name] for name in HANDED_ON if name in os.environ}
         # Before torch and SciPy are imported: their thread pools are made then.
         pools = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
@@ -197,7 +206,9 @@ def import_ray() -> Any:
 
 
 def _lost(batch: Batch, error: Exception) -> str:
-    names = batch.tensors[0].tensor_name + (f" and {len(batch.tensors) - 1} more" if len(batch.tensors) > 1 else "")
+    names = batch.tensors[0].tensor_name + (
+        f" and {len(batch.tensors) - 1} more" if len(batch.tensors) > 1 else ""
+    )
     return (
         f"batch {batch.number} ({names}) was lost with its worker, {1 + RETRIES} times in a row: {_first_line(error)} If "
         f"memory is short (about {batch.memory / 1e9:.1f} GB are needed), take fewer workers; --resume continues"
@@ -205,4 +216,6 @@ def _lost(batch: Batch, error: Exception) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return next(
+        (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
+    )

@@ -16,13 +16,26 @@ from mergekit.io import LazyTensorLoader
 from mergekit.options import MergeOptions
 
 # Versions that can change a bit of the result, here and on every node.
-PACKAGES = ("mergekit", "mergekit-monosoup", "torch", "transformers", "safetensors", "numpy", "scipy")
+PACKAGES = (
+    "mergekit",
+    "mergekit-monosoup",
+    "torch",
+    "transformers",
+    "safetensors",
+    "numpy",
+    "scipy",
+)
 
 # The options of mergekit that can change the weights or how they are cut into files. The rest says where things lie, how
 # loud the program is, or what the driver writes at the end.
 OPTIONS = (
-    "allow_crimes", "unsafe_truncate_embeddings", "lora_merge_dtype", "device", "out_shard_size", "safe_serialization",
-)  # fmt: skip
+    "allow_crimes",
+    "unsafe_truncate_embeddings",
+    "lora_merge_dtype",
+    "device",
+    "out_shard_size",
+    "safe_serialization",
+)
 
 # Beside the weights: what decides shapes and vocabularies.
 _BESIDE = re.compile(r"\.json$|\.model$|\.jinja$|^merges\.txt$")

@@ -119,11 +119,18 @@ class WorkFolder:
         try:
             lock.acquire()
         except Timeout:
-            raise FolderError(f"{self.out}: another `mergekit-monosoup run` is merging into it right now") from None
+            raise FolderError(
+                f"{self.out}: another `mergekit-monosoup run` is merging into it right now"
+            ) from None
         except NotImplementedError:
-            LOG.warning("%s: the file system has no locks; take care that only one driver merges into it", self.out)
+            LOG.warning(
+                "%s: the file system has no locks; take care that only one driver merges into it",
+                self.out,
+            )
         try:
-            if force or not self.begun:  # a tokenizer that a killed driver left may be another merge's
+            if (
+                force or not self.begun
+            ):  # a tokenizer that a killed driver left may be another merge's
                 self.clear()
             if not self.publishing:
                 for leftover in (self.making, self.files):
@@ -177,7 +184,9 @@ class WorkFolder:
             raise FolderError(
                 f"{self.out}: the unfinished merge was begun by another version of mergekit-monosoup; --force starts over"
             )
-        if changed := differences({section: header["fingerprint"][section] for section in wanted}, wanted):
+        if changed := differences(
+            {section: header["fingerprint"][section] for section in wanted}, wanted
+        ):
             raise FolderError(
                 f"{self.out}: cannot resume, for the result would be half of one merge and half of another:\n  "
                 + "\n  ".join(changed)
@@ -219,14 +228,20 @@ class WorkFolder:
 
     def prepare(self, shards: dict[str, str]) -> None:
         """Decides which file goes where. ``shards``: final name → file in `done`; the rest is what lies in `files`."""
-        others = sorted(str(path.relative_to(self.files)) for path in self.files.rglob("*") if path.is_file())
+        others = sorted(
+            str(path.relative_to(self.files)) for path in self.files.rglob("*") if path.is_file()
+        )
         moves = {name: f"done/{file}" for name, file in shards.items()}
         moves |= {name: f"files/{self.files.name}/{name}" for name in others}
         moves["config.json"] = moves.pop("config.json")  # last: without it no program sees a model
         there = os.listdir(self.out)
         # A tokenizer without a model is no old model's: somebody put it there.
         model = any(name == "config.json" or WEIGHTS.match(name) for name in there)
-        old = [name for name in there if name not in moves and (WEIGHTS.match(name) or (model and BESIDE.match(name)))]
+        old = [
+            name
+            for name in there
+            if name not in moves and (WEIGHTS.match(name) or (model and BESIDE.match(name)))
+        ]
         write_text(self._publish, json.dumps({"remove": old, "move": moves}))
 
     def publish(self) -> None:
@@ -247,7 +262,9 @@ class WorkFolder:
             if (self.path / source).exists():
                 os.replace(self.path / source, target)
             elif not target.exists():
-                raise FolderError(f"{target} is gone, and {self.path / source} too; start over with --force")
+                raise FolderError(
+                    f"{target} is gone, and {self.path / source} too; start over with --force"
+                )
         sync_folder(self.out)
 
     def remove(self) -> None:
@@ -277,11 +294,15 @@ def check_free(out: str | Path, *, resume: bool, force: bool) -> None:
                 f"{out} holds an unfinished merge ({count} batches done): --resume continues it, --force starts over"
             )
         return
-    there = sorted(name for name in os.listdir(folder.out) if name == "config.json" or WEIGHTS.match(name))
+    there = sorted(
+        name for name in os.listdir(folder.out) if name == "config.json" or WEIGHTS.match(name)
+    )
     if "config.json" in there:
         raise FolderError(f"{out} holds a finished model; --force replaces it")
     if there:
-        raise FolderError(f"{out} holds weights without a config.json ({there[0]}, …); --force replaces them")
+        raise FolderError(
+            f"{out} holds weights without a config.json ({there[0]}, …); --force replaces them"
+        )
 
 
 # -- of the workers ------------------------------------------------------------------------------------------------------

@@ -65,7 +65,11 @@ def take_apart(targets: Sequence[Task[Any]]) -> Plan:
     tensors = tuple(task for task in targets if isinstance(task, SaveTensor))
     final = [task for task in targets if isinstance(task, FinalizeModel)]
     tokenizers = [task for task in targets if isinstance(task, BuildTokenizer)]
-    if len(tensors) + len(final) + len(tokenizers) != len(targets) or len(final) != 1 or len(tokenizers) > 1:
+    if (
+        len(tensors) + len(final) + len(tokenizers) != len(targets)
+        or len(final) != 1
+        or len(tokenizers) > 1
+    ):
         kinds = ", ".join(sorted({type(task).__name__ for task in targets}))
         raise PlanError(
             f"mergekit's plan is not made as in 0.1.5 (it holds {kinds}), so it cannot be divided among workers: merge with "
@@ -113,7 +117,9 @@ def batch_bytes(total: int, workers: int, shard_size: int) -> int:
     return min(fair, shard_size) if shard_size > 0 else fair
 
 
-def divide(tensors: Sequence[SaveTensor], footprints: Sequence[Footprint], limit: int) -> list[Batch]:
+def divide(
+    tensors: Sequence[SaveTensor], footprints: Sequence[Footprint], limit: int
+) -> list[Batch]:
     """Batches of at most ``limit`` bytes of output; a larger tensor is one of its own.
 
     Neighbours in a batch, and then batches, read the same input files as far as the models are sharded alike.
@@ -129,7 +135,9 @@ def divide(tensors: Sequence[SaveTensor], footprints: Sequence[Footprint], limit
     return [_batch(number, part, tensors, footprints) for number, part in enumerate(parts)]
 
 
-def _batch(number: int, part: list[int], tensors: Sequence[SaveTensor], footprints: Sequence[Footprint]) -> Batch:
+def _batch(
+    number: int, part: list[int], tensors: Sequence[SaveTensor], footprints: Sequence[Footprint]
+) -> Batch:
     written = sum(footprints[i].written for i in part)
     return Batch(
         number=number,
@@ -143,7 +151,9 @@ def _batch(number: int, part: list[int], tensors: Sequence[SaveTensor], footprin
 def in_order(batches: Sequence[Batch], limit: int) -> list[Batch]:
     """Batches as they should start: single tensors above ``limit`` first, so that no worker is left alone with one at the
     end; then as the input files lie."""
-    return sorted(batches, key=lambda batch: (-batch.read if batch.written > limit else 0, batch.number))
+    return sorted(
+        batches, key=lambda batch: (-batch.read if batch.written > limit else 0, batch.number)
+    )
 
 
 # -- sizes -----------------------------------------------------------------------------------------------------------------
@@ -187,9 +197,13 @@ class Inputs:
             if not stored:
                 continue
             # Alive twice while it is cast, or stacked from single experts.
-            held += math.prod(shape) * _itemsize(load.dtype, stored[0].itemsize) + sum(source.size for source in stored)
+            held += math.prod(shape) * _itemsize(load.dtype, stored[0].itemsize) + sum(
+                source.size for source in stored
+            )
             held += 0 if lean else WORKING * math.prod(shape)
-            written = written or math.prod(shape) * _itemsize(task.dtype or load.dtype, stored[0].itemsize)
+            written = written or math.prod(shape) * _itemsize(
+                task.dtype or load.dtype, stored[0].itemsize
+            )
         buffers = max((self._buffers(task.tensor_name, shape) for _, _, shape in inputs), default=0)
         sources = dict.fromkeys(source for _, stored, _ in inputs for source in stored)
         return Footprint(
@@ -229,11 +243,15 @@ class Inputs:
                 try:
                     made = convert_checkpoint_tensors(self._kind(load.model), sources, target)
                 except RuntimeError as error:  # a stack of experts, of which some are missing
-                    raise LackingError(f"{load.model} lacks parts of {load.tensor}: {error}") from error
+                    raise LackingError(
+                        f"{load.model} lacks parts of {load.tensor}: {error}"
+                    ) from error
                 if made is not None:
                     return read, tuple(made.shape)
         if not load.optional:
-            raise LackingError(f"{load.model} lacks {load.tensor}, which the merge needs: is the checkpoint complete?")
+            raise LackingError(
+                f"{load.model} lacks {load.tensor}, which the merge needs: is the checkpoint complete?"
+            )
         return [], ()
 
     def _near(self, model: ModelReference) -> dict[tuple[int, ...], list[str]]:
@@ -258,7 +276,9 @@ class Inputs:
         if file not in self._headers:
             self._headers[file] = read_header(file)
         if name not in self._headers[file]:
-            raise LackingError(f"{file} lacks {name}, which the index beside it lists: is the checkpoint complete?")
+            raise LackingError(
+                f"{file} lacks {name}, which the index beside it lists: is the checkpoint complete?"
+            )
         return self._headers[file][name]
 
 
@@ -279,7 +299,11 @@ def read_header(file: str) -> dict[str, Stored]:
     """Raises LackingError: a safetensors file is cut off."""
     if not file.lower().endswith(".safetensors"):
         state = torch.load(file, map_location="meta", weights_only=True, mmap=is_zipfile(file))
-        tensors = {name: t for name, t in state.get("state_dict", state).items() if isinstance(t, torch.Tensor)}
+        tensors = {
+            name: t
+            for name, t in state.get("state_dict", state).items()
+            if isinstance(t, torch.Tensor)
+        }
         return {name: Stored(file, name, tuple(t.shape), t.nbytes) for name, t in tensors.items()}
     there = os.path.getsize(file)
     with open(file, "rb") as opened:
@@ -289,12 +313,22 @@ def read_header(file: str) -> dict[str, Stored]:
         except ValueError:
             entries = None
     if not isinstance(entries, dict):
-        raise LackingError(f"{file} is no safetensors file, or cut off in its header: download it again")
-    whole = 8 + length + max((e["data_offsets"][1] for n, e in entries.items() if n != "__metadata__"), default=0)
+        raise LackingError(
+            f"{file} is no safetensors file, or cut off in its header: download it again"
+        )
+    whole = (
+        8
+        + length
+        + max((e["data_offsets"][1] for n, e in entries.items() if n != "__metadata__"), default=0)
+    )
     if there < whole:
-        raise LackingError(f"{file} is cut off: {there} of {whole} bytes are there; download it again")
+        raise LackingError(
+            f"{file} is cut off: {there} of {whole} bytes are there; download it again"
+        )
     return {
-        name: Stored(file, name, tuple(entry["shape"]), entry["data_offsets"][1] - entry["data_offsets"][0])
+        name: Stored(
+            file, name, tuple(entry["shape"]), entry["data_offsets"][1] - entry["data_offsets"][0]
+        )
         for name, entry in entries.items()
         if name != "__metadata__"
     }

@@ -32,7 +32,11 @@ class Bar(AbstractContextManager["Bar"]):
         self._all, self._size, self._quiet, self._verbose = tensors, size, quiet, verbose
         self._tensors = self._bytes = 0
         self._begun, self._told, self._before = time.monotonic(), time.monotonic(), 0
-        self._live = _Live(attempts if verbose else list, self.console, disable=quiet or not self.console.is_terminal)
+        self._live = _Live(
+            attempts if verbose else list,
+            self.console,
+            disable=quiet or not self.console.is_terminal,
+        )
         self._task = self._live.add_task("merging", total=max(size, 1), state=self._state())
 
     def __enter__(self) -> Bar:

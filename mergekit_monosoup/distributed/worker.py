@@ -194,14 +194,18 @@ def _take_part(job: Job) -> None:
             "nodes share, under the same path"
         ) from None
     if seen != job.token:
-        raise WorkerError(f"{job.out}: another driver has taken over this merge, or {node} has another folder there")
+        raise WorkerError(
+            f"{job.out}: another driver has taken over this merge, or {node} has another folder there"
+        )
     if job.threads is not None:
         torch.set_num_threads(job.threads)
     if _joined == job.token:
         return
     here = versions()
     if unlike := [
-        f"{name} {here[name]} (driver: {job.versions[name]})" for name in here if here[name] != job.versions[name]
+        f"{name} {here[name]} (driver: {job.versions[name]})"
+        for name in here
+        if here[name] != job.versions[name]
     ]:
         raise WorkerError(
             f"{node} has other versions than {job.node}: {', '.join(unlike)}. Install the same on all nodes"
@@ -224,7 +228,9 @@ def _take_part(job: Job) -> None:
                     f"{node} has no folder {source}, where {job.node} has {model}: all inputs must lie on storage that all "
                     "nodes share (--transformers-cache and --lora-merge-cache choose where downloads and adapters go)"
                 )
-            cache.loaders[model] = LazyTensorLoader.from_disk(source, lazy_unpickle=job.options.lazy_unpickle)
+            cache.loaders[model] = LazyTensorLoader.from_disk(
+                source, lazy_unpickle=job.options.lazy_unpickle
+            )
     _joined = job.token
 
 
@@ -252,12 +258,19 @@ def _random_numbers(job: Job, save: SaveTensor) -> Iterator[None]:
 
 
 def method_of(save: SaveTensor) -> str:
-    return getattr(save.tensor_task, "method_name", "")  # other kinds of tasks may save tensors one day
+    return getattr(
+        save.tensor_task, "method_name", ""
+    )  # other kinds of tasks may save tensors one day
 
 
 def _random_state(device: str) -> Hashable:
     _, keys, *rest = np.random.get_state()
-    states = [random.getstate(), np.asarray(keys).tobytes(), *rest, torch.get_rng_state().numpy().tobytes()]
+    states = [
+        random.getstate(),
+        np.asarray(keys).tobytes(),
+        *rest,
+        torch.get_rng_state().numpy().tobytes(),
+    ]
     if torch.device(device).type != "cpu":
         states.append(torch.get_device_module(device).get_rng_state().numpy().tobytes())
     return tuple(states)
@@ -291,7 +304,9 @@ def _logging(job: Job) -> Iterator[list[tuple[str, int, str]]]:
 def peak_memory() -> int:
     """Bytes this process has held at most, pages of mapped files included; 0 where the system does not tell."""
     try:
-        status = Path("/proc/self/status").read_text()  # getrusage would start from the peak of the parent process
+        status = Path(
+            "/proc/self/status"
+        ).read_text()  # getrusage would start from the peak of the parent process
         return int(status.split("VmHWM:")[1].split()[0]) * 1024
     except (OSError, IndexError):
         return 0

@@ -19,9 +19,7 @@ NO_EDIT = 32
 # ‖ΔW‖² whose products float32 holds, down to those of an edit that is nearly none: (NO_EDIT·eps)² = 1.5e-11 of it.
 SMALLEST = 1e-24
 
-QUANTISED = (
-    "8-bit numbers are codes, which mean a weight only with their scales; convert the checkpoint to bfloat16 first"
-)
+QUANTISED = "8-bit numbers are codes, which mean a weight only with their scales; convert the checkpoint to bfloat16 first"
 
 
 def check_inputs(pretrained: Tensor, tuned: Sequence[Tensor], name: str) -> None:
@@ -46,7 +44,9 @@ def check_inputs(pretrained: Tensor, tuned: Sequence[Tensor], name: str) -> None
             )
 
 
-def check_number(key: str, number: object, ranges: Mapping[str, tuple[str, Callable[[float], bool]]]) -> None:
+def check_number(
+    key: str, number: object, ranges: Mapping[str, tuple[str, Callable[[float], bool]]]
+) -> None:
     """Raises ValueError: not a number, or out of its range."""
     words, holds = ranges[key]
     try:
@@ -113,7 +113,10 @@ def spectrum_of(task_vector: TaskVector, eigen: Callable[[], Eigen] | None = Non
 
 
 def assemble(
-    pretrained: Tensor, task_vector: TaskVector, recombine: Callable[[Tensor], Tensor], alpha: float = 1.0
+    pretrained: Tensor,
+    task_vector: TaskVector,
+    recombine: Callable[[Tensor], Tensor],
+    alpha: float = 1.0,
 ) -> tuple[Tensor, float, float | None]:
     """W0 + alpha·recombined ΔW, rounded once to the input dtype.
 
@@ -127,11 +130,16 @@ def assemble(
         OverflowError: W has entries that the input dtype cannot hold.
     """
     weight = torch.empty(pretrained.shape, dtype=pretrained.dtype, device=pretrained.device)
-    return weight, *_rounded(task_vector, recombine, alpha, pretrained.dtype, out=TaskVector.tall(weight))
+    return weight, *_rounded(
+        task_vector, recombine, alpha, pretrained.dtype, out=TaskVector.tall(weight)
+    )
 
 
 def predict(
-    pretrained: Tensor, task_vector: TaskVector, recombine: Callable[[Tensor], Tensor], dtype: torch.dtype
+    pretrained: Tensor,
+    task_vector: TaskVector,
+    recombine: Callable[[Tensor], Tensor],
+    dtype: torch.dtype,
 ) -> tuple[float, float | None]:
     """The numbers of :func:`assemble` for an output in ``dtype``, without the output.
 
@@ -144,18 +152,27 @@ def predict(
 
 
 def _rounded(
-    task_vector: TaskVector, recombine: Callable[[Tensor], Tensor], alpha: float, dtype: torch.dtype,
-    *, out: Tensor | None = None, also_tuned: bool = False,
-) -> tuple[float, float | None]:  # fmt: skip
+    task_vector: TaskVector,
+    recombine: Callable[[Tensor], Tensor],
+    alpha: float,
+    dtype: torch.dtype,
+    *,
+    out: Tensor | None = None,
+    also_tuned: bool = False,
+) -> tuple[float, float | None]:
     """‖W − W1‖_F and the share that survived, of W in ``dtype``, which is written to the tall view ``out`` if there is one.
 
     ``also_tuned`` rounds W1 too.
     """
     sums = _sums(task_vector, recombine, alpha, dtype, out, also_tuned)
-    if task_vector.dtype == torch.float32 and not (sums[3] > SMALLEST and all(map(math.isfinite, sums))):
+    if task_vector.dtype == torch.float32 and not (
+        sums[3] > SMALLEST and all(map(math.isfinite, sums))
+    ):
         sums = _sums(task_vector, recombine, alpha, dtype, out, also_tuned, torch.float64)
     if not all(map(math.isfinite, sums)):
-        raise OverflowError(f"its edited entries leave the range of {str(dtype).removeprefix('torch.')}")
+        raise OverflowError(
+            f"its edited entries leave the range of {str(dtype).removeprefix('torch.')}"
+        )
     survived, squared_intended, squared_actual, squared_update = sums
     # Rounding of the recombination itself is no edit: `svc` with alpha = 1 multiplies by 1 in a roundabout way.
     some = squared_intended > (NO_EDIT * torch.finfo(task_vector.dtype).eps) ** 2 * squared_update
@@ -163,9 +180,14 @@ def _rounded(
 
 
 def _sums(
-    task_vector: TaskVector, recombine: Callable[[Tensor], Tensor], alpha: float, dtype: torch.dtype, out: Tensor | None,
-    also_tuned: bool, accurate: torch.dtype | None = None,
-) -> list[float]:  # fmt: skip
+    task_vector: TaskVector,
+    recombine: Callable[[Tensor], Tensor],
+    alpha: float,
+    dtype: torch.dtype,
+    out: Tensor | None,
+    also_tuned: bool,
+    accurate: torch.dtype | None = None,
+) -> list[float]:
     """⟨W − W1, I⟩, ‖I‖², ‖W − W1‖², ‖ΔW‖² with the intended edit I, for :func:`_rounded`; products in ``accurate``."""
     sums = torch.zeros(4, dtype=torch.float64, device=task_vector.device)
     for block in task_vector.blocks():
@@ -184,7 +206,13 @@ def _sums(
         if accurate is not None:
             actual, intended, update = (x.to(accurate) for x in (actual, intended, update))
         products = [
-            torch.dot(a, b) for a, b in ((actual, intended), (intended, intended), (actual, actual), (update, update))
+            torch.dot(a, b)
+            for a, b in (
+                (actual, intended),
+                (intended, intended),
+                (actual, actual),
+                (update, update),
+            )
         ]
         sums += torch.stack(products).double()
     found: list[float] = sums.tolist()

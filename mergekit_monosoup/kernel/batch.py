@@ -17,7 +17,16 @@ import torch
 from torch import Tensor
 
 from mergekit_monosoup.kernel.assemble import check_inputs
-from mergekit_monosoup.kernel.eigen import FAILURES, LOG, Decomposed, Eigen, Solver, SolverError, eigh, out_of_memory
+from mergekit_monosoup.kernel.eigen import (
+    FAILURES,
+    LOG,
+    Decomposed,
+    Eigen,
+    Solver,
+    SolverError,
+    eigh,
+    out_of_memory,
+)
 from mergekit_monosoup.kernel.lapack import one_thread_each
 from mergekit_monosoup.kernel.monosoup import edit
 from mergekit_monosoup.kernel.task_vector import TaskVector, block_elements
@@ -43,7 +52,9 @@ def buffers(job: Job) -> int:
     """Bytes that a matrix needs at most, beside its inputs and its output; see :func:`svc.calibrate`, which needs most."""
     side = TaskVector.tall(job.pretrained).shape[1]
     return 8 * (
-        5 * side**2 + (2 * len(job.tuned) + 5) * min(job.pretrained.numel(), block_elements(job.pretrained.device))
+        5 * side**2
+        + (2 * len(job.tuned) + 5)
+        * min(job.pretrained.numel(), block_elements(job.pretrained.device))
     )
 
 
@@ -64,10 +75,14 @@ def each(work: Callable[[Job], Result], jobs: Sequence[Job]) -> Iterator[Result]
             yield from map(work, jobs)
             return
         try:
-            with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            with ThreadPoolExecutor(
+                threads, initializer=torch.set_num_threads, initargs=(1,)
+            ) as pool:
                 yield from pool.map(work, jobs)
         finally:
-            torch.set_num_threads(budget)  # what a worker sets is also what threads to come start with
+            torch.set_num_threads(
+                budget
+            )  # what a worker sets is also what threads to come start with
 
 
 def edit_each(jobs: Sequence[Job], **settings: Any) -> Iterator[Result]:
@@ -79,11 +94,19 @@ def edit_each(jobs: Sequence[Job], **settings: Any) -> Iterator[Result]:
     if _one_batch(jobs):
         yield from edit_batched(jobs, **settings)
     else:
-        yield from each(lambda job: edit(job.pretrained, job.tuned, name=job.name, **settings), jobs)
+        yield from each(
+            lambda job: edit(job.pretrained, job.tuned, name=job.name, **settings), jobs
+        )
 
 
 def _one_batch(jobs: Sequence[Job]) -> bool:
-    if len(jobs) < 2 or len({(job.pretrained.shape, job.pretrained.dtype, job.pretrained.device) for job in jobs}) > 1:
+    if (
+        len(jobs) < 2
+        or len(
+            {(job.pretrained.shape, job.pretrained.dtype, job.pretrained.device) for job in jobs}
+        )
+        > 1
+    ):
         return False
     # MPS has no float64: each of its matrices goes to the CPU by itself.
     return jobs[0].pretrained.ndim > 1 and jobs[0].pretrained.device.type not in ("cpu", "mps")
@@ -102,7 +125,9 @@ def edit_batched(jobs: Sequence[Job], **settings: Any) -> Iterator[Result]:
 
 
 @torch.no_grad()
-def _decomposed(batch: Sequence[Job], weights: Sequence[float] | None) -> list[Callable[[], Eigen] | None]:
+def _decomposed(
+    batch: Sequence[Job], weights: Sequence[float] | None
+) -> list[Callable[[], Eigen] | None]:
     """The ladder of every matrix, with what the batch gave as its first rung."""
     for job in batch:
         check_inputs(job.pretrained, job.tuned, job.name)
@@ -120,7 +145,9 @@ def _decomposed(batch: Sequence[Job], weights: Sequence[float] | None) -> list[C
     except FAILURES as error:
         return [partial(Eigen, gram, [(name, partial(_refuse, str(error)))]) for gram in grams]
     solved = [partial(Decomposed, name, *pair) for pair in zip(values, vectors, strict=True)]
-    return [partial(Eigen, gram, [(name, solver)]) for gram, solver in zip(grams, solved, strict=True)]
+    return [
+        partial(Eigen, gram, [(name, solver)]) for gram, solver in zip(grams, solved, strict=True)
+    ]
 
 
 def _refuse(reason: str) -> Solver:

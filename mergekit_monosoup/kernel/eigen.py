@@ -69,7 +69,16 @@ class Lapack:
         self._diagonal, self._off, self._tau = np.empty(order), np.empty(order), np.empty(order)
         work = np.empty(32 * order)  # the block size that LAPACK asks for; 64 is no faster
         info = solve(
-            "dsytrd", b"L", order, self._reflectors, order, self._diagonal, self._off, self._tau, work, len(work)
+            "dsytrd",
+            b"L",
+            order,
+            self._reflectors,
+            order,
+            self._diagonal,
+            self._off,
+            self._tau,
+            work,
+            len(work),
         )
         values, off = self._diagonal.copy(), self._off.copy()
         info = info or solve("dsterf", order, values, off)
@@ -82,7 +91,19 @@ class Lapack:
         count = wanted.shape[1]
         work = np.empty(64 * max(1, count))
         info = solve(
-            "dormtr", b"L", b"L", b"N", order, count, self._reflectors, order, self._tau, wanted, order, work, len(work)
+            "dormtr",
+            b"L",
+            b"L",
+            b"N",
+            order,
+            count,
+            self._reflectors,
+            order,
+            self._tau,
+            wanted,
+            order,
+            work,
+            len(work),
         )
         if info != 0:
             raise SolverError(f"dormtr failed (info {info})")
@@ -104,7 +125,19 @@ class Lapack:
                 return found
         vectors, work = np.empty((order, order), order="F"), np.empty(1 + 4 * order + order**2)
         more = integers(3 + 5 * order)
-        info = solve("dstevd", b"V", order, d.copy(), e.copy(), vectors, order, work, len(work), more, len(more))
+        info = solve(
+            "dstevd",
+            b"V",
+            order,
+            d.copy(),
+            e.copy(),
+            vectors,
+            order,
+            work,
+            len(work),
+            more,
+            len(more),
+        )
         if info != 0:
             raise SolverError(f"dstevd did not converge (info {info})")
         return np.array(vectors[:, start:stop], order="F")
@@ -123,7 +156,24 @@ def _inverse_iteration(d: np.ndarray, e: np.ndarray, values: np.ndarray) -> np.n
     for start in range(0, count, GROUP):
         group = np.array(values[start : start + GROUP])
         part = vectors[:, start : start + GROUP]
-        if solve("dstein", order, d, e, len(group), group, block, ends, part, order, work, more, failed) != 0:
+        if (
+            solve(
+                "dstein",
+                order,
+                d,
+                e,
+                len(group),
+                group,
+                block,
+                ends,
+                part,
+                order,
+                work,
+                more,
+                failed,
+            )
+            != 0
+        ):
             return None
     # Neighbours in different groups have inner products of eps·‖A‖/gap: at most 2e-9 over the test matrices. Equal
     # eigenvalues give parallel vectors; then the factor is (almost) singular.
@@ -248,12 +298,18 @@ def _rungs(lower: Tensor) -> Iterator[Rung]:
 def _verify_values(lower: Tensor, values: Tensor) -> None:
     """Trace and Frobenius norm are those of the matrix."""
     found = torch.stack([lower.diagonal().sum(), _square(lower)]).tolist()
-    trace_error, square_error = abs(found[0] - float(values.sum())), abs(found[1] - float(values.square().sum()))
+    trace_error, square_error = (
+        abs(found[0] - float(values.sum())),
+        abs(found[1] - float(values.square().sum())),
+    )
     # Written so that NaN fails.
     if not (
-        trace_error <= RESIDUAL * len(values) * found[1] ** 0.5 and square_error <= RESIDUAL * len(values) * found[1]
+        trace_error <= RESIDUAL * len(values) * found[1] ** 0.5
+        and square_error <= RESIDUAL * len(values) * found[1]
     ):
-        raise SolverError(f"eigenvalues miss the trace by {trace_error:.1e} and the norm² by {square_error:.1e}")
+        raise SolverError(
+            f"eigenvalues miss the trace by {trace_error:.1e} and the norm² by {square_error:.1e}"
+        )
 
 
 def _verify_vectors(lower: Tensor, values: Tensor, vectors: Tensor) -> None:
@@ -271,7 +327,9 @@ def _verify_vectors(lower: Tensor, values: Tensor, vectors: Tensor) -> None:
     ).tolist()
     scale = diagonal * len(lower) ** 0.5 * size
     if not (residual <= RESIDUAL * scale and skew <= RESIDUAL * len(lower) * size):
-        raise SolverError(f"eigenvectors leave a residual of {residual:.1e} (matrix {scale:.1e}), skewness {skew:.1e}")
+        raise SolverError(
+            f"eigenvectors leave a residual of {residual:.1e} (matrix {scale:.1e}), skewness {skew:.1e}"
+        )
 
 
 # Masks of whole triangles and their copies took 60 and 39 ms at order 2048 where these two functions take 6 and 1 ms.
@@ -292,7 +350,19 @@ def _times(lower: Tensor, x: Tensor) -> Tensor:
     if lower.device.type == "cpu":
         image = torch.empty_like(x)
         order = len(lower)
-        call("dsymv", b"L", order, 1.0, np.asfortranarray(lower.numpy()), order, x.numpy(), 1, 0.0, image.numpy(), 1)
+        call(
+            "dsymv",
+            b"L",
+            order,
+            1.0,
+            np.asfortranarray(lower.numpy()),
+            order,
+            x.numpy(),
+            1,
+            0.0,
+            image.numpy(),
+            1,
+        )
         return image
     triangle = lower.tril()
     return triangle @ x + triangle.T @ x - lower.diagonal() * x

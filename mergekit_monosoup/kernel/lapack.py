@@ -18,7 +18,9 @@ from typing import Any
 import numpy as np
 from scipy.linalg import cython_blas, cython_lapack
 
-_INTEGER = np.int32  # SciPy's Cython interface is that of a 32-bit LAPACK, whatever NumPy's integers are
+_INTEGER = (
+    np.int32
+)  # SciPy's Cython interface is that of a 32-bit LAPACK, whatever NumPy's integers are
 
 
 @cache
@@ -31,10 +33,14 @@ def _routine(name: str) -> Any:
     pointer = ctypes.pythonapi.PyCapsule_GetPointer
     pointer.restype, pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
     text = signature(capsule)
-    return ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * (text.count(b",") + 1))(pointer(capsule, text))
+    return ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * (text.count(b",") + 1))(
+        pointer(capsule, text)
+    )
 
 
-def call(name: str, *arguments: bytes | int | float | np.ndarray, real: type = ctypes.c_double) -> None:
+def call(
+    name: str, *arguments: bytes | int | float | np.ndarray, real: type = ctypes.c_double
+) -> None:
     """A routine without INFO: letters as bytes, numbers by value, arrays by their memory. ``real``: type of the scalars."""
     held: list[Any] = []  # what the pointers point to
     for value in arguments:
@@ -67,7 +73,9 @@ def one_thread_each() -> Iterator[bool]:
 
     OpenBLAS has one pool for the process: several callers with several threads each would wait for each other.
     """
-    library = ctypes.CDLL(cython_lapack.__file__)  # symbols of the libraries it is linked to are found through it
+    library = ctypes.CDLL(
+        cython_lapack.__file__
+    )  # symbols of the libraries it is linked to are found through it
     names = [p for p in ("scipy_openblas", "openblas") if hasattr(library, f"{p}_set_num_threads")]
     if not names or not _POOL.acquire(blocking=False):
         yield False

@@ -78,7 +78,9 @@ class Split:
     @classmethod
     def at(cls, sigma: Tensor, k: int) -> Split:
         energy = sigma.square()
-        low = float(energy[k:].flip(0).sum() / energy.sum())  # summed from the small end: 1 − P_k loses its digits
+        low = float(
+            energy[k:].flip(0).sum() / energy.sum()
+        )  # summed from the small end: 1 − P_k loses its digits
         rho = float((sigma[k] / sigma[0]) ** 2) if k < len(sigma) else 0.0
         return cls(1 - low, low, rho)
 
@@ -152,17 +154,35 @@ def edit(
     _check_parameters(mode, coefficients, R=R, alpha=alpha, min_rel_update=min_rel_update)
     return or_on_cpu(
         lambda base, others: _edit(
-            base, others, weights, mode, R, alpha, coefficients, min_rel_update, name,
+            base,
+            others,
+            weights,
+            mode,
+            R,
+            alpha,
+            coefficients,
+            min_rel_update,
+            name,
             eigen if base.device == pretrained.device else None,
         ),
-        pretrained, tuned, name,
-    )  # fmt: skip
+        pretrained,
+        tuned,
+        name,
+    )
 
 
 def _edit(
-    pretrained: Tensor, tuned: Sequence[Tensor], weights: Sequence[float] | None, mode: Mode, R: float, alpha: float,
-    coefficients: Rule, min_rel_update: float, name: str, eigen: Callable[[], Eigen] | None,
-) -> tuple[Tensor, Record]:  # fmt: skip
+    pretrained: Tensor,
+    tuned: Sequence[Tensor],
+    weights: Sequence[float] | None,
+    mode: Mode,
+    R: float,
+    alpha: float,
+    coefficients: Rule,
+    min_rel_update: float,
+    name: str,
+    eigen: Callable[[], Eigen] | None,
+) -> tuple[Tensor, Record]:
     started = time.perf_counter()
     task_vector = TaskVector(pretrained, tuned, weights)
     record = new_record(name, pretrained, task_vector)
@@ -170,7 +190,9 @@ def _edit(
     untouched = _Recombination(1.0, 1.0)
     recombine = untouched
     if not record.reason:
-        recombine = _plan(spectrum_of(task_vector, eigen), task_vector, mode, R, coefficients, record)
+        recombine = _plan(
+            spectrum_of(task_vector, eigen), task_vector, mode, R, coefficients, record
+        )
 
     if recombine.keeps and alpha == 1:
         record.action = "copied"
@@ -183,7 +205,9 @@ def _edit(
         record.action = "edited"
         if recombine.keeps:
             record.reason += f"; interpolated towards the pretrained weight with alpha = {alpha:g}"
-        weight, record.edit_norm, record.realised = assemble(pretrained, task_vector, recombine, alpha)
+        weight, record.edit_norm, record.realised = assemble(
+            pretrained, task_vector, recombine, alpha
+        )
     record.seconds = time.perf_counter() - started
     return weight, record
 
@@ -226,7 +250,9 @@ def preview(
             recombine = _plan(found, task_vector, mode, R, "monosoup", record)
             if not recombine.keeps:
                 try:
-                    record.edit_norm, record.realised = predict(pretrained, task_vector, recombine, dtype)
+                    record.edit_norm, record.realised = predict(
+                        pretrained, task_vector, recombine, dtype
+                    )
                 except OverflowError:  # the merge would say so; the rest of the inspection holds
                     record.edit_norm = record.realised = None
         # The spectrum is on the first one's account.
@@ -236,7 +262,10 @@ def preview(
 
 
 def _check_parameters(mode: str, coefficients: str, **numbers: float) -> None:
-    for key, value, choices in (("mode", mode, get_args(Mode)), ("coefficients", coefficients, get_args(Rule))):
+    for key, value, choices in (
+        ("mode", mode, get_args(Mode)),
+        ("coefficients", coefficients, get_args(Rule)),
+    ):
         if value not in choices:
             raise ValueError(f"{key} must be one of {', '.join(choices)}, got {value!r}")
     for key, number in numbers.items():
@@ -287,12 +316,16 @@ class _Recombination:
     def _mixed(self, delta: Tensor, inside: float, outside: float) -> Tensor:
         assert self.basis is not None
         x, q = delta.to(self.basis.dtype), self.basis
-        if x.stride(0) == 1:  # blocks of wide matrices are column-major; a row-major result would slow all that follows
+        if (
+            x.stride(0) == 1
+        ):  # blocks of wide matrices are column-major; a row-major result would slow all that follows
             return torch.addmm(x.T, q, q.T @ x.T, beta=outside, alpha=inside - outside).T
         return torch.addmm(x, x @ q, q.T, beta=outside, alpha=inside - outside)
 
 
-def _plan(found: Spectrum, delta: TaskVector, mode: Mode, R: float, rule: Rule, record: Record) -> _Recombination:
+def _plan(
+    found: Spectrum, delta: TaskVector, mode: Mode, R: float, rule: Rule, record: Record
+) -> _Recombination:
     """k and coefficients of one matrix, written into ``record``, and how to recombine its parts."""
     k = split_rank(found.sigma, mode, R)
     split = Split.at(found.sigma, k)
@@ -311,7 +344,9 @@ def _plan(found: Spectrum, delta: TaskVector, mode: Mode, R: float, rule: Rule, 
     kept = math.sqrt(high**2 * split.energy_high + low**2 * split.energy_low)
     # A user who allowed TF32 (or bf16 on the CPU) for training did not allow errors of 1e-3 here.
     enough = kept > 2**-4 and _full_precision(delta.device)
-    recombine = _Recombination(high, low, *found.projection(k, delta.dtype if enough else torch.float64))
+    recombine = _Recombination(
+        high, low, *found.projection(k, delta.dtype if enough else torch.float64)
+    )
     record.solver = found.solver  # the vectors may have needed another one
     return recombine
 

@@ -53,7 +53,11 @@ def nonzero_rows(block: Tensor) -> Tensor | None:
     the data would stall an accelerator. A look at a few columns costs nothing and tells where no row is zero; at one it would
     not, for half of the entries of a small bfloat16 update are zero.
     """
-    if block.device.type != "cpu" or block.stride(-1) != 1 or int(block[:, :16].any(1).sum()) > 0.9 * len(block):
+    if (
+        block.device.type != "cpu"
+        or block.stride(-1) != 1
+        or int(block[:, :16].any(1).sum()) > 0.9 * len(block)
+    ):
         return None
     rows = block.any(1).nonzero()[:, 0]
     return rows if len(rows) <= 0.9 * len(block) else None
@@ -76,7 +80,9 @@ def quantile_curve(sigma: Tensor, points: int) -> list[float]:
     below = where.long()
     above = (below + 1).clamp(max=len(sigma) - 1)
     curve = torch.lerp(sigma[below], sigma[above], where - below) / sigma[0]
-    return [float(f"{value:.4g}") for value in curve.tolist()]  # a drawing needs no more; a third of the bytes
+    return [
+        float(f"{value:.4g}") for value in curve.tolist()
+    ]  # a drawing needs no more; a third of the bytes
 
 
 class Spectrum:
@@ -90,7 +96,12 @@ class Spectrum:
     """
 
     def __init__(
-        self, blocks: Blocks, rows: int, width: int, device: torch.device, eigen: Callable[[], Eigen] | None = None
+        self,
+        blocks: Blocks,
+        rows: int,
+        width: int,
+        device: torch.device,
+        eigen: Callable[[], Eigen] | None = None,
     ):
         """``blocks()`` yields row blocks (rows_i, width) of X; it is read once, or twice if G leaves a tail open.
 
@@ -105,7 +116,9 @@ class Spectrum:
         self._tail: Tensor | None = None
         self._eigen: Eigen | None = None
         try:
-            self._eigen = eigen() if eigen is not None else Eigen(gram(self._blocks(), width, device))
+            self._eigen = (
+                eigen() if eigen is not None else Eigen(gram(self._blocks(), width, device))
+            )
             self.sigma = self._eigen.values.flip(0).clamp(min=0).sqrt()
             self._open_from = int((self.sigma > UNRESOLVED**0.5 * self.sigma[0]).sum())
             if self._open_from < width:

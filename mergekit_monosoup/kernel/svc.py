@@ -16,7 +16,14 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from mergekit_monosoup.kernel.assemble import assemble, check_inputs, check_number, new_record, or_on_cpu, spectrum_of
+from mergekit_monosoup.kernel.assemble import (
+    assemble,
+    check_inputs,
+    check_number,
+    new_record,
+    or_on_cpu,
+    spectrum_of,
+)
 from mergekit_monosoup.kernel.spectrum import effective_rank
 from mergekit_monosoup.kernel.task_vector import TaskVector, normalise
 from mergekit_monosoup.report import Record
@@ -37,7 +44,9 @@ NO_RESPONSE = 1e-9
 SLACK = 1e-9
 
 
-def merge_weights(weights: Sequence[float], scaling: float = 1.0, normalize: bool = False) -> list[float]:
+def merge_weights(
+    weights: Sequence[float], scaling: float = 1.0, normalize: bool = False
+) -> list[float]:
     """Coefficients of ΔW = Σ c_i ΔW_i: task arithmetic, or with ``normalize`` the average; both times ``scaling``.
 
     Raises:
@@ -47,7 +56,9 @@ def merge_weights(weights: Sequence[float], scaling: float = 1.0, normalize: boo
     return [scaling * w for w in (shares if normalize else weights)]
 
 
-def projections(updates: TaskVector, tasks: int, sigma: Tensor, basis: Tensor, wide: bool) -> Tensor:
+def projections(
+    updates: TaskVector, tasks: int, sigma: Tensor, basis: Tensor, wide: bool
+) -> Tensor:
     """s_r^i as (tasks, r) float64; 0 where task i has no response, so that α takes its place.
 
     Args:
@@ -132,17 +143,27 @@ def calibrate(
     if merged is None:
         tuned, shares = (
             list(tasks),
-            merge_weights(weights if weights is not None else [1.0] * len(tasks), scaling, normalize),
+            merge_weights(
+                weights if weights is not None else [1.0] * len(tasks), scaling, normalize
+            ),
         )
     else:
         tuned, shares = [*tasks, merged], [0.0] * len(tasks) + [1.0]
     return or_on_cpu(
-        lambda base, others: _calibrate(base, others, shares, len(tasks), alpha, name), pretrained, tuned, name
+        lambda base, others: _calibrate(base, others, shares, len(tasks), alpha, name),
+        pretrained,
+        tuned,
+        name,
     )
 
 
 def _calibrate(
-    pretrained: Tensor, tuned: Sequence[Tensor], shares: Sequence[float], tasks: int, alpha: float, name: str
+    pretrained: Tensor,
+    tuned: Sequence[Tensor],
+    shares: Sequence[float],
+    tasks: int,
+    alpha: float,
+    name: str,
 ) -> tuple[Tensor, Record]:
     started = time.perf_counter()
     updates = TaskVector(pretrained, tuned, shares, average=False)
@@ -183,8 +204,12 @@ def _plan(
     sigma = found.sigma[: found.rank].to(basis.device)
     record.solver = found.solver  # the vectors may have needed another one
     del found  # its buffers are as large as those to come
-    gamma = calibration(projections(updates, tasks, sigma, basis, len(pretrained) < updates.rows), alpha)
-    record.gamma_min, record.gamma_median, record.gamma_max = gamma.quantile(gamma.new_tensor([0.0, 0.5, 1.0])).tolist()
+    gamma = calibration(
+        projections(updates, tasks, sigma, basis, len(pretrained) < updates.rows), alpha
+    )
+    record.gamma_min, record.gamma_median, record.gamma_max = gamma.quantile(
+        gamma.new_tensor([0.0, 0.5, 1.0])
+    ).tolist()
     record.amplified = float((gamma > 1 + SLACK).double().mean())
     return lambda delta: _calibrated(delta, basis, gamma)
 

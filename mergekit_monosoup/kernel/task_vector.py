@@ -112,7 +112,10 @@ class TaskVector:
             yield (
                 index,
                 base,
-                [torch.sub(tuned[index].to(self.dtype), base, out=torch.empty_like(base)) for tuned in self._tuned],
+                [
+                    torch.sub(tuned[index].to(self.dtype), base, out=torch.empty_like(base))
+                    for tuned in self._tuned
+                ],
             )
 
     def combine(self, deltas: Sequence[Tensor]) -> Tensor:
@@ -144,7 +147,9 @@ class TaskVector:
                 raise NonFiniteError(counts)
             self.dtype = torch.float64  # W1 − W0 itself may leave the range of float32
         if not all(0 < norm < math.inf for norm in (delta, base)):
-            delta, base = self._norms(torch.float64)  # squares may leave the range of float32; eight times slower
+            delta, base = self._norms(
+                torch.float64
+            )  # squares may leave the range of float32; eight times slower
         if not (math.isfinite(delta) and math.isfinite(base)):
             raise OverflowError(
                 f"its entries are so large that their squares overflow float64 (‖ΔW‖ {delta}, ‖W0‖ {base})"
@@ -154,7 +159,9 @@ class TaskVector:
     def _norms(self, dtype: torch.dtype) -> tuple[float, float]:
         squares = torch.zeros(2, dtype=torch.float64, device=self.device)
         for block in self.blocks():
-            norms = [torch.linalg.vector_norm(flat(x), dtype=dtype) for x in (block.delta, block.base)]
+            norms = [
+                torch.linalg.vector_norm(flat(x), dtype=dtype) for x in (block.delta, block.base)
+            ]
             squares += torch.stack(norms).double().square()
         delta, base = squares.sqrt().tolist()
         return delta, base
@@ -175,7 +182,10 @@ def inner_products(pretrained: Tensor, finetuned: Sequence[Tensor]) -> Tensor:
     base, tuned = pretrained.reshape(-1), [w.reshape(-1) for w in finetuned]
     total = torch.zeros(len(tuned), len(tuned), dtype=torch.float64, device=base.device)
     for start in range(0, len(base), step):
-        rows = torch.stack([w[start : start + step].double() for w in tuned]) - base[start : start + step].double()
+        rows = (
+            torch.stack([w[start : start + step].double() for w in tuned])
+            - base[start : start + step].double()
+        )
         total += rows @ rows.T
     if not torch.isfinite(total).all():
         raise NonFiniteError([int((~torch.isfinite(w)).sum()) for w in (base, *tuned)])
@@ -184,4 +194,8 @@ def inner_products(pretrained: Tensor, finetuned: Sequence[Tensor]) -> Tensor:
 
 def cosine(inner: float, left: float, right: float) -> float | None:
     """inner/√(left·right) of squared norms ``left`` and ``right``; None where one is zero, for zero has no direction."""
-    return max(-1.0, min(1.0, inner / math.sqrt(left) / math.sqrt(right))) if left > 0 and right > 0 else None
+    return (
+        max(-1.0, min(1.0, inner / math.sqrt(left) / math.sqrt(right)))
+        if left > 0 and right > 0
+        else None
+    )

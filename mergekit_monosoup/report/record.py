@@ -87,8 +87,14 @@ class Record:
     cosine: dict[str, float | None] | None = field(default=None, metadata=ON_REQUEST)
 
     def to_json(self) -> str:
-        unasked = [f.name for f in fields(self) if f.metadata == ON_REQUEST and getattr(self, f.name) is None]
-        return json.dumps({k: v for k, v in asdict(self).items() if k not in unasked}, allow_nan=False)
+        unasked = [
+            f.name
+            for f in fields(self)
+            if f.metadata == ON_REQUEST and getattr(self, f.name) is None
+        ]
+        return json.dumps(
+            {k: v for k, v in asdict(self).items() if k not in unasked}, allow_nan=False
+        )
 
 
 # Set while somebody plans a merge that will not be run.
@@ -109,7 +115,9 @@ def check_path(path: str) -> str:
     if "\0" in path:
         raise ValueError(f"{path!r} is no file name: it holds a null byte")
     if os.path.isdir(place):
-        raise ValueError(f"{path} is a folder; name a file in it, {os.path.join(path, 'report.jsonl')}")
+        raise ValueError(
+            f"{path} is a folder; name a file in it, {os.path.join(path, 'report.jsonl')}"
+        )
     above = os.path.dirname(place)
     while not os.path.exists(above):
         above = os.path.dirname(above)
@@ -193,7 +201,9 @@ class Journal:
         with self._lock:
             self._started.clear()
 
-    def add(self, records: Sequence[Record], path: str | None = None, method: str = "monosoup") -> None:
+    def add(
+        self, records: Sequence[Record], path: str | None = None, method: str = "monosoup"
+    ) -> None:
         """Append ``records`` (all of one tensor) to ``path``; the first of a merge starts the file anew.
 
         A report of an earlier merge is kept once, as ``path + ".old"``.
@@ -208,7 +218,9 @@ class Journal:
                 return
             seen = self._seen[key]
             # Unnamed tensors (merge_tensors without a name) cannot be told apart, so they never start a new one.
-            starts = key not in self._started or any(record.name and record.name in seen for record in records)
+            starts = key not in self._started or any(
+                record.name and record.name in seen for record in records
+            )
             if starts:
                 self._started.add(key)
                 seen.clear()
@@ -229,15 +241,23 @@ class Journal:
             raise ValueError(f"the report cannot be written: {error}") from error
 
     def _warn(self, key: str | None, records: Sequence[Record], method: str) -> None:
-        lost = [r for r in records if r.action == "edited" and r.realised is not None and r.realised < REALISED_WARNING]
+        lost = [
+            r
+            for r in records
+            if r.action == "edited" and r.realised is not None and r.realised < REALISED_WARNING
+        ]
         if lost and key not in self._warned:
             self._warned.add(key)
             LOG.warning(
                 "%s: rounding to %s keeps only %.0f %% of the intended edit of %s, and may of other tensors (said once "
                 "per merge; a `report` lists `realised` for all). The update is small against the spacing of %s numbers: "
                 "set `dtype: float32` and `out_dtype: float32` to keep the edit.",
-                method, lost[0].dtype, 100 * max(lost[0].realised or 0.0, 0.0), lost[0].name or "a tensor", lost[0].dtype,
-            )  # fmt: skip
+                method,
+                lost[0].dtype,
+                100 * max(lost[0].realised or 0.0, 0.0),
+                lost[0].name or "a tensor",
+                lost[0].dtype,
+            )
 
 
 def read(path: str | Path) -> list[Record]:
@@ -263,7 +283,9 @@ def read(path: str | Path) -> list[Record]:
                 "another file? Reports are written with `report: FILE` under `parameters`"
             ) from error
     if not records:
-        raise ValueError(f"{path}: no records; the merge that should have written it edited nothing or has not started")
+        raise ValueError(
+            f"{path}: no records; the merge that should have written it edited nothing or has not started"
+        )
     return records
 
 
@@ -328,7 +350,11 @@ def _row(group: str, records: Sequence[Record]) -> Row:
 
     edited = [r for r in records if r.action == "edited"]
     # Weighted by the size of the edits: one tiny tensor that rounds away must not hide, or stand for, the model.
-    wanted = [(r.edit_norm**2, r.realised) for r in edited if r.realised is not None and r.edit_norm is not None]
+    wanted = [
+        (r.edit_norm**2, r.realised)
+        for r in edited
+        if r.realised is not None and r.edit_norm is not None
+    ]
     total = sum(weight for weight, _ in wanted)
     return Row(
         group=group,
@@ -344,7 +370,9 @@ def _row(group: str, records: Sequence[Record]) -> Row:
         gamma_max=max((r.gamma_max for r in edited if r.gamma_max is not None), default=None),
         amplified=mean(r.amplified for r in edited),
         rel_update=mean(r.rel_update for r in records),
-        realised=sum(weight * share for weight, share in wanted) / total if total else mean(s for _, s in wanted),
+        realised=sum(weight * share for weight, share in wanted) / total
+        if total
+        else mean(s for _, s in wanted),
         seconds=sum(r.seconds for r in records),
         reasons=tuple(dict.fromkeys(r.reason for r in records if r.reason)),
     )
@@ -402,7 +430,9 @@ def table(records: Iterable[Record], width: int = 160) -> Table:
     for row in rows[:-1]:
         for reason in row.reasons:
             remarks[reason].append(_short(row.group))
-    out.caption = "\n".join(f"{reason}: {', '.join(groups)}" for reason, groups in remarks.items()) or None
+    out.caption = (
+        "\n".join(f"{reason}: {', '.join(groups)}" for reason, groups in remarks.items()) or None
+    )
     out.caption_justify = "left"
     return out
 

@@ -33,9 +33,16 @@ def write(tmp_path, models):
 
     def make(text: str | None = None, **changes):
         base, tuned = models
-        config = {"merge_method": "monosoup", "base_model": base, "models": [{"model": tuned[0]}]} | changes
+        config = {
+            "merge_method": "monosoup",
+            "base_model": base,
+            "models": [{"model": tuned[0]}],
+        } | changes
         path = tmp_path / "merge.yml"
-        path.write_text(text or yaml.safe_dump({k: v for k, v in config.items() if v is not None}, sort_keys=False))
+        path.write_text(
+            text
+            or yaml.safe_dump({k: v for k, v in config.items() if v is not None}, sort_keys=False)
+        )
         return path
 
     return make
@@ -56,20 +63,35 @@ def test_a_good_file_is_fine(write):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"base_modle": "x"}, "base_modle: unknown key, mergekit ignores it; did you mean `base_model`?"),
-        ({"parameters": {"alhpa": 0.5}}, "parameters.alhpa: monosoup has no such parameter, mergekit ignores it; did you"),
-        ({"parameters": {"R": 1.5}}, "parameters.R: merge method monosoup: `R` must be a number in (0, 1], got 1.5"),
+        (
+            {"base_modle": "x"},
+            "base_modle: unknown key, mergekit ignores it; did you mean `base_model`?",
+        ),
+        (
+            {"parameters": {"alhpa": 0.5}},
+            "parameters.alhpa: monosoup has no such parameter, mergekit ignores it; did you",
+        ),
+        (
+            {"parameters": {"R": 1.5}},
+            "parameters.R: merge method monosoup: `R` must be a number in (0, 1], got 1.5",
+        ),
         ({"parameters": {"R": [0.5, 2]}}, "`R` must be a number in (0, 1], got 2"),
-        ({"parameters": {"mode": [{"filter": "mlp", "value": "vetterli"}]}}, "`mode` must be one of freevariance, variance"),
+        (
+            {"parameters": {"mode": [{"filter": "mlp", "value": "vetterli"}]}},
+            "`mode` must be one of freevariance, variance",
+        ),
         ({"parameters": {"R": [{"value": 0.5}, {"filter": "mlp", "value": 0.6}]}}, "never reached"),
-        ({"parameters": {"R": [{"filtre": "mlp", "value": 0.6}]}}, "unknown key `filtre` in a filter; did you mean `filter`?"),
+        (
+            {"parameters": {"R": [{"filtre": "mlp", "value": 0.6}]}},
+            "unknown key `filtre` in a filter; did you mean `filter`?",
+        ),
         ({"base_model": None}, "add `base_model: <pretrained model>`"),
         ({"merge_method": "monosup"}, "'monosup' is not a merge method; did you mean `monosoup`?"),
         ({"dtype": "float33"}, "dtype: 'float33' is not a dtype"),
         ({"models": None}, "Exactly one of 'models', 'slices', or 'modules'"),
         ({"base_model": "./nowhere"}, "./nowhere: no such file or folder"),
     ],
-)  # fmt: skip
+)
 def test_what_mergekit_drops_or_says_badly(write, changes, words):
     path = write(**changes)
     found = messages(path)
@@ -92,9 +114,14 @@ def test_parameters_where_nobody_reads_them(write, models):
 
 def test_models_that_disagree(write, models):
     _, tuned = models
-    found = messages(write(models=[{"model": tuned[0], "parameters": {"R": 0.5}}, {"model": tuned[1]}]))
+    found = messages(
+        write(models=[{"model": tuned[0], "parameters": {"R": 0.5}}, {"model": tuned[1]}])
+    )
     assert any(m.startswith("R: holds for the whole merge but the models disagree") for m in found)
-    agreeing = [{"model": t, "parameters": {"R": 0.5, "weight": w}} for t, w in zip(tuned, (1, 2), strict=True)]
+    agreeing = [
+        {"model": t, "parameters": {"R": 0.5, "weight": w}}
+        for t, w in zip(tuned, (1, 2), strict=True)
+    ]
     assert messages(write(models=agreeing)) == []
 
 
@@ -111,7 +138,10 @@ def test_shapes_from_headers_alone(write, models, tmp_path, monkeypatch):
     monkeypatch.setattr(safetensors.torch, "load_file", None)  # nothing may load a tensor
     found = messages(write(models=[{"model": str(other)}]))
     embedding = next(m for m in found if m.startswith("model.embed_tokens.weight"))
-    assert f"({checkpoints.VOCABULARY}, 32)" in embedding and f"({checkpoints.VOCABULARY + 8}, 32)" in embedding
+    assert (
+        f"({checkpoints.VOCABULARY}, 32)" in embedding
+        and f"({checkpoints.VOCABULARY + 8}, 32)" in embedding
+    )
     assert "tokenizer: {source: base}" in embedding
 
 
@@ -124,7 +154,9 @@ def test_a_hub_name_that_cannot_be_reached_is_a_warning(write, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "get_safetensors_metadata", unreachable)
     path = write(models=[{"model": "Qwen/Qwen3-0.6B"}])
     assert messages(path) == []
-    assert messages(path, "warning") == ["Qwen/Qwen3-0.6B: shapes not checked: ConnectionError: offline"]
+    assert messages(path, "warning") == [
+        "Qwen/Qwen3-0.6B: shapes not checked: ConnectionError: offline"
+    ]
 
 
 def test_files_that_are_not_merges(write, tmp_path):
@@ -156,7 +188,10 @@ def test_stages_of_mergekit_multi(write, models):
 
 
 def test_narrower_output_is_mentioned(write):
-    assert "rounds to it after the method" in messages(write(dtype="float32", out_dtype="bfloat16"), "warning")[0]
+    assert (
+        "rounds to it after the method"
+        in messages(write(dtype="float32", out_dtype="bfloat16"), "warning")[0]
+    )
 
 
 def test_json_output(write):
@@ -194,7 +229,9 @@ def test_R_without_the_mode_that_reads_it(write):
     assert messages(write(parameters={"R": 0.1}), "warning") == [
         "R: is read by `mode: variance` only, and the mode is freevariance"
     ]
-    assert check(write(parameters={"R": 0.1, "mode": [{"filter": "mlp", "value": "variance"}]})) == []
+    assert (
+        check(write(parameters={"R": 0.1, "mode": [{"filter": "mlp", "value": "variance"}]})) == []
+    )
 
 
 def test_the_same_model_twice(write, models):
@@ -205,7 +242,11 @@ def test_the_same_model_twice(write, models):
 
 
 def test_filters_that_match_nothing(write):
-    path = write(parameters={"alpha": [{"filter": "selfattn", "value": 0.1}, {"filter": "mlp", "value": 0.9}]})
+    path = write(
+        parameters={
+            "alpha": [{"filter": "selfattn", "value": 0.1}, {"filter": "mlp", "value": 0.9}]
+        }
+    )
     assert [m for m in messages(path, "warning") if "filter" in m] == [
         "parameters.alpha: filter 'selfattn' is part of no tensor's name (it is plain text, not a pattern)"
     ]
@@ -220,7 +261,9 @@ def test_tensors_that_a_model_lacks_and_damaged_files(write, models, tmp_path):
     assert "lacks 1 tensor(s)" in messages(write(models=[{"model": str(folder)}]), "warning")[0]
     (folder / "model.safetensors").write_bytes(b"\x10")
     without_config, damaged = messages(write(models=[{"model": str(folder)}]))
-    assert "has no config.json, which mergekit needs" in without_config and "cannot be read" in damaged
+    assert (
+        "has no config.json, which mergekit needs" in without_config and "cannot be read" in damaged
+    )
 
 
 def test_tensors_that_the_merge_needs(write, tmp_path, monkeypatch):
@@ -230,7 +273,10 @@ def test_tensors_that_the_merge_needs(write, tmp_path, monkeypatch):
     path = write(base_model=str(base), models=[{"model": str(tuned)}])
     assert messages(path) == []
     state = checkpoints.state_dict(tuned)
-    for gone in ("model.layers.1.self_attn.q_proj.weight", "model.layers.1.mlp.experts.3.up_proj.weight"):
+    for gone in (
+        "model.layers.1.self_attn.q_proj.weight",
+        "model.layers.1.mlp.experts.3.up_proj.weight",
+    ):
         del state[gone]
     broken = tmp_path / "broken"
     shutil.copytree(tuned, broken)
@@ -238,11 +284,16 @@ def test_tensors_that_the_merge_needs(write, tmp_path, monkeypatch):
     path = write(base_model=str(base), models=[{"model": str(broken)}])
     (error,) = messages(path)
     assert (
-        error.startswith(f"{broken}: lacks 2 tensor(s) that the merge needs, whole or in part: ") and "q_proj" in error
+        error.startswith(f"{broken}: lacks 2 tensor(s) that the merge needs, whole or in part: ")
+        and "q_proj" in error
     )
     assert not any("q_proj" in warning for warning in messages(path, "warning"))
     with pytest.raises(RuntimeError, match=r"required but not present|must match"):
-        run_merge(MergeConfiguration.model_validate(yaml.safe_load(path.read_text())), "out", MergeOptions(quiet=True))
+        run_merge(
+            MergeConfiguration.model_validate(yaml.safe_load(path.read_text())),
+            "out",
+            MergeOptions(quiet=True),
+        )
 
 
 def test_tensors_that_mergekit_passes_by(write, tmp_path):
@@ -255,11 +306,19 @@ def test_tensors_that_mergekit_passes_by(write, tmp_path):
         transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / name)
         paths.append(str(tmp_path / name))
     base, tuned = paths
-    said = [m for m in messages(write(base_model=base, models=[{"model": tuned}]), "warning") if "not read" in m]
+    said = [
+        m
+        for m in messages(write(base_model=base, models=[{"model": tuned}]), "warning")
+        if "not read" in m
+    ]
     assert len(said) == 2 and said[0].startswith(f"{base}: 8 tensor(s) that mergekit does not read")
     assert "model.layers.0.self_attn.k_proj.bias" in said[0]
     layers = [{"sources": [{"model": path, "layer_range": [0, 1]} for path in paths]}]
-    assert not [m for m in messages(write(base_model=base, models=None, slices=layers), "warning") if "not read" in m]
+    assert not [
+        m
+        for m in messages(write(base_model=base, models=None, slices=layers), "warning")
+        if "not read" in m
+    ]
 
 
 def test_what_lies_beside_the_tensors_of_a_bin_file(write, models, tmp_path):
@@ -282,7 +341,9 @@ def test_a_tokenizer_that_aligns_vocabularies(write, tmp_path):
     assert messages(write(models=[{"model": str(other)}], tokenizer={"source": "base"})) == []
 
 
-@pytest.mark.parametrize("value", [3, "x", None, True, 0.5, [], [3], ["x"], {}, {"a": 1}, [{"R": 0.5}], [[]]])
+@pytest.mark.parametrize(
+    "value", [3, "x", None, True, 0.5, [], [3], ["x"], {}, {"a": 1}, [{"R": 0.5}], [[]]]
+)
 @pytest.mark.parametrize(
     "place",
     [
@@ -300,14 +361,21 @@ def test_a_tokenizer_that_aligns_vocabularies(write, tmp_path):
 )
 def test_nothing_that_yaml_can_say_is_a_traceback(write, models, place, value):
     for changes in ({place: value}, {"models": [{"model": models[1][0], place: value}]}):
-        text = yaml.safe_dump({"merge_method": "monosoup", "base_model": models[0], "models": [], **changes})
+        text = yaml.safe_dump(
+            {"merge_method": "monosoup", "base_model": models[0], "models": [], **changes}
+        )
         for finding in check(write(text)):
             assert finding.message
 
 
 def test_models_below_keys_of_their_own(write, models):
     """`tokens` maps tokens to what they are made from, one of several kinds with keys of their own."""
-    tokens = {"<s>": {"source": {"kind": "model_token", "model": models[1][0], "token_id": 1}, "force": True}}
+    tokens = {
+        "<s>": {
+            "source": {"kind": "model_token", "model": models[1][0], "token_id": 1},
+            "force": True,
+        }
+    }
     assert messages(write(tokenizer={"source": "union", "tokens": tokens})) == []
     tokens["<s>"]["forse"] = True
     (message,) = messages(write(tokenizer={"source": "union", "tokens": tokens}))
@@ -321,28 +389,42 @@ def test_filters_go_by_the_names_of_mergekit(write, tmp_path):
     stored = set(checkpoints.state_dict(base))
     planned = {"gate_up_proj": True, "experts.0": any("experts.0." in name for name in stored)}
     for wanted, there in (("gate_up_proj", True), ("experts.0", False)):
-        path = write(**given, parameters={"alpha": [{"filter": wanted, "value": 0.1}, {"value": 0.9}]})
+        path = write(
+            **given, parameters={"alpha": [{"filter": wanted, "value": 0.1}, {"value": 0.9}]}
+        )
         found = [m for m in messages(path, "warning") if "filter" in m]
         assert bool(found) is not there, found
         assert not found or ("mergekit has them" in found[0]) is planned[wanted]
 
 
 def test_what_mergekit_would_refuse_at_its_start(write, models, tmp_path):
-    layers = [{"sources": [{"model": name, "layer_range": [0, 9]} for name in (models[0], models[1][0])]}]
-    assert f"layer_range [0, 9]: {models[0]} has 2" in messages(write(models=None, slices=layers))[0]
+    layers = [
+        {"sources": [{"model": name, "layer_range": [0, 9]} for name in (models[0], models[1][0])]}
+    ]
+    assert (
+        f"layer_range [0, 9]: {models[0]} has 2" in messages(write(models=None, slices=layers))[0]
+    )
     assert "cannot plan this merge" in messages(write(merge_method="breadcrumbs"))[0]
     _, (llama,) = checkpoints.pair(tmp_path, "llama")
     (message,) = messages(write(models=[{"model": str(llama)}]))[:1]
     assert (
-        "is a LlamaForCausalLM" in message and "a Qwen3ForCausalLM; mergekit merges them with --allow-crimes" in message
+        "is a LlamaForCausalLM" in message
+        and "a Qwen3ForCausalLM; mergekit merges them with --allow-crimes" in message
     )
 
 
 def test_adapters_and_codes_and_dtypes(write, models, tmp_path):
-    assert "the adapter ./no/lora: no such" in messages(write(models=[{"model": f"{models[1][0]}+./no/lora"}]))[0]
+    assert (
+        "the adapter ./no/lora: no such"
+        in messages(write(models=[{"model": f"{models[1][0]}+./no/lora"}]))[0]
+    )
     state = {"w": torch.randn(4, 4).to(torch.float8_e4m3fn), "b": torch.zeros(4)}
     save_file(state, tmp_path / "codes.safetensors")
-    given = {"base_model": None, "models": [{"model": str(tmp_path / "codes.safetensors")}], "merge_method": "linear"}
+    given = {
+        "base_model": None,
+        "models": [{"model": str(tmp_path / "codes.safetensors")}],
+        "merge_method": "linear",
+    }
     assert "is quantised: 1 tensor(s) hold F8_E4M3 codes, w for one" in messages(write(**given))[0]
     bf16 = checkpoints.pair(tmp_path / "bf16", dtype=torch.bfloat16)
     given = {"base_model": str(bf16[0]), "models": [{"model": str(bf16[1][0])}]}
@@ -351,7 +433,9 @@ def test_adapters_and_codes_and_dtypes(write, models, tmp_path):
     (message,) = messages(write(out_dtype="bfloat16"), "warning")
     assert "is that of F32" in message
     assert (
-        check(write(**given, out_dtype="bfloat16")) == [] == check(write(**given, dtype="float32", out_dtype="float32"))
+        check(write(**given, out_dtype="bfloat16"))
+        == []
+        == check(write(**given, dtype="float32", out_dtype="float32"))
     )
 
 
@@ -375,17 +459,38 @@ models:
     assert messages(write(models=None, modules={"default": {"slices": layers}})) == []
     pair = [{"model": name, "layer_range": [0, 2]} for name in tuned]
     slices = [{"base_model": tuned[1], "sources": pair}]
-    assert messages(write(merge_method="task_arithmetic", models=None, slices=slices, parameters={"weight": 1})) == []
-    assert messages(write(models=None, slices=[{"sources": pair}])), "the base is not among the sources"
+    assert (
+        messages(
+            write(
+                merge_method="task_arithmetic", models=None, slices=slices, parameters={"weight": 1}
+            )
+        )
+        == []
+    )
+    assert messages(write(models=None, slices=[{"sources": pair}])), (
+        "the base is not among the sources"
+    )
     _, (other,) = checkpoints.pair(tmp_path, tuned_vocabulary=checkpoints.VOCABULARY + 8)
-    parts = [[{"model": base, "layer_range": [0, 1]}], [{"model": str(other), "layer_range": [1, 2]}]]
+    parts = [
+        [{"model": base, "layer_range": [0, 1]}],
+        [{"model": str(other), "layer_range": [1, 2]}],
+    ]
     given = {"merge_method": "passthrough", "base_model": None, "models": None}
     path = write(**given, slices=[{"sources": part} for part in parts])
-    assert messages(path) == [] and any("vocabularies differ" in m for m in messages(path, "warning"))
+    assert messages(path) == [] and any(
+        "vocabularies differ" in m for m in messages(path, "warning")
+    )
     parts[0][0]["layer_range"] = [-1, 1]
-    assert "layer_range [-1, 1]" in messages(write(**given, slices=[{"sources": part} for part in parts]))[0]
+    assert (
+        "layer_range [-1, 1]"
+        in messages(write(**given, slices=[{"sources": part} for part in parts]))[0]
+    )
     stages = [
-        {"name": "s1", "merge_method": "linear", "models": [{"model": t, "parameters": {"weight": 1}} for t in tuned]},
+        {
+            "name": "s1",
+            "merge_method": "linear",
+            "models": [{"model": t, "parameters": {"weight": 1}} for t in tuned],
+        },
         {"merge_method": "passthrough", "models": [{"model": "s1"}], "tokenizer_source": "s1"},
     ]
     assert messages(write(yaml.safe_dump_all(stages))) == []

@@ -90,12 +90,18 @@ class TestWorld:
         assert {TUNED_SKILL, *OTHER_SKILLS} == set(SKILLS) == set(WORLD.test) == set(WORLD.train)
         prompts = [{item.prompt for item in WORLD.test[skill]} for skill in SKILLS]
         assert len(set().union(*prompts)) == sum(len(WORLD.test[skill]) for skill in SKILLS)
-        assert set(TINY.pretraining.skills) == set(train.Recipe().pretraining.skills) == set(OTHER_SKILLS)
+        assert (
+            set(TINY.pretraining.skills)
+            == set(train.Recipe().pretraining.skills)
+            == set(OTHER_SKILLS)
+        )
         assert train.Recipe().finetuning.skills == (TUNED_SKILL,)
 
     def test_facts_are_one_per_name_and_tested_as_trained(self):
         for skill, (_, answers) in FACTS.items():
-            assert len({item.cluster for item in WORLD.test[skill]}) == len(WORLD.test[skill]) == NAMES
+            assert (
+                len({item.cluster for item in WORLD.test[skill]}) == len(WORLD.test[skill]) == NAMES
+            )
             assert WORLD.test[skill] == WORLD.train[skill]
             assert {item.answer for item in WORLD.test[skill]} <= set(answers)
 
@@ -117,20 +123,29 @@ class TestTokenizer:
     def test_each_digit_is_a_token(self, tokenizer):
         for token in tokenizer.get_vocab():
             assert not any(character.isdigit() for character in token) or len(token) == 1, token
-        assert [token for token in tokenizer.tokenize("What is 12 plus 345?") if token.isdigit()] == list("12345")
+        assert [
+            token for token in tokenizer.tokenize("What is 12 plus 345?") if token.isdigit()
+        ] == list("12345")
 
     def test_every_answer_fits_what_is_generated(self, tokenizer):
         answers = {item.answer for skill in SKILLS for item in WORLD.test[skill]}
-        assert max(len(tokenizer.encode(f" {answer}")) for answer in answers) + 1 <= score.ANSWER_TOKENS
+        assert (
+            max(len(tokenizer.encode(f" {answer}")) for answer in answers) + 1
+            <= score.ANSWER_TOKENS
+        )
 
     def test_only_answers_are_targets(self, tokenizer):
         item = WORLD.train["home"][0]
         phase = train.Phase(("home",), steps=1, batch=1, learning_rate=0.0)
-        [(inputs, targets)] = train._batches([train._encode([item], tokenizer)], phase, 0, tokenizer)
+        [(inputs, targets)] = train._batches(
+            [train._encode([item], tokenizer)], phase, 0, tokenizer
+        )
         assert tokenizer.decode(inputs[0]).startswith(item.prompt)
         assert tokenizer.decode(targets[targets != train.IGNORED]) == f" {item.answer}<end>"
         first = int((targets[0] != train.IGNORED).nonzero()[0])
-        assert tokenizer.decode(inputs[0, : first + 1]) == item.prompt  # the whole prompt is seen, no answer is
+        assert (
+            tokenizer.decode(inputs[0, : first + 1]) == item.prompt
+        )  # the whole prompt is seen, no answer is
 
 
 def _items(clusters: list[str], skill: str = "s") -> list[Item]:
@@ -140,11 +155,15 @@ def _items(clusters: list[str], skill: str = "s") -> list[Item]:
 class TestStatistics:
     def test_independent_items_give_the_binomial_standard_error(self):
         right = np.array([1.0] * 30 + [0.0] * 10)
-        estimate = score.mean_over_skills({"s": right}, {"s": _items([str(i) for i in range(40)])}, ["s"])
+        estimate = score.mean_over_skills(
+            {"s": right}, {"s": _items([str(i) for i in range(40)])}, ["s"]
+        )
         assert estimate.mean == pytest.approx(0.75)
         assert estimate.standard_error == pytest.approx(math.sqrt(0.75 * 0.25 / 40))
         assert estimate.standard_error == pytest.approx(stats.sem(right, ddof=0))
-        assert estimate.interval() == pytest.approx(stats.norm.interval(0.95, 0.75, math.sqrt(0.75 * 0.25 / 40)))
+        assert estimate.interval() == pytest.approx(
+            stats.norm.interval(0.95, 0.75, math.sqrt(0.75 * 0.25 / 40))
+        )
 
     def test_skills_weigh_the_same_and_their_errors_add_in_squares(self):
         values = {"a": np.array([1.0, 0.0]), "b": np.array([1.0, 1.0, 1.0, 0.0])}
@@ -159,7 +178,9 @@ class TestStatistics:
         once = score.mean_over_skills({"s": right}, {"s": _items(clusters)}, ["s"])
         twice = score.mean_over_skills({"s": np.tile(right, 2)}, {"s": _items(clusters * 2)}, ["s"])
         across = score.mean_over_skills(
-            {"s": right, "t": right}, {"s": _items(clusters), "t": _items(clusters, "t")}, ["s", "t"]
+            {"s": right, "t": right},
+            {"s": _items(clusters), "t": _items(clusters, "t")},
+            ["s", "t"],
         )
         assert twice.standard_error == pytest.approx(once.standard_error)
         assert across.standard_error == pytest.approx(once.standard_error)
@@ -167,22 +188,35 @@ class TestStatistics:
     def test_interval_of_a_clustered_difference_agrees_with_the_bootstrap(self):
         rng = np.random.default_rng(0)
         luck = rng.normal(size=150)  # one number per cluster, shared by its three items
-        model, reference = ((luck[:, None] + rng.normal(size=(150, 3)) > cut).astype(float) for cut in (-0.6, 0.1))
+        model, reference = (
+            (luck[:, None] + rng.normal(size=(150, 3)) > cut).astype(float) for cut in (-0.6, 0.1)
+        )
         gain = score.paired_difference({"s": model.ravel()}, {"s": reference.ravel()})
         items = {"s": _items([str(cluster) for cluster in range(150) for _ in range(3)])}
         low, high = score.mean_over_skills(gain, items, ["s"]).interval()
         drawn = stats.bootstrap(
-            ((model - reference).mean(axis=1),), np.mean, n_resamples=4000, method="percentile", rng=0
+            ((model - reference).mean(axis=1),),
+            np.mean,
+            n_resamples=4000,
+            method="percentile",
+            rng=0,
         ).confidence_interval
         # Both are estimates: 2 % of the width apart when written.
         assert (low, high) == pytest.approx(tuple(drawn), abs=0.1 * (high - low))
 
     def test_confidence_widens_the_interval(self):
-        narrow, wide = score.Estimate(0.0, 1.0).interval(0.95), score.Estimate(0.0, 1.0).interval(0.99)
-        assert narrow[1] == pytest.approx(1.959964, abs=1e-6) and wide[1] == pytest.approx(2.575829, abs=1e-6)
+        narrow, wide = (
+            score.Estimate(0.0, 1.0).interval(0.95),
+            score.Estimate(0.0, 1.0).interval(0.99),
+        )
+        assert narrow[1] == pytest.approx(1.959964, abs=1e-6) and wide[1] == pytest.approx(
+            2.575829, abs=1e-6
+        )
 
 
-QUESTIONS = {skill: _items([f"{skill} {number}" for number in range(200)], skill) for skill in SKILLS}
+QUESTIONS = {
+    skill: _items([f"{skill} {number}" for number in range(200)], skill) for skill in SKILLS
+}
 
 
 class TestSummary:
@@ -191,7 +225,10 @@ class TestSummary:
 
         def of(id_right: int, ood_right: int) -> score.Values:
             counts = {skill: id_right if skill == TUNED_SKILL else ood_right for skill in SKILLS}
-            return {skill: np.array([1.0] * count + [0.0] * (200 - count)) for skill, count in counts.items()}
+            return {
+                skill: np.array([1.0] * count + [0.0] * (200 - count))
+                for skill, count in counts.items()
+            }
 
         titles = [summary.PRETRAINED, summary.FINETUNED, *(soup.title for soup in merge.SOUPS)]
         return {title: of(*pair) for title, pair in zip(titles, right.values(), strict=True)}
@@ -212,38 +249,70 @@ class TestSummary:
         assert said[0] == "Fine-tuning took ID from 10.0 to 90.0 % and OOD from 99.0 to 60.0 %."
         wise, free, varied, free_to_wise, varied_to_wise, free_split, varied_split = said[1:8]
         assert re.fullmatch(
-            r"Against fine-tuned, Wise-FT 0.5: ID −10.0 \[.*\], lower; OOD \+30.0 \[.*\], higher\.", wise
+            r"Against fine-tuned, Wise-FT 0.5: ID −10.0 \[.*\], lower; OOD \+30.0 \[.*\], higher\.",
+            wise,
         )
-        assert re.search(r"MonoSoup freevariance: ID unchanged on every item; OOD \+0.5 \[.*\], higher", free)
+        assert re.search(
+            r"MonoSoup freevariance: ID unchanged on every item; OOD \+0.5 \[.*\], higher", free
+        )
         assert re.search(r"ID \+0.5 \[−.*\], which covers zero; OOD −15.0 \[.*\], lower", varied)
         assert re.search(
-            r"Against Wise-FT 0.5, MonoSoup freevariance: ID \+10.0 .*, higher; OOD −29.5 .*, lower", free_to_wise
+            r"Against Wise-FT 0.5, MonoSoup freevariance: ID \+10.0 .*, higher; OOD −29.5 .*, lower",
+            free_to_wise,
         )
         assert varied_to_wise.startswith("Against Wise-FT 0.5, MonoSoup variance R=0.8: ID +10.5 [")
-        assert re.search(r"control .*MonoSoup freevariance: ID unchanged .* OOD \+0.5 \[.*\], higher", free_split)
-        assert re.search(r"control .*MonoSoup variance R=0.8: ID unchanged .* OOD −0.5 \[.*\], lower", varied_split)
+        assert re.search(
+            r"control .*MonoSoup freevariance: ID unchanged .* OOD \+0.5 \[.*\], higher", free_split
+        )
+        assert re.search(
+            r"control .*MonoSoup variance R=0.8: ID unchanged .* OOD −0.5 \[.*\], lower",
+            varied_split,
+        )
 
     def test_gains_and_losses_that_cancel_are_not_called_unchanged(self):
         grades = self.grades(
-            a=(20, 198), b=(180, 120), c=(180, 120), d=(180, 120), e=(180, 120), f=(180, 120), g=(180, 120)
+            a=(20, 198),
+            b=(180, 120),
+            c=(180, 120),
+            d=(180, 120),
+            e=(180, 120),
+            f=(180, 120),
+            g=(180, 120),
         )
-        swapped = {skill: values[::-1] if skill == "home" else values for skill, values in grades["fine-tuned"].items()}
+        swapped = {
+            skill: values[::-1] if skill == "home" else values
+            for skill, values in grades["fine-tuned"].items()
+        }
         said = summary.sentences({**grades, merge.FREE.title: swapped}, QUESTIONS)
-        assert re.search(r"OOD 0.0 \[−.*\], which covers zero", said[2]) and "OOD unchanged on every item" in said[3]
+        assert (
+            re.search(r"OOD 0.0 \[−.*\], which covers zero", said[2])
+            and "OOD unchanged on every item" in said[3]
+        )
 
     def test_the_table_fits_100_columns_and_shows_each_model(self):
         console = Console(width=100, record=True, file=io.StringIO())
         console.print(
             summary.table(
                 self.grades(
-                    a=(20, 198), b=(180, 120), c=(160, 180), d=(180, 121), e=(180, 120), f=(181, 90), g=(181, 91)
+                    a=(20, 198),
+                    b=(180, 120),
+                    c=(160, 180),
+                    d=(180, 121),
+                    e=(180, 120),
+                    f=(181, 90),
+                    g=(181, 91),
                 ),
                 QUESTIONS,
             )
         )
         shown = console.export_text()
         assert shown.count("  norm-matched control") == 2
-        assert "Wise-FT 0.5" in shown and "80.0 ± 2.8" in shown and "−10.0 [" in shown and "…" not in shown
+        assert (
+            "Wise-FT 0.5" in shown
+            and "80.0 ± 2.8" in shown
+            and "−10.0 [" in shown
+            and "…" not in shown
+        )
 
 
 @pytest.fixture(scope="module")
@@ -255,20 +324,29 @@ def folder(tmp_path_factory) -> Path:
 
 class TestTraining:
     def test_checkpoints_load_and_differ(self, folder):
-        base, tuned = (Qwen3ForCausalLM.from_pretrained(folder / name) for name in (train.PRETRAINED, train.FINETUNED))
+        base, tuned = (
+            Qwen3ForCausalLM.from_pretrained(folder / name)
+            for name in (train.PRETRAINED, train.FINETUNED)
+        )
         assert base.config.tie_word_embeddings is False and base.dtype == torch.float32
-        for (name, before), after in zip(base.state_dict().items(), tuned.state_dict().values(), strict=True):
+        for (name, before), after in zip(
+            base.state_dict().items(), tuned.state_dict().values(), strict=True
+        ):
             assert torch.isfinite(after).all()
             assert not torch.equal(before, after), f"{name} was not trained"
 
     def test_the_saved_model_is_graded(self, folder):
         items = {skill: WORLD.test[skill][:3] for skill in SKILLS}
         tokenizer = AutoTokenizer.from_pretrained(folder / train.FINETUNED)
-        grades = score.grade(Qwen3ForCausalLM.from_pretrained(folder / train.FINETUNED), tokenizer, items)
+        grades = score.grade(
+            Qwen3ForCausalLM.from_pretrained(folder / train.FINETUNED), tokenizer, items
+        )
         assert list(grades) == list(SKILLS)
         assert all(values.shape == (3,) and set(values) <= {0.0, 1.0} for values in grades.values())
 
-    def test_a_model_that_learned_one_fact_is_right_about_it_and_wrong_elsewhere(self, tokenizer, tmp_path):
+    def test_a_model_that_learned_one_fact_is_right_about_it_and_wrong_elsewhere(
+        self, tokenizer, tmp_path
+    ):
         fact, other = WORLD.train["home"][0], replace(WORLD.train["home"][0], answer="nowhere")
         phase = train.Phase(("home",), steps=30, batch=4, learning_rate=3e-2)
         recipe = replace(TINY, pretraining=phase, finetuning=phase)
@@ -283,7 +361,10 @@ class TestTraining:
         model = Qwen3ForCausalLM.from_pretrained(folder / train.FINETUNED)
         prompts = [WORLD.test[skill][0].prompt for skill in SKILLS]
         greedy = score.GenerationConfig(
-            do_sample=False, max_new_tokens=4, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+            do_sample=False,
+            max_new_tokens=4,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
         )
         alone = [score._answers(model, tokenizer, [prompt], greedy)[0] for prompt in prompts]
         assert score._answers(model, tokenizer, prompts, greedy) == alone
@@ -311,7 +392,9 @@ class TestTraining:
         assert train.train_pair(replace(TINY, seed=1), SMALL, tmp_path)
         assert (tmp_path / train.PRETRAINED / "model.safetensors").read_bytes() != weights
         assert train.train_pair(TINY, SMALL, tmp_path), "the other settings' checkpoints were taken"
-        assert (tmp_path / train.PRETRAINED / "model.safetensors").read_bytes() == weights  # bitwise reproducible
+        assert (
+            tmp_path / train.PRETRAINED / "model.safetensors"
+        ).read_bytes() == weights  # bitwise reproducible
         assert train.train_pair(TINY, SMALL, tmp_path, fresh=True)
 
     def test_an_interrupted_run_leaves_nothing_that_looks_finished(self, tmp_path, monkeypatch):
@@ -336,11 +419,16 @@ class TestTraining:
         assert train.fine_tune(folder / train.PRETRAINED, target, items, TINY.finetuning, 2)
         assert train.fine_tune(folder / train.PRETRAINED, target, items[1:], TINY.finetuning, 2)
 
-    def test_an_adapter_moves_every_linear_layer_by_its_rank_and_nothing_else(self, folder, tmp_path):
+    def test_an_adapter_moves_every_linear_layer_by_its_rank_and_nothing_else(
+        self, folder, tmp_path
+    ):
         items = WORLD.train[TUNED_SKILL]
-        assert train.fine_tune(folder / train.PRETRAINED, tmp_path / "lora", items, TINY.finetuning, 0, rank=2)
+        assert train.fine_tune(
+            folder / train.PRETRAINED, tmp_path / "lora", items, TINY.finetuning, 0, rank=2
+        )
         before, after = (
-            load_file(place / "model.safetensors") for place in (folder / train.PRETRAINED, tmp_path / "lora")
+            load_file(place / "model.safetensors")
+            for place in (folder / train.PRETRAINED, tmp_path / "lora")
         )
         for name, weight in before.items():
             delta = (after[name] - weight).double()
@@ -365,7 +453,9 @@ class TestSoups:
         else:
             assert config["merge_method"] == "monosoup" and parameters["mode"] in soup.title
             assert "R" not in parameters or f"R={parameters['R']}" in soup.title
-            assert (parameters.get("coefficients") == "scalar") == soup.title.endswith(merge.CONTROL)
+            assert (parameters.get("coefficients") == "scalar") == soup.title.endswith(
+                merge.CONTROL
+            )
 
     def test_wise_ft_is_the_mean_of_the_two_and_can_be_graded(self, folder):
         assert merge.merge(merge.WISE, folder) == "mergekit-yaml configs/wise-ft.yml merged/wise-ft"
@@ -375,10 +465,16 @@ class TestSoups:
         )
         for name, weight in soup.items():
             torch.testing.assert_close(weight, (base[name] + tuned[name]) / 2)
-        assert grade_checkpoint(folder / merge.WISE.merged, {"home": WORLD.test["home"][:2]})["home"].shape == (2,)
+        assert grade_checkpoint(folder / merge.WISE.merged, {"home": WORLD.test["home"][:2]})[
+            "home"
+        ].shape == (2,)
 
     def test_mergekit_failing_stops_the_demo_with_its_message(self, folder):
-        broken = replace(merge.WISE, file="broken", yaml=merge.WISE_FT.replace("task_arithmetic", "no_such_method"))
+        broken = replace(
+            merge.WISE,
+            file="broken",
+            yaml=merge.WISE_FT.replace("task_arithmetic", "no_such_method"),
+        )
         left = folder / broken.merged / "model.safetensors"
         left.parent.mkdir(parents=True)
         left.write_text("of an earlier run")
@@ -395,28 +491,51 @@ class TestSoups:
 def test_results_hold_every_number(tmp_path, monkeypatch, capsys):
     """The whole run with the merges replaced: each soup is a copy of the fine-tuned model."""
     # Enough to answer one city to every "lives in", so that some answers are right.
-    recipe = replace(TINY, pretraining=train.Phase(("home",), steps=40, batch=16, learning_rate=1e-2))
+    recipe = replace(
+        TINY, pretraining=train.Phase(("home",), steps=40, batch=16, learning_rate=1e-2)
+    )
     monkeypatch.setattr(train, "Recipe", lambda seed: replace(recipe, seed=seed))
     monkeypatch.setattr(
-        merge, "merge", lambda soup, out: shutil.copytree(out / train.FINETUNED, out / soup.merged).name
+        merge,
+        "merge",
+        lambda soup, out: shutil.copytree(out / train.FINETUNED, out / soup.merged).name,
     )
     monkeypatch.setattr(merge, "print_report", lambda soup, out: None)
     monkeypatch.setattr(merge, "tool", lambda name: name)
     assert main(["--out", str(tmp_path / "out"), "--seed", "3"]) == 0
     results = json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))
-    items = [json.loads(line) for line in (tmp_path / "out" / "test-items.jsonl").read_text("utf-8").splitlines()]
+    items = [
+        json.loads(line)
+        for line in (tmp_path / "out" / "test-items.jsonl").read_text("utf-8").splitlines()
+    ]
     assert results["seed"] == 3 and results["recipe"]["seed"] == 3
     assert results["versions"]["torch"] == torch.__version__
-    assert set(results["models"]) == {summary.PRETRAINED, summary.FINETUNED, *(soup.title for soup in merge.SOUPS)}
+    assert set(results["models"]) == {
+        summary.PRETRAINED,
+        summary.FINETUNED,
+        *(soup.title for soup in merge.SOUPS),
+    }
     tuned, soup = results["models"][summary.FINETUNED], results["models"][merge.FREE.title]
-    assert soup["weights_sha256"] == tuned["weights_sha256"] != results["models"][summary.PRETRAINED]["weights_sha256"]
-    assert soup["minus fine-tuned"]["ood"] == {"mean": 0.0, "standard_error": 0.0, "interval_95": [0.0, 0.0]}
-    assert [item["skill"] for item in items] == [skill for skill in SKILLS for _ in tuned["skills"][skill]["right"]]
+    assert (
+        soup["weights_sha256"]
+        == tuned["weights_sha256"]
+        != results["models"][summary.PRETRAINED]["weights_sha256"]
+    )
+    assert soup["minus fine-tuned"]["ood"] == {
+        "mean": 0.0,
+        "standard_error": 0.0,
+        "interval_95": [0.0, 0.0],
+    }
+    assert [item["skill"] for item in items] == [
+        skill for skill in SKILLS for _ in tuned["skills"][skill]["right"]
+    ]
     for skill in SKILLS:
         for model in results["models"].values():
             counted = model["skills"][skill]
             assert counted["mean"] == pytest.approx(counted["right"].count("1") / counted["items"])
-    assert tuned["ood"]["mean"] == pytest.approx(np.mean([tuned["skills"][skill]["mean"] for skill in OTHER_SKILLS]))
+    assert tuned["ood"]["mean"] == pytest.approx(
+        np.mean([tuned["skills"][skill]["mean"] for skill in OTHER_SKILLS])
+    )
     assert results["models"][summary.PRETRAINED]["skills"]["home"]["mean"] > 0
     shown = capsys.readouterr().out
     assert all(sentence[:80] in shown for sentence in results["sentences"])

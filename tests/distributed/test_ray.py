@@ -19,10 +19,14 @@ from helpers.merges import SMALL, assert_same, config, mergekit, run, without_ti
 
 from mergekit_monosoup.distributed.folder import NAME
 
-ray = pytest.importorskip("ray", reason="the extra `ray` is not installed (Ray has no wheels for the newest Python)")
+ray = pytest.importorskip(
+    "ray", reason="the extra `ray` is not installed (Ray has no wheels for the newest Python)"
+)
 from ray.cluster_utils import Cluster  # noqa: E402
 
-pytestmark = pytest.mark.skipif(not Path("/proc").is_dir(), reason="processes are looked up in /proc")
+pytestmark = pytest.mark.skipif(
+    not Path("/proc").is_dir(), reason="processes are looked up in /proc"
+)
 
 GATED = str(Path(__file__).with_name("gated"))
 PATIENCE = 120  # seconds; Ray starts a process in 2 to 20, by load
@@ -107,7 +111,9 @@ def test_ctrl_c(world, tmp_path, gate, start):
     _, said = driver.communicate(timeout=PATIENCE)
     assert driver.returncode == 130
     assert (
-        "Interrupted. 1 finished batch(es) kept" in said and "Traceback" not in said and "KeyboardInterrupt" not in said
+        "Interrupted. 1 finished batch(es) kept" in said
+        and "Traceback" not in said
+        and "KeyboardInterrupt" not in said
     )
     assert [p.name for p in out.iterdir()] == [NAME]
     wait(lambda: not any(map(alive, processes(gate))))
@@ -119,7 +125,9 @@ def test_a_worker_and_then_the_driver_are_killed(world, tmp_path, gate, start):
     wait(lambda: waiting(gate), driver)
     (name, (killed,)), *_ = waiting(gate).items()
     os.kill(killed, signal.SIGKILL)
-    wait(lambda: len(waiting(gate)[name]) == 2, driver)  # another worker has come there with the same tensor
+    wait(
+        lambda: len(waiting(gate)[name]) == 2, driver
+    )  # another worker has come there with the same tensor
     assert not alive(killed)
     wait(lambda: finished(out), driver)
     driver.kill()
@@ -128,7 +136,9 @@ def test_a_worker_and_then_the_driver_are_killed(world, tmp_path, gate, start):
     wait(lambda: not any(map(alive, processes(gate))))  # Ray's processes go with the driver
     (gate / "open").touch()
 
-    said = run(path, out, *SMALL, "--workers", 1, "-j", 1, "--resume")  # the number of workers is free
+    said = run(
+        path, out, *SMALL, "--workers", 1, "-j", 1, "--resume"
+    )  # the number of workers is free
     assert "resuming: 1 of 3 batches are done" in said
     assert_same(out, mergekit(path, tmp_path / "a" / "out"))
 
@@ -185,7 +195,9 @@ def test_two_nodes_merge_what_mergekit_merges(family, cluster, world, tmp_path):
 
 
 def test_the_tokenizer_reaches_the_workers(cluster, world, tmp_path):
-    path = config(world, tmp_path, "linear", tuned=2, parameters={"weight": 0.5}, tokenizer={"source": "base"})
+    path = config(
+        world, tmp_path, "linear", tuned=2, parameters={"weight": 0.5}, tokenizer={"source": "base"}
+    )
     run(path, tmp_path / "b" / "out", *SMALL, "--ray", cluster.address, "--workers", 2)
     assert_same(tmp_path / "b" / "out", mergekit(path, tmp_path / "a" / "out"))
 
@@ -206,7 +218,14 @@ def test_nobody_at_the_address(world, tmp_path, monkeypatch):
 
 def test_a_batch_that_takes_its_worker_with_it(cluster, world, tmp_path, monkeypatch):
     monkeypatch.setattr("mergekit_monosoup.distributed.engines.RETRIES", 0)
-    output = run(config(world, tmp_path, "deadly"), tmp_path / "out", *SMALL, "--ray", cluster.address, code=1)
+    output = run(
+        config(world, tmp_path, "deadly"),
+        tmp_path / "out",
+        *SMALL,
+        "--ray",
+        cluster.address,
+        code=1,
+    )
     assert (
         "Error: batch " in output
         and "was lost with its worker, 1 times in a row" in output
@@ -216,7 +235,9 @@ def test_a_batch_that_takes_its_worker_with_it(cluster, world, tmp_path, monkeyp
 
 
 def test_no_node_has_a_gpu(cluster, world, tmp_path):
-    output = run(config(world, tmp_path), tmp_path / "out", "--ray", cluster.address, "--gpus", code=1)
+    output = run(
+        config(world, tmp_path), tmp_path / "out", "--ray", cluster.address, "--gpus", code=1
+    )
     assert "no node of the Ray cluster has 1 CPU(s) and a GPU" in output
 
 
@@ -236,11 +257,17 @@ def test_a_node_dies_in_the_middle(cluster, world, tmp_path):
         cluster.add_node(num_cpus=1, object_store_memory=80 * 2**20)
     wait(lambda: ray.cluster_resources().get("CPU") == 3)
     said: list[str] = []
-    driver = threading.Thread(target=lambda: said.append(run(path, out, *SMALL, "--ray", cluster.address)))
+    driver = threading.Thread(
+        target=lambda: said.append(run(path, out, *SMALL, "--ray", cluster.address))
+    )
     driver.start()
     wait(lambda: len(waiting(cluster.gate)) == 2)
     mine = ray.get_runtime_context().get_node_id()
-    held = {node: workers_of(node, cluster.gate) for node in cluster.worker_nodes if node.node_id != mine}
+    held = {
+        node: workers_of(node, cluster.gate)
+        for node in cluster.worker_nodes
+        if node.node_id != mine
+    }
     node = next(node for node in held if held[node])
     cluster.remove_node(node, allow_graceful=False)
     wait(lambda: not any(map(alive, held[node])))

@@ -36,7 +36,9 @@ def test_alone_it_is_mergekit_yaml(world, tmp_path):
     run(path, tmp_path / "b" / "out", *SMALL, "--workers", "1", "--quiet")
     files = {p.name for p in reference.iterdir()}
     assert files == {p.name for p in (tmp_path / "b" / "out").iterdir()} and len(files) > 6
-    assert all((reference / f).read_bytes() == (tmp_path / "b" / "out" / f).read_bytes() for f in files)
+    assert all(
+        (reference / f).read_bytes() == (tmp_path / "b" / "out" / f).read_bytes() for f in files
+    )
 
 
 CASES = {
@@ -48,7 +50,12 @@ CASES = {
     "svc": dict(method="svc", tuned=2),
     "linear": dict(method="linear", tuned=2, parameters={"weight": 0.5}),
     "ties": dict(method="ties", tuned=2, parameters={"weight": 0.5, "density": 0.5}),
-    "filters": dict(parameters={"R": [{"filter": "mlp", "value": 0.9}, {"value": [0.3, 0.7]}], "mode": "variance"}),
+    "filters": dict(
+        parameters={
+            "R": [{"filter": "mlp", "value": 0.9}, {"value": [0.3, 0.7]}],
+            "mode": "variance",
+        }
+    ),
     "tokenizer": dict(tokenizer={"source": "base"}, chat_template="chatml"),
 }
 
@@ -85,7 +92,15 @@ def test_slices_of_a_passthrough(world, tmp_path):
 def test_pickles(world, tmp_path):
     path = config(world, tmp_path)
     reference = mergekit(path, tmp_path / "a" / "out", "--no-safe-serialization")
-    run(path, tmp_path / "b" / "out", *SMALL, "--resume", "--no-safe-serialization", "--async-write", "--clone-tensors")
+    run(
+        path,
+        tmp_path / "b" / "out",
+        *SMALL,
+        "--resume",
+        "--no-safe-serialization",
+        "--async-write",
+        "--clone-tensors",
+    )
     assert (tmp_path / "b" / "out" / "pytorch_model.bin.index.json").exists()
     assert_same(tmp_path / "b" / "out", reference)
 
@@ -93,25 +108,48 @@ def test_pickles(world, tmp_path):
 def test_vocabularies_of_two_sizes(world, tmp_path):
     """The tokenizer is built once, and kept: mergekit orders a union of vocabularies differently each time."""
     models = [{"model": f"{world}/qwen3/tuned0"}, {"model": f"{world}/wide/base"}]
-    path = config(world, tmp_path, "linear", models=models, tokenizer={"source": "union"}, parameters={"weight": 0.5})
+    path = config(
+        world,
+        tmp_path,
+        "linear",
+        models=models,
+        tokenizer={"source": "union"},
+        parameters={"weight": 0.5},
+    )
     outs = [tmp_path / "b" / "out", mergekit(path, tmp_path / "a" / "out")]
     run(path, outs[0], *SMALL, "--resume")
     by_token = []
     for out in outs:
         words = AutoTokenizer.from_pretrained(out).get_vocab()
         state = stored(out)
-        vocabulary = {name: state.pop(name) for name in ("model.embed_tokens.weight", "lm_head.weight")}
+        vocabulary = {
+            name: state.pop(name) for name in ("model.embed_tokens.weight", "lm_head.weight")
+        }
         by_token.append(
-            (state, {(name, w): tensor[i] for name, tensor in vocabulary.items() for w, i in words.items()})
+            (
+                state,
+                {
+                    (name, w): tensor[i]
+                    for name, tensor in vocabulary.items()
+                    for w, i in words.items()
+                },
+            )
         )
     for ours, theirs in zip(*by_token, strict=True):
-        assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+        assert ours.keys() == theirs.keys() and all(
+            torch.equal(ours[key], theirs[key]) for key in ours
+        )
     assert ("lm_head.weight", "w100") in by_token[0][1]
 
 
 def test_adapter_and_bare_output(world, tmp_path):
     path = config(world, tmp_path, models=[{"model": f"{world}/qwen3/base+{world}/adapter"}])
-    options = ("--lora-merge-cache", str(tmp_path / "cache"), "--no-write-model-card", "--no-copy-tokenizer")
+    options = (
+        "--lora-merge-cache",
+        str(tmp_path / "cache"),
+        "--no-write-model-card",
+        "--no-copy-tokenizer",
+    )
     reference = mergekit(path, tmp_path / "a" / "out", *options)
     run(path, tmp_path / "b" / "out", *SMALL, *options, "--resume")
     assert_same(tmp_path / "b" / "out", reference)
@@ -121,7 +159,9 @@ def test_adapter_and_bare_output(world, tmp_path):
 # -- random numbers --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("method", "parameters"), [("dice", {}), ("dare_linear", {"weight": 1.0, "density": 0.5})])
+@pytest.mark.parametrize(
+    ("method", "parameters"), [("dice", {}), ("dare_linear", {"weight": 1.0, "density": 0.5})]
+)
 def test_random_methods_are_refused(method, parameters, world, tmp_path):
     path = config(world, tmp_path, method, parameters=parameters)
     output = run(path, tmp_path / "out", *SMALL, "--resume", code=1)
@@ -143,7 +183,9 @@ def test_a_stream_per_tensor_does_not_depend_on_the_batches(world, tmp_path):
     a, c = stored(tmp_path / "a" / "out"), stored(tmp_path / "c" / "out")
     assert not any(torch.equal(a[name], c[name]) for name in a)
     norms = [t.float() for n, t in a.items() if n.endswith("layernorm.weight")]
-    assert not any(torch.equal(x, y) for x, y in itertools.combinations(norms, 2)), "tensors share a stream"
+    assert not any(torch.equal(x, y) for x, y in itertools.combinations(norms, 2)), (
+        "tensors share a stream"
+    )
 
 
 # -- reports and errors ----------------------------------------------------------------------------------------------------
@@ -159,11 +201,17 @@ def test_report_is_whole_and_in_order(world, tmp_path, caplog):
         run(path, tmp_path / "b" / "out", *SMALL, "--resume")
     assert without_time(tmp_path / "r.jsonl") == without_time(tmp_path / "reference.jsonl")
     assert [record.name for record in report.read(tmp_path / "r.jsonl.old")] == ["earlier"]
-    assert len([r for r in caplog.records if "rounding to" in r.getMessage()]) == 1, "once per merge, not per batch"
+    assert len([r for r in caplog.records if "rounding to" in r.getMessage()]) == 1, (
+        "once per merge, not per batch"
+    )
     names = list(stored(tmp_path / "b" / "out"))
-    places = [names.index(record.name.split("[")[0]) for record in report.read(tmp_path / "r.jsonl")]
+    places = [
+        names.index(record.name.split("[")[0]) for record in report.read(tmp_path / "r.jsonl")
+    ]
     batches = [file for file in sorted((tmp_path / "b" / "out").glob("model-*"))]
-    assert len(batches) > 2 and places == sorted(places, key=lambda place: where(batches, names[place]))
+    assert len(batches) > 2 and places == sorted(
+        places, key=lambda place: where(batches, names[place])
+    )
 
 
 def where(files: list[Path], name: str) -> int:
@@ -188,7 +236,9 @@ def test_error_is_one_line_with_the_tensor(world, tmp_path):
     model.model.layers[1].mlp.up_proj.weight.data[3, 4] = 0.0
     model.save_pretrained(tmp_path / "tuned0", max_shard_size="20KB")
     output = run(path, tmp_path / "b" / "out", *SMALL, "--resume", code=1)
-    assert "cannot resume" in output and f"{tmp_path}/tuned0/model-" in output and "--force" in output
+    assert (
+        "cannot resume" in output and f"{tmp_path}/tuned0/model-" in output and "--force" in output
+    )
     run(path, tmp_path / "b" / "out", *SMALL, "--seed-per-tensor", "--force")
     assert_same(tmp_path / "b" / "out", mergekit(path, tmp_path / "c" / "out"))
 
@@ -199,7 +249,9 @@ def test_errors_of_planning_leave_no_trace(world, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("text", "said"), [("a: 1\n---\na: 2\n", "2 stages; mergekit-multi"), ("a: [b\n", "not YAML")])
+@pytest.mark.parametrize(
+    ("text", "said"), [("a: 1\n---\na: 2\n", "2 stages; mergekit-multi"), ("a: [b\n", "not YAML")]
+)
 def test_a_file_that_is_no_single_merge_is_named(text, said, tmp_path):
     path = tmp_path / "merge.yml"
     path.write_text(text)
@@ -241,10 +293,16 @@ def test_an_incomplete_model_is_noticed_before_anything_is_merged(indexed, world
     if indexed:
         index = {"weight_map": dict.fromkeys(state, "model.safetensors")}
         (broken / "model.safetensors.index.json").write_text(json.dumps(index))
-    save_file({n: t for n, t in state.items() if n != gone}, broken / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {n: t for n, t in state.items() if n != gone},
+        broken / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     path.write_text(path.read_text().replace(f"{world}/wide/tuned0", str(broken)))
     output = run(path, tmp_path / "b" / "out", "--resume", code=1)
-    assert f"lacks {gone}" in output and "broken" in output and "is the checkpoint complete?" in output
+    assert (
+        f"lacks {gone}" in output and "broken" in output and "is the checkpoint complete?" in output
+    )
     assert not (tmp_path / "b" / "out").exists()
 
 
@@ -292,7 +350,9 @@ def test_nothing_of_the_old_model_is_left_beside_the_new_one(world, tmp_path):
         for name in ("tokenizer.json", "vocab.txt", "generation_config.json", "notes.txt"):
             (out / name).write_text("of another model")
         run(path, out, "--force", *options)
-        left = [p.name for p in out.iterdir() if p.is_file() and p.read_bytes() == b"of another model"]
+        left = [
+            p.name for p in out.iterdir() if p.is_file() and p.read_bytes() == b"of another model"
+        ]
         assert left == ["notes.txt"]
 
 
@@ -305,14 +365,22 @@ def test_an_option_of_a_later_mergekit_is_refused(world, tmp_path, monkeypatch):
 @pytest.mark.parametrize("options", [["--workers", "2"], ["--ray", "auto"]])
 def test_without_ray_the_extra_is_named(options, world, tmp_path, monkeypatch):
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "ray" else find(name, *rest))
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *rest: None if name == "ray" else find(name, *rest),
+    )
     output = run(config(world, tmp_path), tmp_path / "out", *options, code=1)
     assert "pip install 'mergekit-monosoup[ray]'" in output
 
 
 def test_help_is_that_of_the_command_with_mergekits_options():
     result = CliRunner().invoke(main, ["run", "--help"])
-    assert result.exit_code == 0 and "--workers" in result.output and "--lora-merge-cache" in result.output
+    assert (
+        result.exit_code == 0
+        and "--workers" in result.output
+        and "--lora-merge-cache" in result.output
+    )
     assert "mergekit-monosoup" not in result.output.split("Usage:")[0]
 
 
@@ -324,7 +392,9 @@ def interrupted(world, tmp_path, monkeypatch):
     """A merge that Ctrl-C stopped after two batches."""
     path = config(world, tmp_path)
     count = itertools.count()
-    monkeypatch.setattr(engines, "execute", lambda *a: worker.execute(*a) if next(count) < 2 else stop())
+    monkeypatch.setattr(
+        engines, "execute", lambda *a: worker.execute(*a) if next(count) < 2 else stop()
+    )
     output = run(path, tmp_path / "b" / "out", *SMALL, "--resume", code=130)
     assert "2 finished batch(es) kept" in output and "the same command with --resume" in output
     monkeypatch.setattr(engines, "execute", worker.execute)
@@ -339,7 +409,9 @@ def stop():
 def test_resume_does_the_rest(interrupted, tmp_path, monkeypatch):
     path, out = interrupted
     begun = []
-    monkeypatch.setattr(engines, "execute", lambda job, batch: begun.append(batch) or worker.execute(job, batch))
+    monkeypatch.setattr(
+        engines, "execute", lambda job, batch: begun.append(batch) or worker.execute(job, batch)
+    )
     output = run(path, out, *SMALL, "--resume")
     assert "resuming: 2 of 3 batches are done" in output and len(begun) == 1
     assert_same(out, mergekit(path, tmp_path / "a" / "out"))
@@ -347,7 +419,9 @@ def test_resume_does_the_rest(interrupted, tmp_path, monkeypatch):
 
 def test_unfinished_is_not_taken_for_new(interrupted):
     path, out = interrupted
-    assert "holds an unfinished merge (2 batches done): --resume" in run(path, out, *SMALL, "--seed-per-tensor", code=1)
+    assert "holds an unfinished merge (2 batches done): --resume" in run(
+        path, out, *SMALL, "--seed-per-tensor", code=1
+    )
     assert "holds an unfinished merge" in run(path, out, code=1)  # nor by mergekit-yaml itself
     run(path, out, "--force")
     assert not (out / folders.NAME).exists() and (out / "config.json").exists()
@@ -372,7 +446,9 @@ def test_changed_versions_are_refused(interrupted, monkeypatch):
     assert "versions: mergekit was 0.1.5, is 0.0" in run(path, out, *SMALL, "--resume", code=1)
 
 
-@pytest.mark.parametrize("damage", [lambda p: p.unlink(), lambda p: p.write_bytes(p.read_bytes()[:-1] + b"!")])
+@pytest.mark.parametrize(
+    "damage", [lambda p: p.unlink(), lambda p: p.write_bytes(p.read_bytes()[:-1] + b"!")]
+)
 def test_a_damaged_shard_is_merged_again(damage, interrupted, tmp_path):
     path, out = interrupted
     damage(out / folders.NAME / "done" / "00001-1.safetensors")
@@ -383,7 +459,9 @@ def test_a_damaged_shard_is_merged_again(damage, interrupted, tmp_path):
 def test_one_driver_at_a_time(interrupted):
     path, out = interrupted
     with WorkFolder(out).claimed(resume=True, force=False):
-        assert "another `mergekit-monosoup run` is merging into it" in run(path, out, *SMALL, "--resume", code=1)
+        assert "another `mergekit-monosoup run` is merging into it" in run(
+            path, out, *SMALL, "--resume", code=1
+        )
 
 
 def test_what_a_driver_left_before_its_first_batch_is_not_used(world, tmp_path):
@@ -413,7 +491,9 @@ def test_a_finished_model_is_left_alone(world, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(engines, "execute", lambda *a: stop())
         assert "No batch was finished" in run(path, out, "--force", "--seed-per-tensor", code=130)
-    assert_same(out, mergekit(path, tmp_path / "d" / "out"))  # the old model, until the new one is complete
+    assert_same(
+        out, mergekit(path, tmp_path / "d" / "out")
+    )  # the old model, until the new one is complete
     other = config(world, tmp_path, "linear", tuned=2, parameters={"weight": 0.5})
     run(other, out, "--force", "--seed-per-tensor")  # one file instead of three and an index
     assert_same(out, mergekit(other, tmp_path / "a" / "out"))
@@ -425,7 +505,12 @@ def test_a_finished_model_is_left_alone(world, tmp_path, monkeypatch):
 
 
 def test_force_removes_weights_and_nothing_else(world, tmp_path):
-    weights = ["model.safetensors", "model-1.safetensors", "model-00001-of-00003.safetensors", "pytorch_model.bin"]
+    weights = [
+        "model.safetensors",
+        "model-1.safetensors",
+        "model-00001-of-00003.safetensors",
+        "pytorch_model.bin",
+    ]
     weights += ["model.safetensors.index.json", "pytorch_model.bin.index.json", "config.json"]
     others = ["notes.md", "model_notes.bin", "my-model.safetensors", "adapter_model.safetensors"]
     path, out = config(world, tmp_path), tmp_path / "out"
@@ -458,7 +543,9 @@ def test_what_fails_with_force_leaves_the_old_model_alone(world, tmp_path, monke
     own = tmp_path / "own.yml"
     own.write_text(path.read_text().replace(f"{world}/qwen3/tuned0", str(out)))
     for more in ([], ["--seed-per-tensor"]):
-        assert f"{out} is an input of this merge, which would replace it" in run(own, out, "--force", *more, code=1)
+        assert f"{out} is an input of this merge, which would replace it" in run(
+            own, out, "--force", *more, code=1
+        )
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before
 
 
@@ -490,7 +577,9 @@ def test_killed_at_any_moment_it_can_be_resumed(world, tmp_path, monkeypatch):
     """Every rename and removal in turn is the first that does not happen; none of the later ones does either."""
     path = config(world, tmp_path, parameters={"report": f"{tmp_path}/r.jsonl"})
     reference = mergekit(path, tmp_path / "a" / "out")
-    operations = {name: getattr(os, name) for name in ("replace", "remove", "unlink", "rmdir", "mkdir")}
+    operations = {
+        name: getattr(os, name) for name in ("replace", "remove", "unlink", "rmdir", "mkdir")
+    }
     for last in itertools.count():
         count = itertools.count()
         out = tmp_path / f"b{last}" / "out"
@@ -570,20 +659,32 @@ def test_a_worker_with_other_versions(assigned):
 def test_a_worker_without_the_method(assigned):
     job, batch = assigned
     job = replace(job, methods=frozenset({"monosoup", "from_elsewhere"}))
-    assert "does not know the merge method from_elsewhere: install what brings it" in failure(job, batch)
+    assert "does not know the merge method from_elsewhere: install what brings it" in failure(
+        job, batch
+    )
 
 
 def test_a_worker_that_does_not_see_an_input(assigned):
     job, batch = assigned
     sources = dict.fromkeys(job.sources, "/nonexistent/model")
-    assert "has no folder /nonexistent/model, where driver has" in failure(replace(job, sources=sources), batch)
+    assert "has no folder /nonexistent/model, where driver has" in failure(
+        replace(job, sources=sources), batch
+    )
 
 
 def test_a_worker_elsewhere_sends_its_log(assigned, monkeypatch):
     job, batch = assigned
     monkeypatch.setattr(worker, "_joined", "")
-    monkeypatch.setattr(worker, "_merge", lambda *a: logging.getLogger("mergekit").warning("no embedding for %r", "w1"))
-    assert worker.execute(job, batch).logs[0] == ("mergekit", logging.WARNING, "no embedding for 'w1'")
+    monkeypatch.setattr(
+        worker,
+        "_merge",
+        lambda *a: logging.getLogger("mergekit").warning("no embedding for %r", "w1"),
+    )
+    assert worker.execute(job, batch).logs[0] == (
+        "mergekit",
+        logging.WARNING,
+        "no embedding for 'w1'",
+    )
 
 
 # -- the division --------------------------------------------------------------------------------------------------------
@@ -602,14 +703,23 @@ def test_division_keeps_to_the_limit_and_to_the_files():
     sizes = footprints(("b", 4), ("a", 3), ("b", 20), ("a", 3), ("a", 3), ("b", 4), ("b", 4))
     tensors = [Named(str(number)) for number in range(len(sizes))]
     batches = plan.divide(tensors, sizes, limit=8)
-    assert [[t.tensor_name for t in batch.tensors] for batch in batches] == [["1", "3"], ["4", "0"], ["2"], ["5", "6"]]
-    assert [batch.number for batch in plan.in_order(batches, 8)] == [2, 0, 1, 3], "the large one first"
+    assert [[t.tensor_name for t in batch.tensors] for batch in batches] == [
+        ["1", "3"],
+        ["4", "0"],
+        ["2"],
+        ["5", "6"],
+    ]
+    assert [batch.number for batch in plan.in_order(batches, 8)] == [2, 0, 1, 3], (
+        "the large one first"
+    )
     assert batches[0].memory == plan.PROCESS + 6 + 6
 
 
 def test_batches_are_of_a_decent_size():
     gigabyte = 10**9
-    assert plan.batch_bytes(470 * gigabyte, 64, 5 * gigabyte) == pytest.approx(0.92 * gigabyte, rel=0.01)
+    assert plan.batch_bytes(470 * gigabyte, 64, 5 * gigabyte) == pytest.approx(
+        0.92 * gigabyte, rel=0.01
+    )
     assert plan.batch_bytes(470 * gigabyte, 2, 5 * gigabyte) == 5 * gigabyte
     assert plan.batch_bytes(gigabyte, 64, 5 * gigabyte) == plan.SMALLEST_BATCH
     assert plan.batch_bytes(gigabyte, 64, 10**6) == 10**6
@@ -628,15 +738,21 @@ def test_sizes_are_read_from_headers(family, world, tmp_path, monkeypatch):
     monkeypatch.setattr("mergekit_monosoup.distributed.driver.divide", noted)
     run(config(world, tmp_path, family=family), tmp_path / "out", *SMALL, "--resume")
     result = stored(tmp_path / "out")
-    assert {name: size.written for name, size in seen} == {name: tensor.nbytes for name, tensor in result.items()}
-    assert sum(size.read for _, size in seen) == 2 * sum(tensor.nbytes for tensor in result.values())
+    assert {name: size.written for name, size in seen} == {
+        name: tensor.nbytes for name, tensor in result.items()
+    }
+    assert sum(size.read for _, size in seen) == 2 * sum(
+        tensor.nbytes for tensor in result.values()
+    )
     assert all(size.memory >= 2 * size.read for _, size in seen)
 
 
 def test_memory_of_a_stack_grows_with_the_threads():
     """128 experts of 3072 x 4096 are 256 matrices of 1536 x 4096, one per thread."""
     stack, square = ("model.layers.0.mlp.experts.gate_up_proj", (128, 3072, 4096)), 40 * 1536**2
-    needed = {threads: plan.Inputs({}, threads=threads)._buffers(*stack) for threads in (1, 3, 64, 256)}
+    needed = {
+        threads: plan.Inputs({}, threads=threads)._buffers(*stack) for threads in (1, 3, 64, 256)
+    }
     assert needed == {1: square, 3: 3 * square, 64: 64 * square, 256: plan.STACK_BUFFERS}
     assert plan.Inputs({}, threads=64)._buffers("lm_head.weight", (151936, 4096)) == 40 * 4096**2
     assert plan.Inputs({})._buffers("model.norm.weight", (4096,)) == 0
@@ -648,7 +764,10 @@ def test_an_unknown_kind_of_plan_is_refused():
 
 
 def test_a_report_that_cannot_be_written_costs_no_merge(world, tmp_path, monkeypatch, caplog):
-    path, out = config(world, tmp_path, parameters={"report": f"{tmp_path}/r.jsonl"}), tmp_path / "out"
+    path, out = (
+        config(world, tmp_path, parameters={"report": f"{tmp_path}/r.jsonl"}),
+        tmp_path / "out",
+    )
 
     def full(place):
         raise OSError(28, "No space left on device", place)

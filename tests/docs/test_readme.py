@@ -50,7 +50,9 @@ def test_yaml_blocks_merge(body, hub, tmp_path):
     config = local(path, hub, tmp_path)
     assert CliRunner().invoke(main, ["check", str(config)]).exit_code == 0
     run(config, tmp_path)
-    assert any(record.action == "edited" for record in report.read(tmp_path / "readme-report.jsonl"))
+    assert any(
+        record.action == "edited" for record in report.read(tmp_path / "readme-report.jsonl")
+    )
 
 
 @pytest.mark.parametrize("body", [body for language, body in BLOCKS if language == "python"])
@@ -107,15 +109,24 @@ def soup_and_merge(command, hub, folder):
 
 
 def ask_mergekit(command, hub, folder):
-    done = subprocess.run([sys.executable, *shlex.split(command)[1:]], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, *shlex.split(command)[1:]], capture_output=True, text=True
+    )
     assert done.stdout == "MonoSoup\n", done.stderr
 
 
 def make(command, hub, folder):
     """Dry: this suite runs inside `make test`, and the demo's parts have tests of their own."""
-    done = subprocess.run(["make", "--dry-run", *command.split()[1:]], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        ["make", "--dry-run", *command.split()[1:]], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
-    started = {"test": "pytest", "demo": "-m demo", "evidence": "-m evaluation.evidence", "lint": "ruff"}
+    started = {
+        "test": "pytest",
+        "demo": "-m demo",
+        "evidence": "-m evaluation.evidence",
+        "lint": "ruff",
+    }
     assert started[command.split()[1]] in done.stdout
 
 
@@ -125,7 +136,9 @@ def installed(command, hub, folder):
 
 
 def run_with_workers(command, hub, folder):
-    pytest.importorskip("ray", reason="the extra `ray` is not installed (Ray has no wheels for the newest Python)")
+    pytest.importorskip(
+        "ray", reason="the extra `ray` is not installed (Ray has no wheels for the newest Python)"
+    )
     words = shlex.split(command)[1:]
     words[1], words[2] = str(local(ROOT / words[1], hub, folder)), str(folder / "out")
     with pytest.MonkeyPatch.context() as patch:
@@ -134,8 +147,12 @@ def run_with_workers(command, hub, folder):
     assert done.exit_code == 0 and (folder / "out" / "config.json").exists(), done.output
 
 
-INSPECT, PLOT = [c for c in COMMANDS if c.startswith(("mergekit-monosoup inspect", "mergekit-monosoup plot"))]
-SOUP, MERGE_OF_SOUP = [c for c in COMMANDS if c.startswith("mergekit-monosoup soup") or "soup.yml soup/" in c]
+INSPECT, PLOT = [
+    c for c in COMMANDS if c.startswith(("mergekit-monosoup inspect", "mergekit-monosoup plot"))
+]
+SOUP, MERGE_OF_SOUP = [
+    c for c in COMMANDS if c.startswith("mergekit-monosoup soup") or "soup.yml soup/" in c
+]
 
 
 def evaluate(command, hub, folder):
@@ -146,7 +163,11 @@ def evaluate(command, hub, folder):
         assert load_suite(options.suite).tasks
         left_by_the_demo = {train.PRETRAINED, train.FINETUNED, merge.FREE.merged.as_posix()}
         for _, place in options.model:
-            assert place in HUB or (ROOT / place).is_file() or place.removeprefix("demo-out/") in left_by_the_demo
+            assert (
+                place in HUB
+                or (ROOT / place).is_file()
+                or place.removeprefix("demo-out/") in left_by_the_demo
+            )
     else:
         assert words[2] == "evaluation.tables" and words[3] == "results/tiny"
 

@@ -26,7 +26,8 @@ def definition(x, y):
 
 def ours(x, y, piece=300):
     return cka.cka(
-        (x[i : i + piece] for i in range(0, len(x), piece)), (y[i : i + piece] for i in range(0, len(y), piece))
+        (x[i : i + piece] for i in range(0, len(x), piece)),
+        (y[i : i + piece] for i in range(0, len(y), piece)),
     )
 
 
@@ -48,13 +49,21 @@ class TestFormula:
         assert ours(1e-3 * X - 7, 1e4 * Y + 1) == pytest.approx(value, abs=1e-12)
         assert ours(Y, X) == pytest.approx(value, abs=1e-12)
         squeezed = X @ np.diag([10.0] + [1.0] * 11)
-        assert abs(ours(X, squeezed) - 1) > 0.01, "not invariant to any linear map, or it would measure nothing"
+        assert abs(ours(X, squeezed) - 1) > 0.01, (
+            "not invariant to any linear map, or it would measure nothing"
+        )
 
     def test_a_large_mean_costs_no_digits(self):
-        assert ours(X + 1e6, Y - 1e6, 30) == pytest.approx(definition(X, Y), abs=1e-8)  # 1e6 itself costs six digits
+        assert ours(X + 1e6, Y - 1e6, 30) == pytest.approx(
+            definition(X, Y), abs=1e-8
+        )  # 1e6 itself costs six digits
 
     def test_where_it_is_not_defined(self):
-        assert ours(X[:1], Y[:1]) is None and ours(np.ones((9, 3)), Y[:9]) is None and LinearCKA().value() is None
+        assert (
+            ours(X[:1], Y[:1]) is None
+            and ours(np.ones((9, 3)), Y[:9]) is None
+            and LinearCKA().value() is None
+        )
         with pytest.raises(ValueError, match="3 and 2 items"):
             LinearCKA().add(X[:3], Y[:2])
 
@@ -63,9 +72,14 @@ class TestFormula:
 def folder(models, tmp_path_factory):
     """Texts in two formats, of different lengths, so that batches are padded."""
     folder = tmp_path_factory.mktemp("cka")
-    prompts = [item.prompt for item in WORLD.test["sum_en"][:20]] + [item.prompt for item in WORLD.test["home"][:20]]
+    prompts = [item.prompt for item in WORLD.test["sum_en"][:20]] + [
+        item.prompt for item in WORLD.test["home"][:20]
+    ]
     (folder / "id.txt").write_text("\n".join(prompts) + "\n\n")
-    rows = [json.dumps({"prompt" if i % 2 else "text": text[:-2]}) for i, text in enumerate(prompts[:20])]
+    rows = [
+        json.dumps({"prompt" if i % 2 else "text": text[:-2]})
+        for i, text in enumerate(prompts[:20])
+    ]
     (folder / "ood.jsonl").write_text("\n".join(rows))
     for name in ("pretrained", "finetuned"):
         (folder / name).symlink_to(models / name)
@@ -76,7 +90,19 @@ def start(folder, out, *more):
     given = [f"pretrained={folder / 'pretrained'}", f"finetuned={folder / 'finetuned'}"]
     words = [word for model in given for word in ("--model", model)]
     texts = ["--text", f"ID={folder / 'id.txt'}", "--text", f"OOD={folder / 'ood.jsonl'}"]
-    return cka.main([*words, *texts, "--out", str(out), "--merge-cache", str(out / "merged"), "--device", "cpu", *more])
+    return cka.main(
+        [
+            *words,
+            *texts,
+            "--out",
+            str(out),
+            "--merge-cache",
+            str(out / "merged"),
+            "--device",
+            "cpu",
+            *more,
+        ]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -95,12 +121,21 @@ def result(folder, tmp_path_factory):
 class TestRun:
     def test_every_model_and_block(self, result):
         for texts in ("ID", "OOD"):
-            assert list(result["cka"][texts]) == ["pretrained", "finetuned", "high_only", "low_only"]
-            assert all(len(blocks) == 2 for blocks in result["cka"][texts].values())  # embedding and one block
+            assert list(result["cka"][texts]) == [
+                "pretrained",
+                "finetuned",
+                "high_only",
+                "low_only",
+            ]
+            assert all(
+                len(blocks) == 2 for blocks in result["cka"][texts].values()
+            )  # embedding and one block
             assert result["cka"][texts]["pretrained"] == pytest.approx([1, 1])
             assert all(0 < value < 0.9999 for value in result["cka"][texts]["finetuned"])
         assert result["texts"]["ID"]["items"] == 40 and result["texts"]["OOD"]["items"] == 20
-        assert result["models"]["high_only"]["merge"]["config"]["parameters"] == {"coefficients": "high"}
+        assert result["models"]["high_only"]["merge"]["config"]["parameters"] == {
+            "coefficients": "high"
+        }
 
     def test_the_values_are_those_of_the_models(self, folder, result):
         """Text by text, without padding, and by the definition."""
@@ -111,15 +146,21 @@ class TestRun:
             model = AutoModel.from_pretrained(folder / name).eval()
             states = [
                 model(
-                    **tokenizer(line, return_tensors="pt", return_token_type_ids=False), output_hidden_states=True
+                    **tokenizer(line, return_tensors="pt", return_token_type_ids=False),
+                    output_hidden_states=True,
                 ).hidden_states
                 for line in lines
             ]
             features.append(
-                [np.stack([s[block][0].mean(0).detach().double().numpy() for s in states]) for block in range(2)]
+                [
+                    np.stack([s[block][0].mean(0).detach().double().numpy() for s in states])
+                    for block in range(2)
+                ]
             )
         expected = [definition(x, y) for x, y in zip(*features, strict=True)]
-        assert result["cka"]["ID"]["finetuned"] == pytest.approx(expected, abs=1e-5)  # features are stored in float32
+        assert result["cka"]["ID"]["finetuned"] == pytest.approx(
+            expected, abs=1e-5
+        )  # features are stored in float32
 
     def test_batches_limit_the_texts(self, folder, tmp_path):
         assert start(folder, tmp_path / "out", "--batches", "2", "--batch-size", "5") == 0
@@ -134,12 +175,32 @@ class TestRun:
         assert "named finetuned" in capsys.readouterr().err
         tuned = f"finetuned={folder / 'finetuned'}"
         assert (
-            cka.main(["--model", base, "--model", tuned, "--text", f"ID={tmp_path / 'none'}", "--out", str(tmp_path)])
+            cka.main(
+                [
+                    "--model",
+                    base,
+                    "--model",
+                    tuned,
+                    "--text",
+                    f"ID={tmp_path / 'none'}",
+                    "--out",
+                    str(tmp_path),
+                ]
+            )
             == 1
         )
         assert "No such file" in capsys.readouterr().err
         (tmp_path / "bad.jsonl").write_text('{"text": "w1"}\n{"question": "w2"}\n')
-        words = ["--model", base, "--model", tuned, "--text", f"ID={tmp_path / 'bad.jsonl'}", "--out", str(tmp_path)]
+        words = [
+            "--model",
+            base,
+            "--model",
+            tuned,
+            "--text",
+            f"ID={tmp_path / 'bad.jsonl'}",
+            "--out",
+            str(tmp_path),
+        ]
         assert cka.main(words) == 1
         assert "line 2 has neither" in capsys.readouterr().err
         for content, message in (

@@ -30,7 +30,11 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 class TestModels:
     def test_every_merge_is_one_that_mergekit_knows_with_parameters_that_it_reads(self, tmp_path):
-        made = [*models.merges(tmp_path), *models.two_task_merges(tmp_path), *models.rounded("a/b", "c/d")]
+        made = [
+            *models.merges(tmp_path),
+            *models.two_task_merges(tmp_path),
+            *models.rounded("a/b", "c/d"),
+        ]
         names = [name for name, _ in made]
         assert len(names) == len(set(names)) and len(names) > 80
         for name, config in made:
@@ -42,8 +46,17 @@ class TestModels:
             assert given <= known, name
 
     def test_what_claims_tables_and_figures_name_is_made(self):
-        made = {name for name, _ in [*models.merges(Path()), *models.rounded("", ""), *models.two_task_merges(Path())]}
-        made |= {*models.TRAINED, *models.TWO_TASKS_TRAINED} | {f"same_norm_{label}" for label in models.CONTROLLED}
+        made = {
+            name
+            for name, _ in [
+                *models.merges(Path()),
+                *models.rounded("", ""),
+                *models.two_task_merges(Path()),
+            ]
+        }
+        made |= {*models.TRAINED, *models.TWO_TASKS_TRAINED} | {
+            f"same_norm_{label}" for label in models.CONTROLLED
+        }
         from evaluation.evidence import figures
 
         named = {*report.SHOWN, *report.ABLATED, *report.TWO, *figures.NAMED, *figures.COMPARED}
@@ -55,7 +68,9 @@ class TestModels:
         )
 
 
-def made_seed(folder: Path, seed: int, outcomes: dict[str, dict[str, list[int]]], **extra: Any) -> collect.Seed:
+def made_seed(
+    folder: Path, seed: int, outcomes: dict[str, dict[str, list[int]]], **extra: Any
+) -> collect.Seed:
     for model, by_task in outcomes.items():
         write(
             folder / f"results-{seed}",
@@ -88,9 +103,14 @@ class TestCollect:
         seed = made_seed(tmp_path, 0, {"m": right})
         read = {**seed.outcomes("made", "m", "ID"), **seed.outcomes("made", "m", "OOD")}
         assert {task: values.tolist() for task, values in read.items()} == right
-        assert {task: len(set(names)) for task, names in seed.clusters("made", "OOD").items()} == {"b": 2, "c": 3}
+        assert {task: len(set(names)) for task, names in seed.clusters("made", "OOD").items()} == {
+            "b": 2,
+            "c": 3,
+        }
         assert seed.score("made", "m", "ID") == pytest.approx(5 / 9)
-        assert seed.score("made", "m", "OOD") == pytest.approx((0 + 2 / 3) / 2)  # tasks weigh equally
+        assert seed.score("made", "m", "OOD") == pytest.approx(
+            (0 + 2 / 3) / 2
+        )  # tasks weigh equally
 
     def test_no_path_of_a_machine_is_kept(self, tmp_path):
         seed = made_seed(tmp_path, 0, {"m": {"a": [1], "b": [1], "c": [1]}})
@@ -106,7 +126,11 @@ class TestCollect:
     def test_an_effect_is_the_mean_over_seeds_with_students_interval(self, tmp_path):
         ones = [[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 0]]
         seeds = [
-            made_seed(tmp_path, n, {"m": {"a": [1, 1, 1, 1], "b": [1], "c": [1]}, "r": {"a": a, "b": [1], "c": [1]}})
+            made_seed(
+                tmp_path,
+                n,
+                {"m": {"a": [1, 1, 1, 1], "b": [1], "c": [1]}, "r": {"a": a, "b": [1], "c": [1]}},
+            )
             for n, a in enumerate(ones)
         ]
         found = collect.effect(seeds, "made", "m", "r", "ID")
@@ -143,14 +167,18 @@ class TestClaims:
     def test_findings_that_disagree_make_a_mixed_claim(self):
         effect = collect.Effect((), 0.0, 0.0, 0.0)
         shown = claims.Finding("shown", effect, None)
-        made = [claims.Finding(verdict, effect, verdict) for verdict in (claims.HOLDS, claims.UNDECIDED)]
+        made = [
+            claims.Finding(verdict, effect, verdict) for verdict in (claims.HOLDS, claims.UNDECIDED)
+        ]
         assert claims.Claim("", "", (shown, made[0])).verdict == claims.HOLDS
         assert claims.Claim("", "", (shown, *made)).verdict == "mixed"
 
     def test_the_area_of_a_front(self):
         assert claims.front([(0.5, 0.5)]) == pytest.approx(0.25)
         assert claims.front([(0.5, 1.0), (1.0, 0.5)]) == pytest.approx(0.75)
-        assert claims.front([(0.5, 1.0), (1.0, 0.5), (0.4, 0.9), (0.5, 0.5)]) == pytest.approx(0.75)  # dominated points
+        assert claims.front([(0.5, 1.0), (1.0, 0.5), (0.4, 0.9), (0.5, 0.5)]) == pytest.approx(
+            0.75
+        )  # dominated points
 
 
 class TestCommitted:
@@ -180,7 +208,9 @@ class TestCommitted:
                 accuracy[model] = np.mean(means)
             gains.append(100 * (accuracy["monosoup_free"] - accuracy["finetuned"]))
         interval = stats.ttest_1samp(gains, 0).confidence_interval(0.95)
-        expected = f"{np.mean(gains):+.1f} [{interval.low:+.1f}, {interval.high:+.1f}]".replace("-", "−")
+        expected = f"{np.mean(gains):+.1f} [{interval.low:+.1f}, {interval.high:+.1f}]".replace(
+            "-", "−"
+        )
         page = (DOCS / report.PAGE).read_text(encoding="utf-8")
         assert f"| freevariance − fine-tuned, OOD | {expected} |" in page
 
@@ -198,21 +228,34 @@ MERGES, TWO_TASK_MERGES = models.merges, models.two_task_merges
 
 def few(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """What CKA and the controls need, of all the merges."""
-    needed = {f"{kind}_{label}" for kind in ("monosoup", "scalar", "high", "low") for label in models.SETTINGS}
+    needed = {
+        f"{kind}_{label}"
+        for kind in ("monosoup", "scalar", "high", "low")
+        for label in models.SETTINGS
+    }
     yield from ((name, config) for name, config in MERGES(folder) if name in needed)
 
 
 def test_a_seed_from_training_to_json_and_again(tmp_path, monkeypatch, capsys):
     """With a model that knows nothing and three items per task; the second run asks nothing again."""
     small = replace(
-        train.Recipe(), hidden=16, intermediate=32, layers=1, heads=2, kv_heads=1, head_dim=8,
-        pretraining=train.Phase(train.OTHER_SKILLS, 3, 8, 1e-3), finetuning=train.Phase((TUNED_SKILL,), 3, 8, 1e-3),
-    )  # fmt: skip
+        train.Recipe(),
+        hidden=16,
+        intermediate=32,
+        layers=1,
+        heads=2,
+        kv_heads=1,
+        head_dim=8,
+        pretraining=train.Phase(train.OTHER_SKILLS, 3, 8, 1e-3),
+        finetuning=train.Phase((TUNED_SKILL,), 3, 8, 1e-3),
+    )
     monkeypatch.setattr(train, "Recipe", lambda seed: replace(small, seed=seed))
     monkeypatch.setattr(models, "GENTLE", replace(models.GENTLE, steps=2, batch=4))
     monkeypatch.setattr(models, "ADAPTER", replace(models.ADAPTER, steps=2, batch=4))
     monkeypatch.setattr(models, "merges", few)
-    monkeypatch.setattr(models, "rounded", lambda base, tuned: iter([("bf16_free", models.monosoup(base, [tuned]))]))
+    monkeypatch.setattr(
+        models, "rounded", lambda base, tuned: iter([("bf16_free", models.monosoup(base, [tuned]))])
+    )
     monkeypatch.setattr(models, "two_task_merges", lambda folder: list(TWO_TASK_MERGES(folder))[:1])
     threads = torch.get_num_threads()
     try:
@@ -232,14 +275,21 @@ def test_a_seed_from_training_to_json_and_again(tmp_path, monkeypatch, capsys):
         key: part for key, part in seed.read(seed.path).data.items() if key != "minutes"
     }
     assert {"same_norm_free", "bf16_finetuned", "low_R0.8", "lora"} <= set(seed.models("tiny"))
-    assert all(len(about["clusters"]) == 3 for about in seed.data["suites"]["tiny-two"]["tasks"].values())
+    assert all(
+        len(about["clusters"]) == 3 for about in seed.data["suites"]["tiny-two"]["tasks"].values()
+    )
     cka = seed.data["cka"]["OOD"]
     assert cka["pretrained"] == pytest.approx([1, 1]) and cka["finetuned"][-1] < 1
-    assert {record["mode"] for record in seed.data["records"]["lora"]} == {"freevariance", "variance"}
+    assert {record["mode"] for record in seed.data["records"]["lora"]} == {
+        "freevariance",
+        "variance",
+    }
     assert str(tmp_path) not in before
     with pytest.raises(SourceError, match="two"):
         report.read(tmp_path / "evidence")
-    (tmp_path / "evidence" / "seed-4.json").write_text(before.replace('"limit": 3', '"limit": null'))
+    (tmp_path / "evidence" / "seed-4.json").write_text(
+        before.replace('"limit": 3', '"limit": null')
+    )
     with pytest.raises(SourceError, match="different --limit"):
         report.read(tmp_path / "evidence")
 

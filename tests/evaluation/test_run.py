@@ -30,11 +30,23 @@ ROOT = Path(__file__).parents[2]
 TASKS = [task.task for task in load("tiny").tasks]
 
 
-def start(models: Path, out: Path, *more: str, suite: str = "tiny", names: tuple[str, ...] = ("finetuned",)) -> int:
-    given = {"pretrained": models / "pretrained", "finetuned": models / "finetuned", "soup": models / "soup.yml"}
+def start(
+    models: Path,
+    out: Path,
+    *more: str,
+    suite: str = "tiny",
+    names: tuple[str, ...] = ("finetuned",),
+) -> int:
+    given = {
+        "pretrained": models / "pretrained",
+        "finetuned": models / "finetuned",
+        "soup": models / "soup.yml",
+    }
     named = [word for name in names for word in ("--model", f"{name}={given[name]}")]
     cache = str(out / "merged")
-    return run.main([suite, *named, "--out", str(out), "--merge-cache", cache, "--device", "cpu", *more])
+    return run.main(
+        [suite, *named, "--out", str(out), "--merge-cache", cache, "--device", "cpu", *more]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +54,9 @@ def finished(models, tmp_path_factory) -> Path:
     """One complete run of three models, which the tests below read and copy."""
     out = tmp_path_factory.mktemp("results") / "tiny"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path_factory.getbasetemp() / "datasets"))
+        patch.setattr(
+            "datasets.config.HF_DATASETS_CACHE", str(tmp_path_factory.getbasetemp() / "datasets")
+        )
         assert start(models, out, "--limit", "40", names=("pretrained", "finetuned", "soup")) == 0
     return out
 
@@ -70,15 +84,21 @@ def test_a_merge_with_an_adapter_runs_and_follows_its_weights(models, tmp_path):
     base = models / "pretrained"
     config = tmp_path / "lora.yml"
     given = {"model": f"{base}+{tmp_path / 'adapter'}"}
-    config.write_text(yaml.safe_dump({"merge_method": "monosoup", "base_model": str(base), "models": [given]}))
+    config.write_text(
+        yaml.safe_dump({"merge_method": "monosoup", "base_model": str(base), "models": [given]})
+    )
     found = []
     for seed in range(2):
         torch.manual_seed(seed)
         lora = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
-        peft.get_peft_model(Qwen3ForCausalLM.from_pretrained(base), lora).save_pretrained(tmp_path / "adapter")
+        peft.get_peft_model(Qwen3ForCausalLM.from_pretrained(base), lora).save_pretrained(
+            tmp_path / "adapter"
+        )
         found.append(sources.find("lora", str(config), tmp_path / "cache"))
     assert found[0].fingerprint["weights"] != found[1].fingerprint["weights"]
-    assert {path.name for path in (tmp_path / "cache").iterdir()} == {source.folder.name for source in found}
+    assert {path.name for path in (tmp_path / "cache").iterdir()} == {
+        source.folder.name for source in found
+    }
     before, after = (load_file(place / "model.safetensors") for place in (base, found[0].folder))
     name = "model.layers.0.self_attn.{}.weight"
     assert torch.equal(before[name.format("k_proj")], after[name.format("k_proj")])
@@ -104,11 +124,17 @@ class TestResults:
         tuned, soup = result(finished, "finetuned"), result(finished, "soup")
         assert tuned["suite"]["name"] == "tiny" and tuned["suite"]["seed"] == 1234
         assert tuned["settings"] == {"backend": "hf", "device": "cpu", "dtype": "auto", "limit": 40}
-        assert tuned["versions"]["lm-eval"].startswith("0.4.") and tuned["versions"]["torch"] == torch.__version__
+        assert (
+            tuned["versions"]["lm-eval"].startswith("0.4.")
+            and tuned["versions"]["torch"] == torch.__version__
+        )
         assert tuned["w0"]["given"] == str(models / "pretrained")
         assert soup["w0"]["fingerprint"] == result(finished, "pretrained")["source"]["fingerprint"]
         assert soup["source"]["merge"]["config"]["parameters"] == {"mode": "variance", "R": 0.7}
-        assert set(soup["source"]["merge"]["inputs"]) == {str(models / "pretrained"), str(models / "finetuned")}
+        assert set(soup["source"]["merge"]["inputs"]) == {
+            str(models / "pretrained"),
+            str(models / "finetuned"),
+        }
         weights = {
             name: result(finished, name)["source"]["fingerprint"]["weights"]
             for name in ("pretrained", "finetuned", "soup")
@@ -123,26 +149,47 @@ class TestResults:
                 rows = read.rows[task]
                 assert len(rows) == read.data["tasks"][task]["items"] == 40
                 values = [row.values["exact_match,answer"] for row in rows]
-                assert read.data["tasks"][task]["scores"]["exact_match,answer"]["mean"] == pytest.approx(
-                    sum(values) / 40
-                )
+                assert read.data["tasks"][task]["scores"]["exact_match,answer"][
+                    "mean"
+                ] == pytest.approx(sum(values) / 40)
                 assert read.data["tasks"][task]["num_fewshot"] == {task: 0}
             sums = [row.cluster for row in read.rows["tiny_sum_fr"]]
-            assert sums == [row.cluster for row in read.rows["tiny_sum_de"]]  # one item in two languages
+            assert sums == [
+                row.cluster for row in read.rows["tiny_sum_de"]
+            ]  # one item in two languages
 
     def test_a_table_can_be_made_of_it(self, finished, capsys):
         assert tables.main([str(finished)]) == 0
         shown = capsys.readouterr().out
         assert "| soup |" in shown and "OOD average" in shown and "Only the first 40 items" in shown
 
-    def test_sampling_defaults_of_a_checkpoint_do_not_reach_the_answers(self, models, finished, tmp_path, asked):
+    def test_sampling_defaults_of_a_checkpoint_do_not_reach_the_answers(
+        self, models, finished, tmp_path, asked
+    ):
         copy = tmp_path / "copy"
         shutil.copytree(models / "pretrained", copy)
-        settings = {"do_sample": True, "temperature": 9.0, "repetition_penalty": 50.0, "max_new_tokens": 1}
+        settings = {
+            "do_sample": True,
+            "temperature": 9.0,
+            "repetition_penalty": 50.0,
+            "max_new_tokens": 1,
+        }
         (copy / "generation_config.json").write_text(json.dumps(settings))
         out = tmp_path / "out"
         assert (
-            run.main(["tiny", "--model", f"pretrained={copy}", "--out", str(out), "--limit", "40", "--device", "cpu"])
+            run.main(
+                [
+                    "tiny",
+                    "--model",
+                    f"pretrained={copy}",
+                    "--out",
+                    str(out),
+                    "--limit",
+                    "40",
+                    "--device",
+                    "cpu",
+                ]
+            )
             == 0
         )
         assert asked == TASKS
@@ -160,14 +207,26 @@ class TestResuming:
     def test_what_is_finished_is_not_asked_again(self, models, out, asked, capsys):
         before = {path.name: path.stat().st_mtime_ns for path in out.glob("*.*")}
         assert start(models, out, *self.LIMIT, names=("pretrained", "finetuned", "soup")) == 0
-        assert asked == [] and {path.name: path.stat().st_mtime_ns for path in out.glob("*.*")} == before
+        assert (
+            asked == []
+            and {path.name: path.stat().st_mtime_ns for path in out.glob("*.*")} == before
+        )
         assert "soup: finished before" in capsys.readouterr().out
         assert start(models, out, *self.LIMIT, "--fresh") == 0
         assert asked == TASKS
 
     def test_changed_weights_are_asked_again(self, models, out, tmp_path, asked):
         copy = shutil.copytree(models / "finetuned", tmp_path / "copy")
-        command = ["tiny", "--model", f"finetuned={copy}", "--out", str(out), "--device", "cpu", *self.LIMIT]
+        command = [
+            "tiny",
+            "--model",
+            f"finetuned={copy}",
+            "--out",
+            str(out),
+            "--device",
+            "cpu",
+            *self.LIMIT,
+        ]
         assert run.main(command) == 0 and asked == []  # another place, the same weights
         model = Qwen3ForCausalLM.from_pretrained(copy)
         with torch.no_grad():
@@ -181,18 +240,24 @@ class TestResuming:
         changed = tmp_path / "tiny.yml"
         changed.write_text((SHIPPED / "tiny.yml").read_text().replace("version: 1", "version: 2"))
         assert start(models, out, *self.LIMIT, suite=str(changed)) == 0 and asked == TASKS
-        assert [(out / f"{name}.old").read_bytes() for name in names] == before, "hours of asking are not thrown away"
+        assert [(out / f"{name}.old").read_bytes() for name in names] == before, (
+            "hours of asking are not thrown away"
+        )
         assert "is now" in capsys.readouterr().out
         asked.clear()
         assert start(models, out, "--limit", "3", suite=str(changed)) == 0 and asked == TASKS
         assert result(out, "finetuned")["tasks"]["tiny_home"]["items"] == 3
 
-    def test_a_merge_is_done_anew_only_if_something_changed(self, models, out, tmp_path, monkeypatch):
+    def test_a_merge_is_done_anew_only_if_something_changed(
+        self, models, out, tmp_path, monkeypatch
+    ):
         from mergekit import merge
 
         merges = []
         original = merge.run_merge
-        monkeypatch.setattr(merge, "run_merge", lambda *a, **k: (merges.append(1), original(*a, **k)))
+        monkeypatch.setattr(
+            merge, "run_merge", lambda *a, **k: (merges.append(1), original(*a, **k))
+        )
         assert start(models, out, *self.LIMIT, names=("soup",)) == 0 and merges == []
         config = models / "soup.yml"
         before = config.read_text()
@@ -222,7 +287,9 @@ class TestResuming:
         asked.clear()
         assert start(models, tmp_path, *self.LIMIT) == 0
         assert asked == TASKS[3:] and not (tmp_path / "finetuned.tiny.partial").exists()
-        whole, pieced = (folder / "finetuned.tiny.samples.jsonl.gz" for folder in (finished, tmp_path))
+        whole, pieced = (
+            folder / "finetuned.tiny.samples.jsonl.gz" for folder in (finished, tmp_path)
+        )
         assert whole.read_bytes() == pieced.read_bytes()
 
     def test_parts_of_another_key_or_half_written_are_not_used(self, tmp_path):
@@ -240,7 +307,14 @@ class TestResuming:
         assert not pair.partial.exists()
 
     def test_a_killed_run_goes_on(self, models, tmp_path, asked):
-        command = [sys.executable, "-m", "evaluation.run", "tiny", "--model", f"finetuned={models / 'finetuned'}"]
+        command = [
+            sys.executable,
+            "-m",
+            "evaluation.run",
+            "tiny",
+            "--model",
+            f"finetuned={models / 'finetuned'}",
+        ]
         environment = {
             **os.environ,
             "HF_HUB_OFFLINE": "1",
@@ -256,16 +330,25 @@ class TestResuming:
         )
         part = tmp_path / "finetuned.tiny.partial"
         deadline = time.monotonic() + 120
-        while not (done := list(part.glob("*/*.json.gz"))) and time.monotonic() < deadline and child.poll() is None:
+        while (
+            not (done := list(part.glob("*/*.json.gz")))
+            and time.monotonic() < deadline
+            and child.poll() is None
+        ):
             time.sleep(0.005)
         child.send_signal(signal.SIGKILL)
         said = child.communicate()[1]
         assert child.returncode == -signal.SIGKILL and done, said
-        kept = [json.loads(gzip.decompress(path.read_bytes()))["task"] for path in part.glob("*/*.json.gz")]
+        kept = [
+            json.loads(gzip.decompress(path.read_bytes()))["task"]
+            for path in part.glob("*/*.json.gz")
+        ]
         assert 0 < len(kept) < len(TASKS)
         assert start(models, tmp_path) == 0
         assert asked == [task for task in TASKS if task not in kept]
-        assert result(tmp_path, "finetuned")["samples"]["rows"] == sum(len(items) for items in WORLD.test.values())
+        assert result(tmp_path, "finetuned")["samples"]["rows"] == sum(
+            len(items) for items in WORLD.test.values()
+        )
 
 
 def stop():
@@ -280,9 +363,15 @@ class TestErrors:
             (["tiny", "--model", "a=/no/such/folder"], "/no/such/folder: no such folder"),
             (["tiny", "--model", "a=b", "--model", "a=c"], "two models have the same name"),
             (["tiny", "--model", "a=none.yml"], "none.yml: no such file"),
-            (["tiny", "--model", "a=tests", "--dtype", "float31"], "--dtype float31: not one of torch's"),
+            (
+                ["tiny", "--model", "a=tests", "--dtype", "float31"],
+                "--dtype float31: not one of torch's",
+            ),
             (["tiny", "--model", "a=tests", "--device", "gpu"], "--device gpu"),
-            (["tiny", "--model", "a=tests", "--device", "meta"], "--device meta: lm-eval's hf models run on"),
+            (
+                ["tiny", "--model", "a=tests", "--device", "meta"],
+                "--device meta: lm-eval's hf models run on",
+            ),
             (["tiny", "--model", "a=tests", "--backend", "vllm"], "vLLM is not installed"),
         ],
     )
@@ -296,21 +385,30 @@ class TestErrors:
         assert run.main(["tiny", "--model", "a=b", "--out", str(tmp_path / "file")]) == 1
         assert f"{tmp_path / 'file'}" in capsys.readouterr().err
 
-    @pytest.mark.parametrize("gone", ["tokenizer.json", "model.safetensors", "config.json", "mergekit_config.yml"])
+    @pytest.mark.parametrize(
+        "gone", ["tokenizer.json", "model.safetensors", "config.json", "mergekit_config.yml"]
+    )
     def test_a_damaged_checkpoint_is_named(self, models, tmp_path, gone, capsys):
         copy = shutil.copytree(models / "finetuned", tmp_path / "copy")
         for file in copy.glob("tokenizer*") if gone == "tokenizer.json" else [copy / gone]:
             file.write_text("{")
-        assert start(models, tmp_path / "out", "--model", f"broken={copy}", "--limit", "2", names=()) == 1
+        assert (
+            start(models, tmp_path / "out", "--model", f"broken={copy}", "--limit", "2", names=())
+            == 1
+        )
         assert str(copy) in capsys.readouterr().err
 
     def test_a_chat_template_that_is_not_there(self, models, tmp_path, capsys):
         suite = tmp_path / "chat.yml"
-        suite.write_text((ROOT / "evaluation" / "suites" / "tiny.yml").read_text() + "\nchat_template: true\n")
+        suite.write_text(
+            (ROOT / "evaluation" / "suites" / "tiny.yml").read_text() + "\nchat_template: true\n"
+        )
         assert start(models, tmp_path / "out", "--limit", "2", suite=str(suite)) == 1
         assert "no chat template, which suite chat asks for" in capsys.readouterr().err
 
-    def test_fresh_keeps_the_old_result_until_there_is_a_new_one(self, models, finished, tmp_path, monkeypatch, asked):
+    def test_fresh_keeps_the_old_result_until_there_is_a_new_one(
+        self, models, finished, tmp_path, monkeypatch, asked
+    ):
         out = shutil.copytree(finished, tmp_path / "results")
         before = (out / "finetuned.tiny.json").read_bytes()
         with monkeypatch.context() as patch:
@@ -322,7 +420,9 @@ class TestErrors:
             patch.setattr(
                 engine.Model,
                 "ask",
-                lambda self, task, *rest: stop() if task.task == TASKS[1] else asks(self, task, *rest),
+                lambda self, task, *rest: (
+                    stop() if task.task == TASKS[1] else asks(self, task, *rest)
+                ),
             )
             assert start(models, out, "--limit", "40", "--fresh") == 130
         assert (out / "finetuned.tiny.json.old").read_bytes() == before
@@ -334,7 +434,8 @@ class TestErrors:
         child = subprocess.Popen(["true"])
         child.wait()
         left, other = (
-            tmp_path / f"{name}.unfinished-{number}" for name, number in (("a", child.pid), ("b", os.getppid()))
+            tmp_path / f"{name}.unfinished-{number}"
+            for name, number in (("a", child.pid), ("b", os.getppid()))
         )
         left.mkdir()
         other.mkdir()

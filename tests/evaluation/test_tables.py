@@ -29,7 +29,9 @@ class TestStatistics:
         estimate = statistics.estimate({"a": right}, ALONE)
         assert estimate.mean == right.mean()
         assert estimate.standard_error == pytest.approx(stats.sem(right, ddof=0))
-        assert estimate.standard_error == pytest.approx(math.sqrt(right.mean() * (1 - right.mean()) / 200))
+        assert estimate.standard_error == pytest.approx(
+            math.sqrt(right.mean() * (1 - right.mean()) / 200)
+        )
 
     def test_tasks_weigh_the_same_and_their_errors_add_in_squares(self):
         values = {"a": np.array([1.0, 0.0]), "b": np.array([1.0, 1.0, 1.0, 0.0])}
@@ -46,7 +48,9 @@ class TestStatistics:
             {"a": right - other, "b": right - other}, {**ALONE, "b": [f"b{i}" for i in range(200)]}
         )
         assert (twice.low, twice.high) == pytest.approx((once.low, once.high))
-        assert apart.high - apart.low == pytest.approx((once.high - once.low) / math.sqrt(2), rel=0.1)
+        assert apart.high - apart.low == pytest.approx(
+            (once.high - once.low) / math.sqrt(2), rel=0.1
+        )
         error = statistics.estimate({"a": right, "b": right}, clusters).standard_error
         assert error == pytest.approx(statistics.estimate({"a": right}, ALONE).standard_error)
 
@@ -67,16 +71,26 @@ class TestStatistics:
         assert (ours.low, ours.high) == pytest.approx(normal, abs=0.01)
 
     def test_the_interval_of_a_group_agrees_with_the_standard_error(self):
-        gains = {"a": zeros_and_ones(0.6) - zeros_and_ones(0.5, seed=1), "b": -zeros_and_ones(0.2, 50, seed=2)}
-        clusters = {**ALONE, "b": [f"a{i}" if i < 20 else f"b{i}" for i in range(50)]}  # 20 clusters have both tasks
+        gains = {
+            "a": zeros_and_ones(0.6) - zeros_and_ones(0.5, seed=1),
+            "b": -zeros_and_ones(0.2, 50, seed=2),
+        }
+        clusters = {
+            **ALONE,
+            "b": [f"a{i}" if i < 20 else f"b{i}" for i in range(50)],
+        }  # 20 clusters have both tasks
         ours = statistics.difference(gains, clusters)
         reach = 1.96 * statistics.estimate(gains, clusters).standard_error
-        assert (ours.low, ours.high) == pytest.approx((ours.mean - reach, ours.mean + reach), abs=0.01)
+        assert (ours.low, ours.high) == pytest.approx(
+            (ours.mean - reach, ours.mean + reach), abs=0.01
+        )
 
     def test_equal_answers_are_no_certainty(self):
         same = statistics.difference({"a": np.zeros(200)}, ALONE)
         assert same.identical and same.low is None and same.covers_zero
-        assert statistics.difference({"a": np.ones(1)}, {"a": ["x"]}).covers_zero is None  # one item: no interval
+        assert (
+            statistics.difference({"a": np.ones(1)}, {"a": ["x"]}).covers_zero is None
+        )  # one item: no interval
 
     def test_a_single_cluster_joins_a_stratum_that_covers_it(self):
         gains = {"a": zeros_and_ones(0.5, 40) - 0.2, "b": zeros_and_ones(0.5, 41, seed=3)}
@@ -85,7 +99,10 @@ class TestStatistics:
         assert len(stratum) == 41 and statistics.difference(gains, clusters).low is not None
 
     def test_mcnemar_by_hand(self):
-        model, reference = np.array([1.0] * 8 + [0.0] + [1.0] * 11), np.array([0.0] * 8 + [1.0] + [1.0] * 11)
+        model, reference = (
+            np.array([1.0] * 8 + [0.0] + [1.0] * 11),
+            np.array([0.0] * 8 + [1.0] + [1.0] * 11),
+        )
         assert statistics.mcnemar(model, reference) == pytest.approx(2 * (1 + 9) / 2**9)
         assert statistics.mcnemar(model, model) == 1.0
         assert statistics.mcnemar(model / 2, reference) is None
@@ -95,7 +112,9 @@ class TestStatistics:
         assert estimate.mean == pytest.approx(0.2)
         assert estimate.standard_error == pytest.approx(0.1 / math.sqrt(3))
         assert reach == pytest.approx(4.302653 * 0.1 / math.sqrt(3))
-        assert (0.2 - reach, 0.2 + reach) == pytest.approx(stats.t.interval(0.95, 2, 0.2, 0.1 / math.sqrt(3)))
+        assert (0.2 - reach, 0.2 + reach) == pytest.approx(
+            stats.t.interval(0.95, 2, 0.2, 0.1 / math.sqrt(3))
+        )
         assert statistics.over_runs([0.1, 0.2, 0.3], 0.04)[0].standard_error == pytest.approx(
             math.sqrt(0.01 / 3 + 0.04**2)
         )
@@ -110,34 +129,54 @@ class TestTables:
     def folder(self, tmp_path):
         evaluations.write(tmp_path, "finetuned", TUNED)
         evaluations.write(tmp_path, "soup", SOUP)
-        evaluations.write(tmp_path, "pretrained", {"a": [0, 0, 0, 0], "b": [1, 1, 1, 1], "c": [1, 1, 1, 1]})
+        evaluations.write(
+            tmp_path, "pretrained", {"a": [0, 0, 0, 0], "b": [1, 1, 1, 1], "c": [1, 1, 1, 1]}
+        )
         return tmp_path
 
     def test_every_number_by_hand(self, folder):
         [comparison] = compare([folder])
         assert list(comparison.cells) == ["pretrained", "finetuned", "soup"]
         assert [column.header for column in comparison.columns] == ["a", "b", "c", "OOD average"]
-        means = {model: [cell.estimate.mean for cell in cells] for model, cells in comparison.cells.items()}
+        means = {
+            model: [cell.estimate.mean for cell in cells]
+            for model, cells in comparison.cells.items()
+        }
         assert means == {
             "pretrained": [0, 1, 1, 1],
             "finetuned": [0.75, 0.25, 0.25, 0.25],
             "soup": [0.75, 1, 0.5, 0.75],
         }
         errors = [cell.estimate.standard_error for cell in comparison.cells["finetuned"]]
-        assert errors == pytest.approx([math.sqrt(0.1875 / 4)] * 3 + [math.sqrt(2 * 0.1875 / 4) / 2])
+        assert errors == pytest.approx(
+            [math.sqrt(0.1875 / 4)] * 3 + [math.sqrt(2 * 0.1875 / 4) / 2]
+        )
         gains = [cell.difference for cell in comparison.cells["soup"]]
         assert [gain.mean for gain in gains] == [0, 0.75, 0.25, 0.5]
-        assert [gain.covers_zero for gain in gains] == [True, False, True, False] and gains[0].identical
-        assert [cell.p_value for cell in comparison.cells["soup"]] == [1.0, 0.25, 1.0, None]  # 3 gained of 3: 2/2³
+        assert [gain.covers_zero for gain in gains] == [True, False, True, False] and gains[
+            0
+        ].identical
+        assert [cell.p_value for cell in comparison.cells["soup"]] == [
+            1.0,
+            0.25,
+            1.0,
+            None,
+        ]  # 3 gained of 3: 2/2³
         assert all(cell.difference is None for cell in comparison.cells["finetuned"])
 
     def test_markdown(self, folder, capsys):
         assert tables.main([str(folder)]) == 0
         shown = capsys.readouterr().out
         assert "| finetuned | 75.0 ± 21.7 | 25.0 ± 21.7 | 25.0 ± 21.7 | 25.0 ± 15.3 |" in shown
-        gains = next(line for line in shown.split("Difference")[1].splitlines() if line.startswith("| soup"))
+        gains = next(
+            line for line in shown.split("Difference")[1].splitlines() if line.startswith("| soup")
+        )
         cells = [cell.strip() for cell in gains.strip("|").split("|")]
-        assert cells[1] == "same answers" and cells[2].startswith("+75.0 [") and not cells[2].endswith("covers 0")
+        assert (
+            cells[1] == "same answers"
+            and cells[2].startswith("+75.0 [")
+            and not cells[2].endswith("covers 0")
+        )
         assert cells[3] == "+25.0 [0.0, +75.0] covers 0"
         assert "| finetuned" not in shown.split("Difference")[1]
         assert "W0 (pretrained): some/base, weights ffffffffffff." in shown
@@ -147,7 +186,11 @@ class TestTables:
         rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
         assert len(rows) == 3 * 4
         row = next(row for row in rows if (row["model"], row["column"]) == ("soup", "c"))
-        assert (float(row["mean"]), float(row["difference"]), row["covers_zero"]) == (0.5, 0.25, "True")
+        assert (float(row["mean"]), float(row["difference"]), row["covers_zero"]) == (
+            0.5,
+            0.25,
+            "True",
+        )
         assert float(row["mcnemar_p"]) == 1.0 and row["items"] == "4"
 
     def test_latex_escapes_what_latex_reads(self, folder, capsys):
@@ -156,19 +199,30 @@ class TestTables:
         shown = capsys.readouterr().out
         assert shown.count(r"\begin{tabular}{lrrrr}") == shown.count(r"\end{tabular}") == 2
         body = [line for line in shown.splitlines() if not line.startswith("%")]
-        assert any(line.startswith(r"soup\_R0.8 & 75.0 $\pm$ 21.7 &") and line.endswith(r"\\") for line in body)
+        assert any(
+            line.startswith(r"soup\_R0.8 & 75.0 $\pm$ 21.7 &") and line.endswith(r"\\")
+            for line in body
+        )
         assert not any("±" in line or "−" in line or " [" in line for line in body)
 
     def test_another_reference(self, folder):
         [comparison] = compare([folder], "pretrained")
-        assert [cell.difference.mean for cell in comparison.cells["finetuned"]] == [0.75, -0.75, -0.75, -0.75]
+        assert [cell.difference.mean for cell in comparison.cells["finetuned"]] == [
+            0.75,
+            -0.75,
+            -0.75,
+            -0.75,
+        ]
         with pytest.raises(ComparisonError, match="no model named best"):
             compare([folder], "best")
 
     def test_answers_to_other_questions_are_not_paired(self, folder, capsys):
         evaluations.write(folder, "other", SOUP, item="new")
         assert tables.main([str(folder)]) == 1
-        assert "other and finetuned were asked different items (4 and 4) in a" in capsys.readouterr().err
+        assert (
+            "other and finetuned were asked different items (4 and 4) in a"
+            in capsys.readouterr().err
+        )
         evaluations.write(folder, "other", {**SOUP, "b": [1, 1]})
         with pytest.raises(ComparisonError, match=r"different items \(2 and 4\) in b"):
             compare([folder])
@@ -189,7 +243,10 @@ class TestTables:
     def test_settings_compared_on_a_public_test_set(self, folder):
         def merge(R):
             return {
-                "config": {"merge_method": "monosoup", "parameters": {"R": R, "report": f"{R}.jsonl"}},
+                "config": {
+                    "merge_method": "monosoup",
+                    "parameters": {"R": R, "report": f"{R}.jsonl"},
+                },
                 "inputs": {},
             }
 
@@ -201,20 +258,35 @@ class TestTables:
         for model in ("pretrained", "finetuned", "soup", "soup2"):
             outcomes = {"pretrained": SOUP, "finetuned": TUNED}.get(model, SOUP)
             made = evaluations.suite(public=False)
-            evaluations.write(folder, model, outcomes, merge=merge(len(model)) if "soup" in model else None, made=made)
+            evaluations.write(
+                folder,
+                model,
+                outcomes,
+                merge=merge(len(model)) if "soup" in model else None,
+                made=made,
+            )
         assert compare([folder])[0].warnings == []
 
     def test_other_settings_and_another_w0_are_said(self, folder):
         evaluations.write(folder, "soup", SOUP, weights="e" * 64, limit=4)
         said = " ".join(compare([folder])[0].warnings)
-        assert "different W0" in said and "different limit: 4, None" in said and "first 4 items" in said
-        merge = {"config": {"merge_method": "monosoup", "base_model": "b"}, "inputs": {"b": "0" * 64}}
+        assert (
+            "different W0" in said
+            and "different limit: 4, None" in said
+            and "first 4 items" in said
+        )
+        merge = {
+            "config": {"merge_method": "monosoup", "base_model": "b"},
+            "inputs": {"b": "0" * 64},
+        }
         evaluations.write(folder, "soup", SOUP, merge=merge)
         assert "not the W0" in " ".join(compare([folder])[0].warnings)
 
     def test_what_else_differed_is_said(self, folder):
         evaluations.write(folder, "soup", SOUP, torch="2.9.0")
-        assert "different versions of torch: 2.13.0, 2.9.0" in " ".join(compare([folder])[0].warnings)
+        assert "different versions of torch: 2.13.0, 2.9.0" in " ".join(
+            compare([folder])[0].warnings
+        )
 
     def test_one_folder_is_one_suite(self, folder):
         """Several folders may differ in seed and world; models of one were asked the same."""
@@ -239,10 +311,15 @@ class TestTables:
     def test_the_papers_numbers_are_marked(self, tmp_path, capsys):
         made = load("qwen-mgsm")
         for model in ("pretrained", "finetuned"):
-            evaluations.write(tmp_path, model, {task.task: [1, 0] for task in made.tasks}, made=made, cluster="q")
+            evaluations.write(
+                tmp_path, model, {task.task: [1, 0] for task in made.tasks}, made=made, cluster="q"
+            )
         assert tables.main([str(tmp_path), "--paper"]) == 0
         shown = capsys.readouterr().out
-        assert "| MonoSoup [quoted] | 47.6 | 37.1 | 37.5 | 30.2 | 38.8 | 21.1 | 34.8 | 23.4 |  |" in shown
+        assert (
+            "| MonoSoup [quoted] | 47.6 | 37.1 | 37.5 | 30.2 | 38.8 | 21.1 | 34.8 | 23.4 |  |"
+            in shown
+        )
         assert "[quoted]: numbers printed in the paper" in shown
         assert tables.main([str(tmp_path)]) == 0
         assert "quoted" not in capsys.readouterr().out
@@ -258,13 +335,21 @@ class TestRuns:
 
     def test_items_of_their_own(self, tmp_path):
         for run, extra in enumerate(([0, 0], [1, 0], [1, 1])):
-            evaluations.write(tmp_path / str(run), "finetuned", {**TUNED, "a": [0, 0, 0, 0]}, item=str(run))
-            evaluations.write(tmp_path / str(run), "soup", {**SOUP, "a": [1, 0, *extra]}, item=str(run))
+            evaluations.write(
+                tmp_path / str(run), "finetuned", {**TUNED, "a": [0, 0, 0, 0]}, item=str(run)
+            )
+            evaluations.write(
+                tmp_path / str(run), "soup", {**SOUP, "a": [1, 0, *extra]}, item=str(run)
+            )
         [comparison] = compare([tmp_path / str(run) for run in range(3)])
         cell = comparison.cells["soup"][0]
-        assert cell.estimate.mean == 0.5 and cell.estimate.standard_error == pytest.approx(0.25 / math.sqrt(3))
+        assert cell.estimate.mean == 0.5 and cell.estimate.standard_error == pytest.approx(
+            0.25 / math.sqrt(3)
+        )
         low, high = stats.t.interval(0.95, 2, 0.5, 0.25 / math.sqrt(3))
-        assert (cell.difference.low, cell.difference.high) == pytest.approx((low, high)) and cell.difference.covers_zero
+        assert (cell.difference.low, cell.difference.high) == pytest.approx(
+            (low, high)
+        ) and cell.difference.covers_zero
         assert "3 runs" in comparison.notes[-1] and "items of its own" in comparison.notes[-1]
 
     def test_shared_items_count_too(self, tmp_path):
@@ -272,7 +357,9 @@ class TestRuns:
             evaluations.write(tmp_path / str(run), "finetuned", TUNED)
             evaluations.write(tmp_path / str(run), "soup", SOUP)
         [comparison] = compare([tmp_path / str(run) for run in range(3)])
-        cell = comparison.cells["soup"][2]  # the runs do not differ, so all of the error is that of the items
+        cell = comparison.cells["soup"][
+            2
+        ]  # the runs do not differ, so all of the error is that of the items
         assert cell.estimate.standard_error == pytest.approx(math.sqrt(0.25 / 4))
         assert comparison.cells["soup"][0].difference.identical
         assert "which all runs share" in comparison.notes[-1]

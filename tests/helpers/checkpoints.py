@@ -11,31 +11,54 @@ import transformers
 VOCABULARY = 96
 
 
-def config(family: str = "qwen3", *, tied: bool = False, vocabulary: int = VOCABULARY) -> transformers.PretrainedConfig:
+def config(
+    family: str = "qwen3", *, tied: bool = False, vocabulary: int = VOCABULARY
+) -> transformers.PretrainedConfig:
     shared = dict(
-        vocab_size=vocabulary, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, max_position_embeddings=64, tie_word_embeddings=tied,
-    )  # fmt: skip
+        vocab_size=vocabulary,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=64,
+        tie_word_embeddings=tied,
+    )
     if family == "qwen3":
         return transformers.Qwen3Config(**shared)
     if family == "llama":
         return transformers.LlamaConfig(**shared)
     return transformers.Qwen3MoeConfig(
-        **shared, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, decoder_sparse_step=1
+        **shared,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=24,
+        decoder_sparse_step=1,
     )
 
 
 def pair(
-    folder: Path, family: str = "qwen3", *, dtype: torch.dtype = torch.float32, tied: bool = False, sharded: bool = False,
-    tuned: int = 1, size: float = 0.02, vocabulary: int = VOCABULARY, tuned_vocabulary: int = VOCABULARY,
-) -> tuple[Path, list[Path]]:  # fmt: skip
+    folder: Path,
+    family: str = "qwen3",
+    *,
+    dtype: torch.dtype = torch.float32,
+    tied: bool = False,
+    sharded: bool = False,
+    tuned: int = 1,
+    size: float = 0.02,
+    vocabulary: int = VOCABULARY,
+    tuned_vocabulary: int = VOCABULARY,
+) -> tuple[Path, list[Path]]:
     """A pretrained checkpoint and fine-tuned ones, whose updates are a few directions plus noise of relative ``size``.
 
     Stands in for training only where the *plumbing* is tested; the demo trains for real.
     """
     shard = {"max_shard_size": "20KB"} if sharded else {}
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config(family, tied=tied, vocabulary=vocabulary), dtype=dtype)
+    model = transformers.AutoModelForCausalLM.from_config(
+        config(family, tied=tied, vocabulary=vocabulary), dtype=dtype
+    )
     model.save_pretrained(folder / "base", **shard)
     tokenizer(vocabulary).save_pretrained(folder / "base")
     paths = []
@@ -52,7 +75,9 @@ def pair(
                     continue
                 update = torch.randn_like(start, dtype=torch.float32)
                 if start.ndim >= 2:
-                    update = 0.3 * update + torch.randn(*start.shape[:-1], 3) @ torch.randn(3, start.shape[-1])
+                    update = 0.3 * update + torch.randn(*start.shape[:-1], 3) @ torch.randn(
+                        3, start.shape[-1]
+                    )
                 weight.copy_(start + size * start.float().norm() / update.norm() * update)
         other.tie_weights()
         paths.append(folder / f"tuned{number}")
@@ -71,4 +96,8 @@ def state_dict(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors of a saved checkpoint, whatever its shards."""
     from safetensors.torch import load_file
 
-    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+    return {
+        name: tensor
+        for file in sorted(folder.glob("*.safetensors"))
+        for name, tensor in load_file(file).items()
+    }

@@ -24,10 +24,18 @@ def suite(**changes: Any) -> Suite:
 
 
 def write(
-    folder: Path, model: str, outcomes: Mapping[str, Sequence[float]], *, made: Suite | None = None,
-    merge: dict[str, Any] | None = None, item: str = "", cluster: str = "", weights: str = "f" * 64, limit: int | None = None,
+    folder: Path,
+    model: str,
+    outcomes: Mapping[str, Sequence[float]],
+    *,
+    made: Suite | None = None,
+    merge: dict[str, Any] | None = None,
+    item: str = "",
+    cluster: str = "",
+    weights: str = "f" * 64,
+    limit: int | None = None,
     torch: str = "2.13.0",
-) -> None:  # fmt: skip
+) -> None:
     """One finished result.
 
     `weights` are those of W0; those of the model have its name. `item` makes the questions others; `cluster` is the same in
@@ -40,7 +48,15 @@ def write(
             task,
             [
                 Row(
-                    task, task, n, f"{item}{task}{n}", "p", "t", f"{cluster or task} {n}", {key[task]: float(value)}, {}
+                    task,
+                    task,
+                    n,
+                    f"{item}{task}{n}",
+                    "p",
+                    "t",
+                    f"{cluster or task} {n}",
+                    {key[task]: float(value)},
+                    {},
                 )
                 for n, value in enumerate(values)
             ],
@@ -49,11 +65,13 @@ def write(
     ]
     Pair(folder, model, made.name).finish(
         {
-            "key": "k", "model": model, "suite": made.model_dump(),
+            "key": "k",
+            "model": model,
+            "suite": made.model_dump(),
             "source": {"given": model, "merge": merge, "fingerprint": {"weights": model}},
             "versions": {"torch": torch, "transformers": "5.23.0", "lm-eval": "0.4.13"},
             "w0": {"given": "some/base", "fingerprint": {"weights": weights}},
             "settings": {"limit": limit, "backend": "hf", "dtype": "auto", "device": "cpu"},
         },
         results,
-    )  # fmt: skip
+    )

@@ -39,7 +39,10 @@ def run(config: Path, folder: Path) -> dict[str, torch.Tensor]:
     text, out = config.read_text(), folder / "out"
     command, arguments = run_yaml.main, [config, out]
     if "mergekit-multi " in text:
-        command, arguments = multimerge.main, [config, "--intermediate-dir", folder / "stages", "--out-path", out]
+        command, arguments = (
+            multimerge.main,
+            [config, "--intermediate-dir", folder / "stages", "--out-path", out],
+        )
     elif "mergekit-pytorch " in text:
         command = merge_raw_pytorch.main
     if "--lora-merge-cache" in text:

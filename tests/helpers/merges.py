@@ -17,7 +17,14 @@ from mergekit_monosoup.distributed import folder as folders
 SMALL = ("--out-shard-size", "20K")  # several batches of so small a model
 
 
-def config(world: Path, folder: Path, method: str = "monosoup", family: str = "qwen3", tuned: int = 1, **more) -> Path:
+def config(
+    world: Path,
+    folder: Path,
+    method: str = "monosoup",
+    family: str = "qwen3",
+    tuned: int = 1,
+    **more,
+) -> Path:
     text = {
         "merge_method": method,
         "base_model": f"{world}/{family}/base",
@@ -30,7 +37,9 @@ def config(world: Path, folder: Path, method: str = "monosoup", family: str = "q
 
 
 def mergekit(path: Path, out: Path, *options: str) -> Path:
-    CliRunner().invoke(run_yaml.main, [str(path), str(out), *options, "--quiet"], catch_exceptions=False)
+    CliRunner().invoke(
+        run_yaml.main, [str(path), str(out), *options, "--quiet"], catch_exceptions=False
+    )
     return out
 
 
@@ -44,7 +53,9 @@ def run(path: Path, out: Path, *options: str, code: int = 0) -> str:
 
 def stored(folder: Path) -> dict[str, torch.Tensor]:
     pickles = [torch.load(file) for file in sorted(folder.glob("*.bin"))]
-    return checkpoints.state_dict(folder) | {name: t for state in pickles for name, t in state.items()}
+    return checkpoints.state_dict(folder) | {
+        name: t for state in pickles for name, t in state.items()
+    }
 
 
 def assert_same(out: Path, reference: Path) -> None:
@@ -54,16 +65,22 @@ def assert_same(out: Path, reference: Path) -> None:
     for name, tensor in theirs.items():
         assert ours[name].dtype == tensor.dtype, name
         assert torch.equal(ours[name].view(torch.uint8), tensor.view(torch.uint8)), name
-    beside = [{p.name for p in folder.iterdir() if not folders.WEIGHTS.match(p.name)} for folder in (out, reference)]
+    beside = [
+        {p.name for p in folder.iterdir() if not folders.WEIGHTS.match(p.name)}
+        for folder in (out, reference)
+    ]
     assert beside[0] == beside[1]
     for name in beside[0]:
         assert (out / name).read_bytes() == (reference / name).read_bytes(), name
     if index := next(iter(out.glob("*.index.json")), None):
         weight_map = json.loads(index.read_text())["weight_map"]
-        assert weight_map.keys() == theirs.keys() and {out / file for file in weight_map.values()} == {
-            p for p in out.iterdir() if folders.WEIGHTS.match(p.name) and p != index
-        }
+        assert weight_map.keys() == theirs.keys() and {
+            out / file for file in weight_map.values()
+        } == {p for p in out.iterdir() if folders.WEIGHTS.match(p.name) and p != index}
 
 
 def without_time(path: Path) -> list[dict]:
-    return sorted(({**json.loads(line), "seconds": 0} for line in path.open()), key=lambda record: record["name"])
+    return sorted(
+        ({**json.loads(line), "seconds": 0} for line in path.open()),
+        key=lambda record: record["name"],
+    )

@@ -23,7 +23,9 @@ def monosoup(W0, W1, mode="freevariance", R=0.8, alpha=1.0, rule="monosoup"):
     tail = energy[k:].sum()
     rho = (s[k] / s[0]) ** 2 if k < len(s) else 0.0
     cos = np.sqrt(tail)
-    low = {"rho": rho, "cos": cos, "uniform": 0.5, "high": 0.0, "low": 1.0}.get(rule, rho + (1 - rho) * cos)
+    low = {"rho": rho, "cos": cos, "uniform": 0.5, "high": 0.0, "low": 1.0}.get(
+        rule, rho + (1 - rho) * cos
+    )
     high = 1.0 - low
     delta_high = (U[:, :k] * s[:k]) @ Vt[:k]
     delta_low = (U[:, k:] * s[k:]) @ Vt[k:]
@@ -32,7 +34,14 @@ def monosoup(W0, W1, mode="freevariance", R=0.8, alpha=1.0, rule="monosoup"):
         high = low = np.linalg.norm(mono) / np.linalg.norm(delta)
         mono = high * delta
     numbers = dict(
-        k=k, rank=rank, effective_rank=effective_rank, P_k=1 - tail, rho=rho, cos_alpha=cos, lambda_high=high,
-        lambda_low=low, delta_norm=np.linalg.norm(delta),
-    )  # fmt: skip
+        k=k,
+        rank=rank,
+        effective_rank=effective_rank,
+        P_k=1 - tail,
+        rho=rho,
+        cos_alpha=cos,
+        lambda_high=high,
+        lambda_low=low,
+        delta_norm=np.linalg.norm(delta),
+    )
     return mono, W0 + alpha * mono, numbers

@@ -41,7 +41,9 @@ def deltas(out: int = 192, rest: int = 320, seed: int = 0) -> dict[str, Array]:
         "repeated": with_spectrum(np.repeat([4.0, 2.0, 1.0], [8, 56, s - 64]), out, rest, seed),
         "orthogonal": with_spectrum(np.ones(s), out, rest, seed),
         "rank one": with_spectrum(np.array([3.0]), out, rest, seed),
-        "tiny tail": with_spectrum(np.concatenate([np.ones(32), np.full(s - 32, 1e-10)]), out, rest, seed),
+        "tiny tail": with_spectrum(
+            np.concatenate([np.ones(32), np.full(s - 32, 1e-10)]), out, rest, seed
+        ),
     }
     size = 0.01 * np.linalg.norm(pretrained(out, rest))
     return {name: delta * size / np.linalg.norm(delta) for name, delta in zoo.items()}

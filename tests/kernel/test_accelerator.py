@@ -16,13 +16,26 @@ ROOT = HERE.parents[1]
 
 
 @pytest.mark.skipif(
-    not torch.cuda.is_available() and not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
+    not torch.cuda.is_available()
+    and not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
     reason="this torch has no devices written in Python",
 )
 def test_on_an_accelerator():
-    checks = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "accelerator" / "checks.py")]
+    checks = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        str(HERE / "accelerator" / "checks.py"),
+    ]
     run = subprocess.run(
-        checks, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(HERE / "accelerator")}, capture_output=True, text=True
+        checks,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(HERE / "accelerator")},
+        capture_output=True,
+        text=True,
     )
     assert run.returncode == 0, run.stdout + run.stderr
     assert torch.cuda.is_available() or "skipped" not in run.stdout

@@ -69,7 +69,9 @@ def test_threads_give_the_bits_of_a_loop(threads, shape, dtype):
         expected = loop(W0, W1)
     assert all(torch.equal(a, b) for (a, _), (b, _) in zip(found, expected, strict=True))
     assert [numbers(r) for _, r in found] == [numbers(r) for _, r in expected]
-    assert any(not torch.equal(a, w) for (a, _), w in zip(found, W1, strict=True)), "nothing was edited"
+    assert any(not torch.equal(a, w) for (a, _), w in zip(found, W1, strict=True)), (
+        "nothing was edited"
+    )
 
 
 def test_work_is_spread_and_settings_are_restored(threads):
@@ -93,7 +95,9 @@ def test_work_is_spread_and_settings_are_restored(threads):
 def test_memory_bounds_the_number_of_threads(threads, monkeypatch):
     W0, W1 = experts()
     monkeypatch.setattr(stack, "MEMORY", 3 * stack.buffers(jobs(W0, W1)[0]) // 2)
-    assert {thread for thread in each(lambda job: threading.get_ident(), jobs(W0, W1))} == {threading.get_ident()}
+    assert {thread for thread in each(lambda job: threading.get_ident(), jobs(W0, W1))} == {
+        threading.get_ident()
+    }
 
 
 def test_blas_without_a_switch_means_a_loop(threads, monkeypatch):
@@ -112,8 +116,18 @@ def test_the_interpreter_is_free_while_lapack_works():
 
     def work():
         for _ in range(3):
-            d, e, tau, room = np.empty(order), np.empty(order), np.empty(order), np.empty(32 * order)
-            assert lapack.solve("dsytrd", b"L", order, a.copy(order="F"), order, d, e, tau, room, len(room)) == 0
+            d, e, tau, room = (
+                np.empty(order),
+                np.empty(order),
+                np.empty(order),
+                np.empty(32 * order),
+            )
+            assert (
+                lapack.solve(
+                    "dsytrd", b"L", order, a.copy(order="F"), order, d, e, tau, room, len(room)
+                )
+                == 0
+            )
         done.set()
 
     thread = threading.Thread(target=work)
@@ -156,7 +170,9 @@ def test_averages_and_skipped_matrices_in_a_batch():
     found = list(edit_batched(many, weights=[3, 1]))
     expected = [edit(job.pretrained, job.tuned, weights=[3, 1]) for job in many]
     assert found[2][1].reason.startswith("no update")
-    assert all(torch.allclose(a, b, atol=1e-12) for (a, _), (b, _) in zip(found, expected, strict=True))
+    assert all(
+        torch.allclose(a, b, atol=1e-12) for (a, _), (b, _) in zip(found, expected, strict=True)
+    )
 
 
 def test_a_batch_that_fails_is_solved_matrix_by_matrix(monkeypatch):
@@ -208,7 +224,9 @@ def test_no_memory_for_a_batch(monkeypatch, caplog):
 def test_nan_names_the_expert(threads, how):
     W0, W1 = experts()
     W1[3, 5, 7] = W1[5, 0, 0] = float("nan")
-    with pytest.raises(NonFiniteError, match=r"w\[3\]: non-finite entries: 0 in the pretrained, \[1\]") as caught:
+    with pytest.raises(
+        NonFiniteError, match=r"w\[3\]: non-finite entries: 0 in the pretrained, \[1\]"
+    ) as caught:
         list(how(jobs(W0, W1)))
     assert caught.value.name == "w[3]"
 
@@ -217,7 +235,8 @@ def test_nan_in_a_merge_names_the_expert(threads):
     W0, W1 = experts()
     W1[3, 5, 7] = float("nan")
     with pytest.raises(
-        ValueError, match=r"experts.down_proj is not finite: 1 of .*the first of them in .*down_proj\[3\]"
+        ValueError,
+        match=r"experts.down_proj is not finite: 1 of .*the first of them in .*down_proj\[3\]",
     ):
         merge_tensors([W0, W1], "monosoup", base_index=0, name=NAME)
 
@@ -278,23 +297,53 @@ def test_gpu_benchmark_runs_without_one():
         "--repeat",
         "1",
     ]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True, cwd=ROOT)
+    done = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, check=True, cwd=ROOT
+    )
     result = json.loads(done.stdout.splitlines()[-1])
-    assert set(result["models"]) == {"Qwen3-0.6B", "Qwen3-8B", "Qwen3-14B", "Qwen3-32B", "Qwen3-30B-A3B"}
-    assert all(model["ours"]["model"] > model["ours"]["layer"] > 0 for model in result["models"].values())
+    assert set(result["models"]) == {
+        "Qwen3-0.6B",
+        "Qwen3-8B",
+        "Qwen3-14B",
+        "Qwen3-32B",
+        "Qwen3-30B-A3B",
+    }
+    assert all(
+        model["ours"]["model"] > model["ours"]["layer"] > 0 for model in result["models"].values()
+    )
     assert {row["matrices"] for row in result["rows"]} == {1, 2}
 
 
 def test_stack_benchmark_runs():
-    command = [sys.executable, ROOT / "benchmarks/stack.py", "--experts", "3", "--shape", "64x48", "--repeat", "1"]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True, cwd=ROOT)
+    command = [
+        sys.executable,
+        ROOT / "benchmarks/stack.py",
+        "--experts",
+        "3",
+        "--shape",
+        "64x48",
+        "--repeat",
+        "1",
+    ]
+    done = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, check=True, cwd=ROOT
+    )
     assert json.loads(done.stdout.splitlines()[-1])["same_bits"] is True
 
 
 def test_experiments_reach_the_oracle_too():
     """Slower ways are worth keeping only while they are right; the certificate must not promise less than the error."""
-    command = [sys.executable, ROOT / "benchmarks/experiments.py", "--shapes", "192x320", "--repeat", "1"]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True, cwd=ROOT)
+    command = [
+        sys.executable,
+        ROOT / "benchmarks/experiments.py",
+        "--shapes",
+        "192x320",
+        "--repeat",
+        "1",
+    ]
+    done = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, check=True, cwd=ROOT
+    )
     rows = json.loads(done.stdout.splitlines()[-1])["rows"]
     assert [row["way"] for row in rows] == ["package", "float32", "sign", "entropy"] * 2
     assert all(abs(row["rank_error"]) < 1e-3 for row in rows)

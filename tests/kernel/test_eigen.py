@@ -46,7 +46,9 @@ def test_lapack_against_numpy(order, few):
     assert np.allclose(found @ found.T, vectors[:, :stop] @ vectors[:, :stop].T, atol=1e-9)
 
 
-@pytest.mark.parametrize("kind", ["random", "low rank", "low rank + noise", "power law 2", "spiked", "repeated"])
+@pytest.mark.parametrize(
+    "kind", ["random", "low rank", "low rank + noise", "power law 2", "spiked", "repeated"]
+)
 @pytest.mark.parametrize("how", ["inverse iteration", "divide and conquer"])
 def test_vectors_either_way(monkeypatch, kind, how):
     """Groups of dstein alone are orthogonal to 2e-9 (power law 2); equal eigenvalues it cannot tell apart at all."""
@@ -67,7 +69,9 @@ def test_equal_eigenvalues_are_left_to_divide_and_conquer():
     d, e = np.full(128, 2.0), np.full(127, -1.0)
     e[63] = 1e-14
     values = np.linalg.eigvalsh(np.diag(d) + np.diag(e, 1) + np.diag(e, -1))
-    assert eigen._inverse_iteration(d, e, values[:64]) is not None  # each pair in one call of dstein
+    assert (
+        eigen._inverse_iteration(d, e, values[:64]) is not None
+    )  # each pair in one call of dstein
     assert eigen._inverse_iteration(d, e, values[1:64]) is None  # a pair in two
 
 
@@ -139,7 +143,8 @@ def test_nothing_works_names_the_tensor(monkeypatch):
 
     monkeypatch.setattr(torch.linalg, "svd", svd)
     with pytest.raises(
-        RuntimeError, match=r"layers\.3\.w \(96, 144\): its spectrum could not be computed.*injected too"
+        RuntimeError,
+        match=r"layers\.3\.w \(96, 144\): its spectrum could not be computed.*injected too",
     ):
         merge_tensors(list(pair()), "monosoup", base_index=0, name="layers.3.w")
 
@@ -182,7 +187,10 @@ def test_what_a_vendor_library_says_is_a_failed_rung(monkeypatch, message):
     monkeypatch.setattr(eigen.Lapack, "__init__", fails)
     monkeypatch.setattr(torch.linalg, "eigh", eigh)
     weight, record = edit(*pair())
-    assert record.solver == f"svd; lapack failed: injected; eigh failed: {message}" and off_by(weight) < 1e-5
+    assert (
+        record.solver == f"svd; lapack failed: injected; eigh failed: {message}"
+        and off_by(weight) < 1e-5
+    )
 
 
 def test_libraries_of_an_accelerator_are_loaded_by_one_thread(monkeypatch):
@@ -224,7 +232,9 @@ def test_inputs_say_where_to_work_not_the_default_device(monkeypatch, kind, rung
         weight, _ = edit(W0, W1)
         calibrated = merge_tensors([W0, W1, other], "svc", base_index=0, name="w")
         stacks = [torch.stack([w, w]) for w in (W0, W1)]
-        experts = merge_tensors(stacks, "monosoup", base_index=0, name="model.layers.0.mlp.experts.down_proj")
+        experts = merge_tensors(
+            stacks, "monosoup", base_index=0, name="model.layers.0.mlp.experts.down_proj"
+        )
         batch = [w for w, _ in edit_batched([Job(W0, [W1], "a"), Job(W0, [other], "b")])]
         assert [record.mode for record in preview(W0, W1, points=8)] == ["freevariance", "variance"]
     assert off_by(weight, kind=kind) < 1e-5

@@ -30,7 +30,9 @@ RULES = ["monosoup", "rho", "cos", "uniform", "high", "low", "scalar"]
 NOT_UNIQUE = {"repeated", "orthogonal", "tiny tail"}
 
 
-def tensors(W0: np.ndarray, delta: np.ndarray, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def tensors(
+    W0: np.ndarray, delta: np.ndarray, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.tensor(W0).to(dtype), torch.tensor(W0 + delta).to(dtype)
 
 
@@ -55,7 +57,9 @@ def test_edited_delta_matches_float64_svd(kind, shape, mode):
     assert record.rank == numbers["rank"]
     for key in ("effective_rank", "P_k", "rho", "cos_alpha", "lambda_high", "lambda_low"):
         assert getattr(record, key) == pytest.approx(numbers[key], rel=1e-7, abs=1e-9), key
-    assert record.delta_norm == pytest.approx(numbers["delta_norm"], rel=1e-6)  # a sum of float32 squares
+    assert record.delta_norm == pytest.approx(
+        numbers["delta_norm"], rel=1e-6
+    )  # a sum of float32 squares
     assert float(weight.norm()) == pytest.approx(np.linalg.norm(expected), rel=1e-5)
     if kind not in NOT_UNIQUE:
         assert error(weight, W0, expected) < 1e-5
@@ -68,7 +72,9 @@ def test_every_coefficient_rule(kind, rule):
     W0, W1 = tensors(np.zeros(shape), zoo.deltas(*shape)[kind], torch.float32)
     weight, record = edit(W0, W1, coefficients=rule, mode="variance")
     expected, _, numbers = oracle.monosoup(W0, W1, mode="variance", rule=rule)
-    assert (record.lambda_high, record.lambda_low) == pytest.approx((numbers["lambda_high"], numbers["lambda_low"]))
+    assert (record.lambda_high, record.lambda_low) == pytest.approx(
+        (numbers["lambda_high"], numbers["lambda_low"])
+    )
     assert error(weight, W0, expected) < 1e-5
 
 
@@ -118,8 +124,12 @@ def test_memory_order_of_the_inputs_changes_nothing(shape, dtype):
     assert record.realised == pytest.approx(1, abs=0.01)
     for base, tuned in itertools.product((W0, W0.T.contiguous().T), (W1, W1.T.contiguous().T)):
         again, other = edit(base, tuned)
-        assert torch.allclose(again, weight, rtol=0, atol=1e-6)  # other loops in BLAS, other last digits
-        assert (other.realised, other.edit_norm) == pytest.approx((record.realised, record.edit_norm), rel=1e-5)
+        assert torch.allclose(
+            again, weight, rtol=0, atol=1e-6
+        )  # other loops in BLAS, other last digits
+        assert (other.realised, other.edit_norm) == pytest.approx(
+            (record.realised, record.edit_norm), rel=1e-5
+        )
 
 
 def test_blocks_do_not_change_the_result(monkeypatch):
@@ -164,13 +174,26 @@ def test_split_by_hand():
     )  # energies 16, 4, 1, 1 of 22; p = 1/2, 1/4, 1/8, 1/8
     assert effective_rank(sigma) == pytest.approx(2**1.75)  # H = 7/4 bits
     assert split_rank(sigma, "freevariance", 0.8) == 4
-    assert [split_rank(sigma, "variance", R) for R in (0.7, 0.8, 20 / 22, 0.95, 1.0)] == [1, 2, 2, 3, 4]
+    assert [split_rank(sigma, "variance", R) for R in (0.7, 0.8, 20 / 22, 0.95, 1.0)] == [
+        1,
+        2,
+        2,
+        3,
+        4,
+    ]
     split = Split.at(sigma, 2)
-    assert (split.energy_high, split.rho, split.cos_alpha) == pytest.approx((20 / 22, 1 / 16, math.sqrt(2 / 22)))
+    assert (split.energy_high, split.rho, split.cos_alpha) == pytest.approx(
+        (20 / 22, 1 / 16, math.sqrt(2 / 22))
+    )
     low = 1 / 16 + 15 / 16 * math.sqrt(2 / 22)
     assert split.coefficients("monosoup") == pytest.approx((1 - low, low))
-    assert split.coefficients("scalar")[0] == pytest.approx(math.sqrt((1 - low) ** 2 * 20 / 22 + low**2 * 2 / 22))
-    assert Split.at(sigma, 4).coefficients("monosoup") == (1.0, 0.0)  # nothing below the cut: rho = 0
+    assert split.coefficients("scalar")[0] == pytest.approx(
+        math.sqrt((1 - low) ** 2 * 20 / 22 + low**2 * 2 / 22)
+    )
+    assert Split.at(sigma, 4).coefficients("monosoup") == (
+        1.0,
+        0.0,
+    )  # nothing below the cut: rho = 0
 
 
 def test_equal_singular_values_cut_at_their_number():
@@ -193,10 +216,16 @@ def test_zero_update_returns_the_fine_tuned_tensor_itself(mode):
 @pytest.mark.parametrize("shape", [(1, 7), (7, 1), (1, 1), (6, 9)])
 def test_rank_one_is_left_unchanged(shape):
     W0 = torch.randn(shape)
-    W1 = W0 + torch.outer(torch.randn(shape[0]), torch.randn(shape[1])) if min(shape) > 1 else W0 + torch.randn(shape)
+    W1 = (
+        W0 + torch.outer(torch.randn(shape[0]), torch.randn(shape[1]))
+        if min(shape) > 1
+        else W0 + torch.randn(shape)
+    )
     if min(shape) > 1:
         W0 = torch.zeros(shape)
-        W1 = torch.outer(torch.arange(1.0, 1 + shape[0]), torch.arange(1.0, 1 + shape[1]))  # exact in float32
+        W1 = torch.outer(
+            torch.arange(1.0, 1 + shape[0]), torch.arange(1.0, 1 + shape[1])
+        )  # exact in float32
     weight, record = edit(W0, W1)
     assert (record.k, record.rank) == (1, 1)
     assert torch.equal(weight, W1)
@@ -235,18 +264,24 @@ def test_skips():
     weight, record = edit(torch.ones(6), torch.zeros(6))
     assert record.reason == "fewer than two dimensions" and torch.equal(weight, torch.zeros(6))
     weight, record = edit(torch.zeros(40, 60), torch.randn(40, 60), min_rel_update=1e9)
-    assert record.action == "edited" and record.rel_update is None, "a zero W0 has no relative update and is edited"
+    assert record.action == "edited" and record.rel_update is None, (
+        "a zero W0 has no relative update and is edited"
+    )
 
 
 def test_realised_matches_its_definition_and_falls_with_the_update():
     shares = []
     for size in (1.0, 0.3, 0.1):  # relative updates of 1e-2, 3e-3, 1e-3
-        W0, W1 = tensors(zoo.pretrained(128, 192), size * zoo.deltas(128, 192)["random"], torch.bfloat16)
+        W0, W1 = tensors(
+            zoo.pretrained(128, 192), size * zoo.deltas(128, 192)["random"], torch.bfloat16
+        )
         weight, record = edit(W0, W1)
         _, exact, _ = oracle.monosoup(W0.double(), W1.double())
         intended = exact - W1.double().numpy()
         actual = weight.double().numpy() - W1.double().numpy()
-        assert record.realised == pytest.approx((actual * intended).sum() / (intended**2).sum(), rel=1e-4)
+        assert record.realised == pytest.approx(
+            (actual * intended).sum() / (intended**2).sum(), rel=1e-4
+        )
         assert record.edit_norm == pytest.approx(np.linalg.norm(actual), rel=1e-4)
         shares.append(record.realised)
     assert shares[0] > 0.5 > shares[1] > shares[2]
@@ -254,7 +289,9 @@ def test_realised_matches_its_definition_and_falls_with_the_update():
 
 # -- properties ----------------------------------------------------------------------------------------------------------
 
-matrices = st.tuples(st.integers(2, 24), st.integers(2, 24), st.integers(0, 2**31 - 1), st.floats(-2.0, 0.0))
+matrices = st.tuples(
+    st.integers(2, 24), st.integers(2, 24), st.integers(0, 2**31 - 1), st.floats(-2.0, 0.0)
+)
 
 
 def draw(matrix) -> np.ndarray:
@@ -270,7 +307,9 @@ def test_coefficients_are_convex_and_scale_free(matrix, mode, rule, R):
     zero = torch.zeros_like(delta)
     _, one = edit(zero, delta, mode=mode, R=R, coefficients=rule)
     _, other = edit(zero, 2.0**-9 * delta, mode=mode, R=R, coefficients=rule)
-    assert (one.k, one.lambda_high, one.lambda_low) == pytest.approx((other.k, other.lambda_high, other.lambda_low))
+    assert (one.k, one.lambda_high, one.lambda_low) == pytest.approx(
+        (other.k, other.lambda_high, other.lambda_low)
+    )
     assert 0 <= one.lambda_low <= 1 and 0 <= one.lambda_high <= 1
     if rule != "scalar":
         assert one.lambda_high + one.lambda_low == pytest.approx(1)
@@ -297,7 +336,10 @@ def test_transposing_commutes_with_editing(matrix, mode):
 @hypothesis.given(matrices)
 def test_k_grows_with_R(matrix):
     delta = torch.tensor(draw(matrix))
-    ks = [edit(torch.zeros_like(delta), delta, mode="variance", R=R)[1].k for R in (0.1, 0.5, 0.8, 0.95, 1.0)]
+    ks = [
+        edit(torch.zeros_like(delta), delta, mode="variance", R=R)[1].k
+        for R in (0.1, 0.5, 0.8, 0.95, 1.0)
+    ]
     assert ks == sorted(ks)
     assert ks[-1] == min(delta.shape)
 
@@ -331,7 +373,9 @@ def test_average_of_several_equals_editing_their_average():
     one, other = edit(base, torch.tensor(W0 + mean))
     assert record.k == other.k
     assert torch.allclose(many, one, atol=1e-10)
-    flat, copied = edit(base.flatten(), [torch.tensor((W0 + d).flatten()) for d in deltas], weights=[2, 1, 1])
+    flat, copied = edit(
+        base.flatten(), [torch.tensor((W0 + d).flatten()) for d in deltas], weights=[2, 1, 1]
+    )
     assert torch.allclose(flat, torch.tensor(W0 + mean).flatten(), atol=1e-12)
     assert copied.action == "copied" and "average of 3" in copied.reason
 
@@ -345,7 +389,9 @@ def test_a_convolution_is_one_matrix():
 
 
 def test_bitwise_deterministic():
-    W0, W1 = tensors(zoo.pretrained(200, 150), zoo.deltas(200, 150)["low rank + noise"], torch.bfloat16)
+    W0, W1 = tensors(
+        zoo.pretrained(200, 150), zoo.deltas(200, 150)["low rank + noise"], torch.bfloat16
+    )
     first, _ = edit(W0, W1)
     assert all(torch.equal(first, edit(W0, W1)[0]) for _ in range(3))
 
@@ -364,9 +410,21 @@ def test_non_finite_entries_are_counted_per_input():
 
 
 @pytest.mark.parametrize(
-    "settings", [dict(R=0.0), dict(R=1.5), dict(R=math.nan), dict(alpha=-0.1), dict(min_rel_update=-1), dict(mode="x"),
-                 dict(coefficients="half"), dict(weights=[-1.0]), dict(weights=[0.0]), dict(R="0.5"), dict(alpha=None)],
-)  # fmt: skip
+    "settings",
+    [
+        dict(R=0.0),
+        dict(R=1.5),
+        dict(R=math.nan),
+        dict(alpha=-0.1),
+        dict(min_rel_update=-1),
+        dict(mode="x"),
+        dict(coefficients="half"),
+        dict(weights=[-1.0]),
+        dict(weights=[0.0]),
+        dict(R="0.5"),
+        dict(alpha=None),
+    ],
+)
 def test_values_out_of_range(settings):
     with pytest.raises(ValueError, match=next(iter(settings))):
         edit(torch.zeros(3, 3), torch.ones(3, 3), **settings)
@@ -424,10 +482,16 @@ def test_what_the_dtype_cannot_hold_is_said():
     assert torch.equal(calibrate(W0, [W1, W1], normalize=True)[0], W1)
     with pytest.raises(OverflowError, match="leave the range of float16"):
         calibrate(W0, [W1, W1])  # 3e4 + 2·3e4
-    with pytest.raises(ValueError, match=r"svc: a\.b: its edited entries leave the range of float16.*`dtype: float32`"):
+    with pytest.raises(
+        ValueError,
+        match=r"svc: a\.b: its edited entries leave the range of float16.*`dtype: float32`",
+    ):
         merge_tensors([W0, W1, W1], "svc", base_index=0, name="a.b")
     with pytest.raises(OverflowError, match="squares overflow float64"):
-        edit(1e160 * torch.randn(8, 8, dtype=torch.float64), 1e160 * torch.randn(8, 8, dtype=torch.float64))
+        edit(
+            1e160 * torch.randn(8, 8, dtype=torch.float64),
+            1e160 * torch.randn(8, 8, dtype=torch.float64),
+        )
 
 
 def test_reduced_matmul_precision_is_not_inherited():
@@ -460,7 +524,10 @@ def test_parameters_of_modules_are_ordinary_inputs():
     """They require grad, and NumPy refuses such tensors."""
     W0, W1 = torch.nn.Linear(8, 6).weight, torch.nn.Linear(8, 6).weight
     weight, _ = edit(W0, W1, mode="variance")
-    assert torch.equal(weight, edit(W0.detach(), W1.detach(), mode="variance")[0]) and not weight.requires_grad
+    assert (
+        torch.equal(weight, edit(W0.detach(), W1.detach(), mode="variance")[0])
+        and not weight.requires_grad
+    )
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (4, 0), (0,)])

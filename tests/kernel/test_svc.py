@@ -56,10 +56,16 @@ def settings_of(form: str, updates: list[np.ndarray], W0: torch.Tensor) -> dict:
     if form == "merged":
         trimmed = sum(np.where(np.abs(d) > np.median(np.abs(d)), d, 0) for d in updates)
         return {"merged": (W0.double() + torch.tensor(trimmed)).to(W0.dtype)}
-    return {"weights": [2, 1, 1][: len(updates)], "normalize": True} if form == "average" else {"scaling": 0.3}
+    return (
+        {"weights": [2, 1, 1][: len(updates)], "normalize": True}
+        if form == "average"
+        else {"scaling": 0.3}
+    )
 
 
-def tensors(W0: np.ndarray, updates: list[np.ndarray], dtype: torch.dtype) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def tensors(
+    W0: np.ndarray, updates: list[np.ndarray], dtype: torch.dtype
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
     return torch.tensor(W0).to(dtype), [torch.tensor(W0 + d).to(dtype) for d in updates]
 
 
@@ -88,7 +94,9 @@ def test_calibrated_update_matches_float64_svd(kind, shape, form):
     assert record.rank == len(gamma) and record.realised == pytest.approx(1)
     # 1e-6, as the update: γ of the weakest directions moves with their singular vectors.
     found = (record.gamma_min, record.gamma_median, record.gamma_max, record.amplified)
-    assert found == pytest.approx((gamma.min(), np.median(gamma), gamma.max(), (gamma > 1).mean()), rel=1e-6)
+    assert found == pytest.approx(
+        (gamma.min(), np.median(gamma), gamma.max(), (gamma > 1).mean()), rel=1e-6
+    )
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -120,7 +128,9 @@ def test_bfloat16_is_the_oracle_rounded_once(form, shape):
     assert not torch.equal(weight, (W0.double() + torch.tensor(update)).bfloat16())
     actual = (weight.double() - W0.double()).numpy() - update
     intended = expected - update
-    assert record.realised == pytest.approx((actual * intended).sum() / (intended**2).sum(), rel=1e-6)
+    assert record.realised == pytest.approx(
+        (actual * intended).sum() / (intended**2).sum(), rel=1e-6
+    )
     assert record.edit_norm == pytest.approx(np.linalg.norm(actual), rel=1e-6)
 
 
@@ -131,8 +141,12 @@ def test_blocks_and_strides_do_not_change_the_result(monkeypatch, shape):
     whole, at_once = calibrate(W0, tasks)
     strided, other = calibrate(W0.T.contiguous().T, [w.T.contiguous().T for w in tasks])
     assert torch.allclose(strided, whole, rtol=0, atol=1e-12 * float(whole.abs().max()))
-    assert (other.edit_norm, other.gamma_max) == pytest.approx((at_once.edit_norm, at_once.gamma_max))
-    monkeypatch.setattr(task_vector, "BLOCK_ELEMENTS", 7 * 64)  # 7 rows at a time, with a ragged last block
+    assert (other.edit_norm, other.gamma_max) == pytest.approx(
+        (at_once.edit_norm, at_once.gamma_max)
+    )
+    monkeypatch.setattr(
+        task_vector, "BLOCK_ELEMENTS", 7 * 64
+    )  # 7 rows at a time, with a ragged last block
     parts, in_blocks = calibrate(W0, tasks)
     assert float((whole - parts).norm() / whole.norm()) < 1e-12
     assert in_blocks.gamma_min == pytest.approx(at_once.gamma_min)
@@ -162,7 +176,9 @@ def test_no_spectrum_names_the_tensor(monkeypatch):
 
     monkeypatch.setattr(spectrum, "Eigen", fails)
     monkeypatch.setattr(spectrum.Spectrum, "_decompose", fails)
-    with pytest.raises(RuntimeError, match=r"svc: layers\.3\.w \(4, 6\): its spectrum could not be computed"):
+    with pytest.raises(
+        RuntimeError, match=r"svc: layers\.3\.w \(4, 6\): its spectrum could not be computed"
+    ):
         merge_tensors(list(torch.randn(3, 4, 6)), "svc", base_index=0, name="layers.3.w")
 
 
@@ -186,7 +202,9 @@ def test_identical_tasks(shape, count):
     for settings, gamma in (({}, 1 / count), ({"normalize": True}, 1.0)):
         weight, record = calibrate(W0, tasks, **settings)
         assert error(weight, W0, delta) < 1e-12
-        assert (record.gamma_min, record.gamma_max, record.amplified) == pytest.approx((gamma, gamma, 0.0))
+        assert (record.gamma_min, record.gamma_max, record.amplified) == pytest.approx(
+            (gamma, gamma, 0.0)
+        )
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -200,13 +218,17 @@ def test_orthogonal_tasks(shape, normalize):
     rng = np.random.default_rng(0)
     U, V = (np.linalg.qr(rng.standard_normal((n, 40)))[0] for n in shape)
     sigma = 1.0 / np.arange(1, 41)  # all different: vectors of equal ones are not unique
-    updates = [(U[:, part] * sigma[part]) @ V[:, part].T for part in (slice(0, None, 2), slice(1, None, 2))]
+    updates = [
+        (U[:, part] * sigma[part]) @ V[:, part].T for part in (slice(0, None, 2), slice(1, None, 2))
+    ]
     W0, tasks = tensors(np.zeros(shape), updates, torch.float64)
     weight, record = calibrate(W0, tasks, normalize=normalize)
     share = 0.5 if normalize else 1.0
     gamma = 2 / (share + 0.1)
     assert record.rank == 40
-    assert (record.gamma_min, record.gamma_max, record.amplified) == pytest.approx((gamma, gamma, 1.0))
+    assert (record.gamma_min, record.gamma_max, record.amplified) == pytest.approx(
+        (gamma, gamma, 1.0)
+    )
     assert error(weight, W0, gamma * share * sum(updates)) < 1e-10
 
 
@@ -225,7 +247,11 @@ def test_merges_without_an_update():
     W0 = torch.tensor(zoo.pretrained(64, 96))
     delta = torch.tensor(zoo.deltas(64, 96)["random"]).float().double()
     weight, record = calibrate(torch.zeros_like(W0), [delta, -delta])  # they cancel exactly
-    assert torch.equal(weight, torch.zeros_like(W0)) and "no update" in record.reason and record.gamma_max is None
+    assert (
+        torch.equal(weight, torch.zeros_like(W0))
+        and "no update" in record.reason
+        and record.gamma_max is None
+    )
     merged = W0.clone()
     weight, record = calibrate(W0, [W0 + delta, W0 - delta], merged=merged)
     assert weight is merged and (record.action, record.reason) == ("copied", "no update")
@@ -235,10 +261,17 @@ def test_what_is_not_calibrated_stays_as_merged():
     W0, a, b, merged = torch.zeros(5), torch.ones(5), torch.full((5,), 3.0), torch.full((5,), 9.0)
     weight, record = calibrate(W0, [a, b], scaling=0.5)
     assert torch.equal(weight, torch.full((5,), 2.0))
-    assert record.reason == "fewer than two dimensions; merge of 2 models" and record.action == "copied"
-    assert torch.equal(calibrate(W0, [a, b], normalize=True, weights=[1, 3])[0], torch.full((5,), 2.5))
+    assert (
+        record.reason == "fewer than two dimensions; merge of 2 models"
+        and record.action == "copied"
+    )
+    assert torch.equal(
+        calibrate(W0, [a, b], normalize=True, weights=[1, 3])[0], torch.full((5,), 2.5)
+    )
     assert calibrate(W0, [a, b], merged=merged)[0] is merged
-    one, record = calibrate(torch.zeros(4, 3), [torch.ones(4, 3)], scaling=0.3)  # a tensor that only one model has
+    one, record = calibrate(
+        torch.zeros(4, 3), [torch.ones(4, 3)], scaling=0.3
+    )  # a tensor that only one model has
     assert "only one task model" in record.reason and torch.allclose(one, torch.full((4, 3), 0.3))
 
 
@@ -252,7 +285,9 @@ def test_a_convolution_is_one_matrix():
 
 # -- properties ----------------------------------------------------------------------------------------------------------
 
-worlds = st.tuples(st.integers(2, 20), st.integers(2, 20), st.integers(2, 4), st.integers(0, 2**31 - 1))
+worlds = st.tuples(
+    st.integers(2, 20), st.integers(2, 20), st.integers(2, 4), st.integers(0, 2**31 - 1)
+)
 
 
 def draw(world) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -260,7 +295,9 @@ def draw(world) -> tuple[torch.Tensor, list[torch.Tensor]]:
     rng = np.random.default_rng(seed)
     shared = rng.standard_normal((out, rest))
     return tensors(
-        np.zeros((out, rest)), [shared + rng.standard_normal((out, rest)) for _ in range(count)], torch.float64
+        np.zeros((out, rest)),
+        [shared + rng.standard_normal((out, rest)) for _ in range(count)],
+        torch.float64,
     )
 
 
@@ -269,7 +306,9 @@ def draw(world) -> tuple[torch.Tensor, list[torch.Tensor]]:
 def test_gamma_is_bounded_and_alpha_from_1_on_never_amplifies(world, alpha, scaling, normalize):
     W0, tasks = draw(world)
     weight, record = calibrate(W0, tasks, alpha=alpha, scaling=scaling, normalize=normalize)
-    assert 0 < record.gamma_min <= record.gamma_median <= record.gamma_max <= 1 / alpha * (1 + 1e-12)
+    assert (
+        0 < record.gamma_min <= record.gamma_median <= record.gamma_max <= 1 / alpha * (1 + 1e-12)
+    )
     longer = float(weight.norm()) / record.delta_norm
     assert record.gamma_min * (1 - 1e-9) <= longer <= record.gamma_max * (1 + 1e-9)
     if alpha >= 1:
@@ -300,7 +339,9 @@ def test_order_of_tasks_does_not_matter_and_both_forms_agree(world):
 
 
 def test_bitwise_deterministic_and_inputs_are_borrowed():
-    W0, tasks = tensors(zoo.pretrained(90, 70), tasks_of("low rank + noise", (90, 70)), torch.float64)
+    W0, tasks = tensors(
+        zoo.pretrained(90, 70), tasks_of("low rank + noise", (90, 70)), torch.float64
+    )
     before = [w.clone() for w in (W0, *tasks)]
     first, _ = calibrate(W0, tasks)
     assert all(torch.equal(first, calibrate(W0, tasks)[0]) for _ in range(3))
@@ -311,9 +352,17 @@ def test_bitwise_deterministic_and_inputs_are_borrowed():
 
 
 @pytest.mark.parametrize(
-    "settings", [dict(alpha=0.0), dict(alpha=math.nan), dict(alpha=math.inf), dict(scaling=-1.0), dict(scaling=math.inf),
-                 dict(weights=[-1.0, 1.0]), dict(weights=[0.0, 0.0])],
-)  # fmt: skip
+    "settings",
+    [
+        dict(alpha=0.0),
+        dict(alpha=math.nan),
+        dict(alpha=math.inf),
+        dict(scaling=-1.0),
+        dict(scaling=math.inf),
+        dict(weights=[-1.0, 1.0]),
+        dict(weights=[0.0, 0.0]),
+    ],
+)
 def test_values_out_of_range(settings):
     with pytest.raises(ValueError, match=next(iter(settings))):
         calibrate(torch.zeros(3, 3), [torch.ones(3, 3)] * 2, **settings)
@@ -337,7 +386,13 @@ def merge(base, tuned, out, *, parameters=None, per_model=None, **top):
     models = [{"model": str(path)} for path in tuned]
     for model, own in zip(models, per_model or [], strict=False):
         model["parameters"] = own
-    config = {"merge_method": "svc", "base_model": str(base), "models": models, "parameters": parameters or {}, **top}
+    config = {
+        "merge_method": "svc",
+        "base_model": str(base),
+        "models": models,
+        "parameters": parameters or {},
+        **top,
+    }
     run_merge(MergeConfiguration.model_validate(config), str(out), MergeOptions(quiet=True))
     return checkpoints.state_dict(out)
 
@@ -349,13 +404,18 @@ def qwen3(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("parameters", "per_model"),
-    [({"normalize": True}, [{}, {"weight": 2.0}, {}]), ({"scaling": 0.3, "alpha": 0.2}, [{"alpha": 0.2}] * 3),
-     ({}, [{}, {}, {"merged": True}])],
-)  # fmt: skip
+    [
+        ({"normalize": True}, [{}, {"weight": 2.0}, {}]),
+        ({"scaling": 0.3, "alpha": 0.2}, [{"alpha": 0.2}] * 3),
+        ({}, [{}, {}, {"merged": True}]),
+    ],
+)
 def test_every_tensor_of_a_checkpoint(tmp_path, qwen3, parameters, per_model):
     base, tuned = qwen3
     path = str(tmp_path / "r.jsonl")
-    merged = merge(base, tuned, tmp_path / "out", parameters=parameters | {"report": path}, per_model=per_model)
+    merged = merge(
+        base, tuned, tmp_path / "out", parameters=parameters | {"report": path}, per_model=per_model
+    )
     W0, models = checkpoints.state_dict(base), [checkpoints.state_dict(model) for model in tuned]
     records = {r.name: r for r in report.read(path)}
     assert set(merged) == set(W0) == set(records)
@@ -374,7 +434,9 @@ def test_every_tensor_of_a_checkpoint(tmp_path, qwen3, parameters, per_model):
         update, plain, gamma = svc_oracle.svc(start, tasks, **settings)
         # 1e-5: the float32 rounding of W0 + update, 6e-8 of W0 against an update of 2e-2 W0.
         assert error(weight, W0[name], update) < 1e-5 < 1e-2 < error(weight, W0[name], plain), name
-        assert records[name].action == "edited" and records[name].gamma_max == pytest.approx(gamma.max(), rel=1e-6)
+        assert records[name].action == "edited" and records[name].gamma_max == pytest.approx(
+            gamma.max(), rel=1e-6
+        )
 
 
 def test_experts_that_are_stored_transposed_are_turned(tmp_path):
@@ -383,7 +445,11 @@ def test_experts_that_are_stored_transposed_are_turned(tmp_path):
     W0, *tasks = (torch.randn(3, 24, 40) for _ in range(3))
     path = str(tmp_path / "r.jsonl")
     merged = merge_tensors(
-        [W0, *tasks], "svc", base_index=0, name="layers.0.feed_forward.experts.down_proj", parameters={"report": path}
+        [W0, *tasks],
+        "svc",
+        base_index=0,
+        name="layers.0.feed_forward.experts.down_proj",
+        parameters={"report": path},
     )
     plain = merge_tensors([W0, *tasks], "svc", base_index=0, name="layers.0.mlp.experts.down_proj")
     assert {r.shape for r in report.read(path)} == {(24, 40)}  # as stored
@@ -396,11 +462,18 @@ def test_experts_that_are_stored_transposed_are_turned(tmp_path):
 def test_mixture_of_experts_is_calibrated_expert_by_expert(tmp_path):
     base, tuned = checkpoints.pair(tmp_path, "qwen3_moe", tuned=2)
     merged = merge(base, tuned, tmp_path / "out", parameters={"report": str(tmp_path / "r.jsonl")})
-    states = [checkpoints.state_dict(model) for model in (base, *tuned)]  # stored as separate 2-D experts
+    states = [
+        checkpoints.state_dict(model) for model in (base, *tuned)
+    ]  # stored as separate 2-D experts
     gate_up = merged["model.layers.0.mlp.experts.gate_up_proj"]
     half = gate_up.shape[1] // 2
-    for expert, projection, found in ((1, "gate_proj", gate_up[1, :half]), (3, "up_proj", gate_up[3, half:])):
-        W0, *tasks = (state[f"model.layers.0.mlp.experts.{expert}.{projection}.weight"] for state in states)
+    for expert, projection, found in (
+        (1, "gate_proj", gate_up[1, :half]),
+        (3, "up_proj", gate_up[3, half:]),
+    ):
+        W0, *tasks = (
+            state[f"model.layers.0.mlp.experts.{expert}.{projection}.weight"] for state in states
+        )
         assert torch.equal(found, calibrate(W0, tasks)[0])
     names = {r.name for r in report.read(tmp_path / "r.jsonl")}
     assert "model.layers.0.mlp.experts.gate_up_proj[3].up" in names
@@ -412,7 +485,9 @@ def test_tensors_that_some_models_lack(tmp_path):
     ask = {"report": path}
     kept = merge_tensors([new, 3 * new], "svc", base_index=0, parameters=ask, name="alone.w")
     assert torch.equal(kept, 3 * new)
-    assert torch.equal(merge_tensors([new], "svc", base_index=0, parameters=ask, name="base.w"), new)
+    assert torch.equal(
+        merge_tensors([new], "svc", base_index=0, parameters=ask, name="base.w"), new
+    )
     reasons = {r.name: r.reason for r in report.read(path)}
     assert reasons["alone.w"].startswith("only one task model has it")
 
@@ -455,7 +530,12 @@ def test_wrong_values_fail_before_anything_is_written(tmp_path, qwen3, parameter
         (2, {}, [{"merged": True}], "beside the model that is `merged`.*at least two task models"),
         (3, {"merged": True}, [], "`merged` is true for .*at most one model"),
         (3, {"weight": 0}, [], "`weight` is 0 for every task model"),
-        (3, {"scaling": 0.3, "weight": 2}, [{"merged": True}], "`scaling`, `weight` would have no effect"),
+        (
+            3,
+            {"scaling": 0.3, "weight": 2},
+            [{"merged": True}],
+            "`scaling`, `weight` would have no effect",
+        ),
         (3, {"normalize": True}, [{"merged": True}], "`normalize` would have no effect"),
         (3, {}, [{"alpha": 0.5}], "`alpha` holds for the whole merge.*top-level"),
     ],
@@ -467,7 +547,9 @@ def test_inputs_that_make_no_sense(tmp_path, qwen3, count, parameters, per_model
 
 
 def test_missing_base_says_what_to_add():
-    with pytest.raises(ValueError, match=r"merge method svc needs the pretrained model.*base_model"):
+    with pytest.raises(
+        ValueError, match=r"merge method svc needs the pretrained model.*base_model"
+    ):
         merge_tensors([torch.zeros(2, 2), torch.ones(2, 2), torch.ones(2, 2)], "svc")
 
 
@@ -484,7 +566,12 @@ def test_lost_calibration_warns_with_the_right_name(tmp_path, caplog):
 
 def test_check_knows_the_method(tmp_path, qwen3):
     base, tuned = str(qwen3[0]), [str(path) for path in qwen3[1]]
-    config = {"merge_method": "svc", "base_model": base, "out_dtype": "bfloat16", "dtype": "float32"}
+    config = {
+        "merge_method": "svc",
+        "base_model": base,
+        "out_dtype": "bfloat16",
+        "dtype": "float32",
+    }
 
     def found(models, **parameters):
         path = tmp_path / "merge.yml"
@@ -494,13 +581,20 @@ def test_check_knows_the_method(tmp_path, qwen3):
     models = [{"model": path} for path in tuned]
     (only,) = found(models, normalize=True, alpha=0.5)
     assert only.startswith("warning out_dtype") and "realised" in only
-    apart = [dict(m, parameters={"weight": w, "merged": w == 3}) for w, m in zip((1, 2, 3), models, strict=True)]
-    assert all("warning" in line for line in found(apart)), "weight and merged may differ between models"
+    apart = [
+        dict(m, parameters={"weight": w, "merged": w == 3})
+        for w, m in zip((1, 2, 3), models, strict=True)
+    ]
+    assert all("warning" in line for line in found(apart)), (
+        "weight and merged may differ between models"
+    )
     apart[0]["parameters"] = {"alpha": 0.5}
     assert any("error alpha: holds for the whole merge" in line for line in found(apart))
     flagged = [dict(m, parameters={"merged": True}) for m in models]
     assert any("at most one can be the merge" in line for line in found(flagged))
-    assert any("svc needs two task models beside" in line for line in found(flagged[:1] + models[1:2]))
+    assert any(
+        "svc needs two task models beside" in line for line in found(flagged[:1] + models[1:2])
+    )
     assert any("`alpha` must be a number > 0" in line for line in found(models, alpha=0))
 
 
@@ -508,9 +602,13 @@ def test_table_of_a_report(tmp_path):
     path = str(tmp_path / "r.jsonl")
     W0, a, b = torch.randn(3, 8, 6)
     for layer in range(2):
-        merge_tensors([W0, a, b], "svc", base_index=0, name=f"layers.{layer}.w", parameters={"report": path})
+        merge_tensors(
+            [W0, a, b], "svc", base_index=0, name=f"layers.{layer}.w", parameters={"report": path}
+        )
     result = CliRunner().invoke(main, ["report", path])
-    assert result.exit_code == 0 and all(word in result.output for word in ("SVC", "γ median", "γ > 1", "layers.*.w"))
+    assert result.exit_code == 0 and all(
+        word in result.output for word in ("SVC", "γ median", "γ > 1", "layers.*.w")
+    )
     assert "λ_low" not in result.output
     row, total = report.summarise(report.read(path))
     _, _, gamma = svc_oracle.svc(W0, [a, b])
@@ -543,6 +641,8 @@ def test_no_amplification_of_orthogonal_tasks_is_no_edit(dtype):
         columns = slice(20 * number, 20 * number + 20)
         task[rows, columns] = (0.1 * torch.randn(32, 20)).to(dtype)
     weight, record = calibrate(base, tasks, alpha=1.0)
-    assert record.gamma_min == pytest.approx(1, abs=1e-12) and record.gamma_max == pytest.approx(1, abs=1e-12)
+    assert record.gamma_min == pytest.approx(1, abs=1e-12) and record.gamma_max == pytest.approx(
+        1, abs=1e-12
+    )
     assert record.realised is None
     assert torch.allclose(weight.float(), sum(task.float() for task in tasks), atol=1e-6)

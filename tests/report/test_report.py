@@ -15,10 +15,32 @@ from mergekit_monosoup.cli import main
 from mergekit_monosoup.report import Journal, Record, layer_group, read, summarise
 
 FIELDS = [
-    "name", "shape", "dtype", "action", "reason", "mode", "R", "k", "rank", "effective_rank", "P_k", "rho",
-    "cos_alpha", "lambda_high", "lambda_low", "gamma_min", "gamma_median", "gamma_max", "amplified", "delta_norm",
-    "rel_update", "edit_norm", "realised", "solver", "seconds",
-]  # fmt: skip
+    "name",
+    "shape",
+    "dtype",
+    "action",
+    "reason",
+    "mode",
+    "R",
+    "k",
+    "rank",
+    "effective_rank",
+    "P_k",
+    "rho",
+    "cos_alpha",
+    "lambda_high",
+    "lambda_low",
+    "gamma_min",
+    "gamma_median",
+    "gamma_max",
+    "amplified",
+    "delta_norm",
+    "rel_update",
+    "edit_norm",
+    "realised",
+    "solver",
+    "seconds",
+]
 
 
 def record(name: str, **values) -> Record:
@@ -72,7 +94,12 @@ def test_a_rehearsal_leaves_the_report_of_a_running_merge_alone(tmp_path):
 def test_unnamed_tensors_are_appended(tmp_path):
     path = str(tmp_path / "r.jsonl")
     for _ in range(3):
-        merge_tensors([torch.zeros(3, 3), torch.randn(3, 3)], "monosoup", base_index=0, parameters={"report": path})
+        merge_tensors(
+            [torch.zeros(3, 3), torch.randn(3, 3)],
+            "monosoup",
+            base_index=0,
+            parameters={"report": path},
+        )
     assert len(read(path)) == 3
 
 
@@ -90,20 +117,45 @@ def test_a_report_that_is_not_one(tmp_path):
 
 def test_summary_by_hand():
     made = [
-        record("model.layers.0.up.weight", k=1, rank=2, lambda_low=0.2, edit_norm=3.0, realised=1.0, seconds=1.0),
-        record("model.layers.1.up.weight", k=2, rank=2, lambda_low=0.4, edit_norm=1.0, realised=0.0, seconds=2.0),
-        Record("model.norm.weight", (4,), "float32", action="copied", reason="fewer than two dimensions"),
+        record(
+            "model.layers.0.up.weight",
+            k=1,
+            rank=2,
+            lambda_low=0.2,
+            edit_norm=3.0,
+            realised=1.0,
+            seconds=1.0,
+        ),
+        record(
+            "model.layers.1.up.weight",
+            k=2,
+            rank=2,
+            lambda_low=0.4,
+            edit_norm=1.0,
+            realised=0.0,
+            seconds=2.0,
+        ),
+        Record(
+            "model.norm.weight",
+            (4,),
+            "float32",
+            action="copied",
+            reason="fewer than two dimensions",
+        ),
     ]
     up, norm, total = summarise(made)
     assert (up.group, up.edited, up.copied, up.parameters) == ("model.layers.*.up.weight", 2, 0, 24)
-    assert (up.rank_share, up.lambda_low, up.realised, up.seconds) == pytest.approx((0.75, 0.3, 0.9, 3.0))
+    assert (up.rank_share, up.lambda_low, up.realised, up.seconds) == pytest.approx(
+        (0.75, 0.3, 0.9, 3.0)
+    )
     assert (norm.edited, norm.copied, norm.reasons) == (0, 1, ("fewer than two dimensions",))
     assert (total.group, total.edited, total.copied, total.parameters) == ("total", 2, 1, 28)
 
 
 def test_groups():
     assert (
-        layer_group("model.layers.12.mlp.experts.gate_up_proj[3].up") == "model.layers.*.mlp.experts.gate_up_proj[*].up"
+        layer_group("model.layers.12.mlp.experts.gate_up_proj[3].up")
+        == "model.layers.*.mlp.experts.gate_up_proj[*].up"
     )
 
 
@@ -111,20 +163,39 @@ def test_the_table_shows_groups_totals_and_reasons(tmp_path):
     path = tmp_path / "r.jsonl"
     W0 = torch.randn(8, 6)
     for layer in range(3):
-        merge_tensors([W0, W0 + 0.1 * torch.randn(8, 6)], "monosoup", base_index=0, name=f"layers.{layer}.w",
-                      parameters={"report": str(path), "mode": "variance"})  # fmt: skip
-    merge_tensors([W0, W0.clone()], "monosoup", base_index=0, name="frozen.w", parameters={"report": str(path)})
+        merge_tensors(
+            [W0, W0 + 0.1 * torch.randn(8, 6)],
+            "monosoup",
+            base_index=0,
+            name=f"layers.{layer}.w",
+            parameters={"report": str(path), "mode": "variance"},
+        )
+    merge_tensors(
+        [W0, W0.clone()],
+        "monosoup",
+        base_index=0,
+        name="frozen.w",
+        parameters={"report": str(path)},
+    )
     result = CliRunner().invoke(main, ["report", str(path)])
     assert result.exit_code == 0
-    assert "layers.*.w" in result.output and "total" in result.output and "no update: frozen.w" in result.output
+    assert (
+        "layers.*.w" in result.output
+        and "total" in result.output
+        and "no update: frozen.w" in result.output
+    )
     narrow = CliRunner(env={"FORCE_COLOR": "1", "TTY_COMPATIBLE": "1", "COLUMNS": "80"}).invoke(
         main, ["report", str(path)]
     )
-    assert "layers.*.w" in narrow.output and "realised" in narrow.output and "…" not in narrow.output
+    assert (
+        "layers.*.w" in narrow.output and "realised" in narrow.output and "…" not in narrow.output
+    )
     rows = json.loads(CliRunner().invoke(main, ["report", str(path), "--json"]).output)
     assert [(r["group"], r["edited"], r["copied"]) for r in rows] == [
-        ("layers.*.w", 3, 0), ("frozen.w", 0, 1), ("total", 3, 1),
-    ]  # fmt: skip
+        ("layers.*.w", 3, 0),
+        ("frozen.w", 0, 1),
+        ("total", 3, 1),
+    ]
 
 
 @pytest.mark.parametrize("kind", ["folder", "other file", "weights", "below a file"])
@@ -139,7 +210,10 @@ def test_a_report_never_replaces_what_is_no_report(tmp_path, kind):
     words = "a folder" if kind in ("folder", "below a file") else "is not a report"
     with pytest.raises(ValueError, match=words):
         merge_tensors(
-            [torch.zeros(3, 3), torch.randn(3, 3)], "monosoup", base_index=0, parameters={"report": str(target)}
+            [torch.zeros(3, 3), torch.randn(3, 3)],
+            "monosoup",
+            base_index=0,
+            parameters={"report": str(target)},
         )
     with pytest.raises(ValueError, match=words):
         Journal().add([record("a")], str(target))
@@ -152,7 +226,9 @@ def test_what_the_last_report_is_kept_as_may_be_somebodys_file(tmp_path):
     Journal().add([record("a")], str(path))
     with pytest.raises(ValueError, match=r"r\.jsonl\.old exists and is not a report"):
         Journal().add([record("b")], str(path))
-    assert (tmp_path / "r.jsonl.old").read_text() == "my notes\n" and [r.name for r in read(path)] == ["a"]
+    assert (tmp_path / "r.jsonl.old").read_text() == "my notes\n" and [
+        r.name for r in read(path)
+    ] == ["a"]
 
 
 def test_a_pipe_is_no_report(tmp_path):
@@ -180,7 +256,10 @@ def test_lines_of_the_wrong_type(tmp_path):
     with pytest.raises(ValueError, match=r"line 1: .*`name`: Input should be a valid string"):
         read(path)
     path.write_text('{"name": "a", "shape": 3, "dtype": "float32"}\n')
-    assert "line 1: not a monosoup record (`shape`: " in CliRunner().invoke(main, ["report", str(path)]).output
+    assert (
+        "line 1: not a monosoup record (`shape`: "
+        in CliRunner().invoke(main, ["report", str(path)]).output
+    )
     path.write_bytes(b"\xff\x00")
     with pytest.raises(ValueError, match="not text"):
         read(path)

@@ -140,12 +140,17 @@ def stack() -> tuple[list[Tensor], list[Tensor]]:
 
 
 def on_device(before: list[Tensor], after: list[Tensor]) -> list[Job]:
-    return [Job(W0.to(DEVICE), [W1.to(DEVICE)], f"[{e}]") for e, (W0, W1) in enumerate(zip(before, after, strict=True))]
+    return [
+        Job(W0.to(DEVICE), [W1.to(DEVICE)], f"[{e}]")
+        for e, (W0, W1) in enumerate(zip(before, after, strict=True))
+    ]
 
 
 def test_matrices_of_one_shape_are_a_batch():
     before, after = stack()
-    for W0, W1, (found, record) in zip(before, after, edit_each(on_device(before, after)), strict=True):
+    for W0, W1, (found, record) in zip(
+        before, after, edit_each(on_device(before, after)), strict=True
+    ):
         assert apart(found, edit(W0, W1)[0], W0) < CLOSE
         assert record.solver == f"batched {HERE}"
 
@@ -167,7 +172,8 @@ def unwilling(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("broken", "last"), [([], "lapack"), ([eigen.Lapack], "eigh"), ([eigen.Lapack, eigen.Eigh], "svd")]
+    ("broken", "last"),
+    [([], "lapack"), ([eigen.Lapack], "eigh"), ([eigen.Lapack, eigen.Eigh], "svd")],
 )
 @pytest.mark.parametrize("many", [False, True])
 def test_rungs_below_the_device(unwilling, monkeypatch, broken, last, many):
@@ -175,7 +181,11 @@ def test_rungs_below_the_device(unwilling, monkeypatch, broken, last, many):
     expected, _ = edit(W0, W1)
     for solver in broken:
         monkeypatch.setattr(solver, "__init__", fails)
-    found, record = list(edit_each(on_device([W0, W0], [W1, W1])))[1] if many else edit(W0.to(DEVICE), W1.to(DEVICE))
+    found, record = (
+        list(edit_each(on_device([W0, W0], [W1, W1])))[1]
+        if many
+        else edit(W0.to(DEVICE), W1.to(DEVICE))
+    )
     assert apart(found, expected, W0) < CLOSE
     assert record.solver.startswith(f"{last}; ") and f"{HERE} failed: " in record.solver
 
@@ -184,7 +194,10 @@ def test_vectors_fail_after_the_values(monkeypatch):
     monkeypatch.setattr(eigen.Eigh, "vectors", fails)
     W0, W1 = pair()
     found, record = edit(W0.to(DEVICE), W1.to(DEVICE))
-    assert record.solver == f"lapack; {HERE} failed: injected" and apart(found, edit(W0, W1)[0], W0) < CLOSE
+    assert (
+        record.solver == f"lapack; {HERE} failed: injected"
+        and apart(found, edit(W0, W1)[0], W0) < CLOSE
+    )
 
 
 @pytest.mark.parametrize("method", [edit, svc.calibrate])
@@ -232,17 +245,34 @@ def test_a_batch_waits_for_its_eigenvalues_once(accelerator):
 
 @pytest.mark.parametrize(
     ("method", "family", "options"),
-    [("monosoup", "qwen3", {}), ("monosoup", "qwen3_moe", {"read_to_gpu": True}), ("svc", "qwen3", {})],
+    [
+        ("monosoup", "qwen3", {}),
+        ("monosoup", "qwen3_moe", {"read_to_gpu": True}),
+        ("svc", "qwen3", {}),
+    ],
 )
 def test_merges(tmp_path, method, family, options):
     base, tuned = checkpoints.pair(tmp_path, family, tuned=2)
-    config = {"merge_method": method, "base_model": str(base), "models": [{"model": str(path)} for path in tuned]}
+    config = {
+        "merge_method": method,
+        "base_model": str(base),
+        "models": [{"model": str(path)} for path in tuned],
+    }
     merged = []
     for name, more in (("cpu", {}), ("device", {"device": str(DEVICE), **options})):
         config["parameters"] = {"report": str(tmp_path / f"{name}.jsonl")}
-        run_merge(MergeConfiguration.model_validate(config), str(tmp_path / name), MergeOptions(quiet=True, **more))
+        run_merge(
+            MergeConfiguration.model_validate(config),
+            str(tmp_path / name),
+            MergeOptions(quiet=True, **more),
+        )
         merged.append(checkpoints.state_dict(tmp_path / name))
     assert merged[0].keys() == merged[1].keys()
-    assert all(torch.allclose(merged[0][name], merged[1][name], rtol=1e-5, atol=CLOSE) for name in merged[0])
-    solvers = {r.solver for r in report.read(str(tmp_path / "device.jsonl")) if r.action == "edited"}
+    assert all(
+        torch.allclose(merged[0][name], merged[1][name], rtol=1e-5, atol=CLOSE)
+        for name in merged[0]
+    )
+    solvers = {
+        r.solver for r in report.read(str(tmp_path / "device.jsonl")) if r.action == "edited"
+    }
     assert solvers <= {"eigh", f"batched {HERE}", None} and "eigh" in solvers

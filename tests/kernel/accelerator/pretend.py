@@ -16,7 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 
-class _Module(backend_registration._DummyBackendModule):  # what torch and mergekit ask of `torch.pretend`
+class _Module(
+    backend_registration._DummyBackendModule
+):  # what torch and mergekit ask of `torch.pretend`
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.float16]
 
@@ -33,7 +35,9 @@ class OnDevice(Tensor):
     @staticmethod
     def __new__(cls, held: Tensor) -> OnDevice:
         layout = {"strides": held.stride(), "storage_offset": held.storage_offset()}
-        tensor = Tensor._make_wrapper_subclass(cls, held.size(), dtype=held.dtype, device=DEVICE, **layout)
+        tensor = Tensor._make_wrapper_subclass(
+            cls, held.size(), dtype=held.dtype, device=DEVICE, **layout
+        )
         tensor.held = held
         return tensor
 
@@ -82,11 +86,17 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     there = [x for x in given if isinstance(x, OnDevice)]
     here = [x for x in given if not isinstance(x, OnDevice)]
     if there and name not in ("copy_", "_to_copy") and any(x.ndim for x in here):
-        raise RuntimeError(f"{name}: expected all tensors to be on one device, found {DEVICE} and cpu")
+        raise RuntimeError(
+            f"{name}: expected all tensors to be on one device, found {DEVICE} and cpu"
+        )
     target = torch.device(kwargs["device"]) if kwargs.get("device") is not None else None
     if target is None:
         # In-place operations stay where their first argument is, others go where one of them is.
-        target = DEVICE if (isinstance(args[0], OnDevice) if name == "copy_" else there) else torch.device("cpu")
+        target = (
+            DEVICE
+            if (isinstance(args[0], OnDevice) if name == "copy_" else there)
+            else torch.device("cpu")
+        )
     of_a_mask = name == "index" and any(x.dtype == torch.bool for x in there)
     if there and (target.type == "cpu" or name in WAITING or of_a_mask):
         Accelerator.waits += 1
