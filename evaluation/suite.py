@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from mergekit_monosoup.checkpoints.yaml import UniqueKeyLoader
+
 SHIPPED = Path(__file__).parent / "suites"
 GroupName = Literal["ID", "OOD"]
 
@@ -103,10 +105,6 @@ def shipped() -> list[str]:
 
 def load(name_or_path: str) -> Suite:
     """The suite of that name, or of that YAML file."""
-    from mergekit_monosoup.check import (
-        UniqueKeyLoader,
-    )  # not above: it imports mergekit, which tables do not need
-
     path = SHIPPED / f"{name_or_path}.yml" if name_or_path in shipped() else Path(name_or_path)
     try:
         data: Any = yaml.load(path.read_text(encoding="utf-8"), UniqueKeyLoader)

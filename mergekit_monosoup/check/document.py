@@ -12,7 +12,7 @@ import os
 import re
 import types
 import typing
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -30,8 +30,10 @@ from mergekit.plan import MergePlanner
 from mergekit.scripts.merge_raw_pytorch import RawPyTorchMergeConfig
 from pydantic import BaseModel, ValidationError
 
+from mergekit_monosoup.checkpoints.headers import LackingError
+from mergekit_monosoup.checkpoints.inputs import Inputs, loads
 from mergekit_monosoup.checkpoints.reader import FILE_SUFFIXES, SHOWN, NotThereError, check_path
-from mergekit_monosoup.distributed import plan
+from mergekit_monosoup.checkpoints.yaml import UniqueKeyLoader
 from mergekit_monosoup.report import REHEARSAL
 
 # This package's methods and which of their parameters may differ between models; the others hold for the whole merge.
@@ -56,24 +58,6 @@ class _RefusedError(Exception):
     def __init__(self, finding: Finding):
         super().__init__(finding.message)
         self.finding = finding
-
-
-class UniqueKeyLoader(yaml.SafeLoader):
-    """YAML lets the last of two equal keys win without a word."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":
-                continue  # `<<: *anchor`; what it brings in is there to be overwritten
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, Hashable) and key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key!r} appears twice", key_node.start_mark
-                )
-            if isinstance(key, Hashable):
-                seen.add(key)
-        return super().construct_mapping(node, deep)
 
 
 def check(path: str | Path) -> list[Finding]:
@@ -778,9 +762,9 @@ def _missed(tasks: Sequence[SaveTensor]) -> tuple[dict[str, set[str]], dict[str,
 
     All models are readable folders.
     """
-    loads = dict.fromkeys(load for task in tasks for load in plan.loads(task.tensor_task))
+    loads = dict.fromkeys(load for task in tasks for load in loads(task.tensor_task))
     models = dict.fromkeys(load.model for load in loads)
-    inputs = plan.Inputs(
+    inputs = Inputs(
         {m: LazyTensorLoader(ShardedTensorIndex.from_disk(m.model.path)) for m in models}
     )
     lacking: dict[str, set[str]] = {}
@@ -791,7 +775,7 @@ def _missed(tasks: Sequence[SaveTensor]) -> tuple[dict[str, set[str]], dict[str,
         read |= {load.tensor, *(load.aliases or ()), *(load.tied_names or ())}
         try:
             read |= {source.name for source in inputs.sources(load)[0]}
-        except plan.LackingError:
+        except LackingError:
             lacking.setdefault(str(load.model), set()).add(load.tensor)
     # What is read of any model is in the merged one: modules may take their tensors from different models.
     return lacking, {

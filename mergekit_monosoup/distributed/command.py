@@ -19,10 +19,10 @@ from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 from mergekit.scripts import run_yaml
 from safetensors import SafetensorError
 
+from mergekit_monosoup.checkpoints.headers import read_header
 from mergekit_monosoup.distributed.driver import MergeError, Request, merge
 from mergekit_monosoup.distributed.engines import InProcess, OnRay, import_ray
 from mergekit_monosoup.distributed.folder import Done, WorkFolder
-from mergekit_monosoup.distributed.plan import read_header
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 ALONE = "--gpus gives each of several workers a GPU: add --workers N, or take --cuda for one"
@@ -117,9 +117,8 @@ def run(
             _check_places(out_path, config)
             with work.claimed(resume=False, force=force):
                 pass
-        mergekit_yaml = partial(
-            run_yaml.main.callback, config_file=config_file, **merge_options.model_dump()
-        )  # type: ignore[misc, arg-type]
+        callback: Any = run_yaml.main.callback
+        mergekit_yaml = partial(callback, config_file=config_file, **merge_options.model_dump())
         with _errors(out_path, merge_options.verbosity > 0):
             if not force:
                 mergekit_yaml(out_path=out_path)

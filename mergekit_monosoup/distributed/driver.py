@@ -27,17 +27,18 @@ from mergekit.options import MergeOptions
 from mergekit.tokenizer import BuildTokenizer, TokenizerInfo
 
 from mergekit_monosoup import report
+from mergekit_monosoup.checkpoints.inputs import Inputs
 from mergekit_monosoup.distributed import folder as folders
 from mergekit_monosoup.distributed.engines import Engine
 from mergekit_monosoup.distributed.fingerprint import Fingerprint, document, fingerprint, versions
 from mergekit_monosoup.distributed.folder import Done, FolderError, WorkFolder
 from mergekit_monosoup.distributed.plan import (
     Batch,
-    Inputs,
     Plan,
     PlanError,
     batch_bytes,
     divide,
+    footprint,
     in_order,
     take_apart,
 )
@@ -149,9 +150,9 @@ class Distributor:
             self.work.check_same(wanted)
         if plan.tokenizer is not None:
             yield plan.tokenizer, self._tokenizer(plan.tokenizer)
-        inputs = Inputs(loaders, request.options.trust_remote_code, self._threads)
-        footprints = [inputs.footprint(task) for task in plan.tensors]
-        size = sum(footprint.written for footprint in footprints)
+        inputs = Inputs(loaders, request.options.trust_remote_code)
+        footprints = [footprint(inputs, task, self._threads) for task in plan.tensors]
+        size = sum(one.written for one in footprints)
         with contextlib.closing(request.engine()) as engine:
             limit = self.work.division(
                 wanted, batch_bytes(size, engine.workers, request.options.out_shard_size)

@@ -5,26 +5,19 @@ Sizes are read from file headers, never from the data.
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import struct
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
-from zipfile import is_zipfile
 
 import torch
-from mergekit.architecture.conversion import convert_checkpoint_tensors
-from mergekit.common import ModelReference, dtype_from_name
+from mergekit.common import dtype_from_name
 from mergekit.graph import Task
-from mergekit.io import LazyTensorLoader
-from mergekit.io.tasks import FinalizeModel, LoadTensor, SaveTensor, TensorWriterTask
+from mergekit.io.tasks import FinalizeModel, SaveTensor, TensorWriterTask
 from mergekit.tokenizer import BuildTokenizer
 
-from mergekit_monosoup.checkpoints.names import layer, matrices
+from mergekit_monosoup.checkpoints.inputs import Inputs, loads
+from mergekit_monosoup.checkpoints.names import matrices
 from mergekit_monosoup.kernel.batch import MEMORY as STACK_BUFFERS
 from mergekit_monosoup.methods import METHODS
 
@@ -45,10 +38,6 @@ WORKING = 16
 
 class PlanError(ValueError):
     """mergekit's plan holds what this package does not know how to divide."""
-
-
-class LackingError(ValueError):
-    """A model does not have a tensor that the merge needs."""
 
 
 @dataclass(frozen=True)
@@ -156,179 +145,53 @@ def in_order(batches: Sequence[Batch], limit: int) -> list[Batch]:
     )
 
 
-# -- sizes -----------------------------------------------------------------------------------------------------------------
+# -- sizes -----------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Stored:
-    """A tensor in a file."""
+def footprint(inputs: Inputs, task: SaveTensor, threads: int) -> Footprint:
+    """What merging one output tensor takes, from the headers of what it loads.
 
-    file: str
-    name: str
-    shape: tuple[int, ...]
-    size: int  # bytes
+    ``threads``: of the worker that will merge it.
 
-    @property
-    def itemsize(self) -> int:
-        return self.size // (math.prod(self.shape) or 1)
-
-
-@dataclass
-class Inputs:
-    """Where the tensors of each model lie, and how large they are. ``threads``: of the worker that will load them."""
-
-    loaders: Mapping[ModelReference, LazyTensorLoader]
-    trust_remote_code: bool = False
-    threads: int = 1
-    _headers: dict[str, dict[str, Stored]] = field(default_factory=dict)
-    _layers: dict[ModelReference, dict[tuple[int, ...], list[str]]] = field(default_factory=dict)
-    _kinds: dict[ModelReference, str] = field(default_factory=dict)
-
-    def footprint(self, task: SaveTensor) -> Footprint:
-        """Of one output tensor, from the headers of what it loads.
-
-        Raises:
-            LackingError: mergekit could not load one of its inputs.
-        """
-        inputs = [(load, *self.sources(load)) for load in dict.fromkeys(loads(task.tensor_task))]
-        held, written = 0, 0
-        lean = getattr(task.tensor_task, "method_name", "") in LEAN
-        for load, stored, shape in inputs:
-            if not stored:
-                continue
-            # Alive twice while it is cast, or stacked from single experts.
-            held += math.prod(shape) * _itemsize(load.dtype, stored[0].itemsize) + sum(
-                source.size for source in stored
-            )
-            held += 0 if lean else WORKING * math.prod(shape)
-            written = written or math.prod(shape) * _itemsize(
-                task.dtype or load.dtype, stored[0].itemsize
-            )
-        buffers = max((self._buffers(task.tensor_name, shape) for _, _, shape in inputs), default=0)
-        sources = dict.fromkeys(source for _, stored, _ in inputs for source in stored)
-        return Footprint(
-            files=tuple(dict.fromkeys(source.file for source in sources)),
-            read=sum(source.size for source in sources),
-            written=written,
-            memory=held + buffers,
+    Raises:
+        LackingError: mergekit could not load one of its inputs.
+    """
+    read = [(load, *inputs.sources(load)) for load in dict.fromkeys(loads(task.tensor_task))]
+    held, written = 0, 0
+    lean = getattr(task.tensor_task, "method_name", "") in LEAN
+    for load, stored, shape in read:
+        if not stored:
+            continue
+        # Alive twice while it is cast, or stacked from single experts.
+        held += math.prod(shape) * _itemsize(load.dtype, stored[0].itemsize) + sum(
+            source.size for source in stored
         )
+        held += 0 if lean else WORKING * math.prod(shape)
+        written = written or math.prod(shape) * _itemsize(
+            task.dtype or load.dtype, stored[0].itemsize
+        )
+    buffers = max(
+        (_kernel_buffers(task.tensor_name, shape, threads) for _, _, shape in read), default=0
+    )
+    sources = dict.fromkeys(source for _, stored, _ in read for source in stored)
+    return Footprint(
+        files=tuple(dict.fromkeys(source.file for source in sources)),
+        read=sum(source.size for source in sources),
+        written=written,
+        memory=held + buffers,
+    )
 
-    def _buffers(self, name: str, shape: tuple[int, ...]) -> int:
-        """Of the kernels of this package, for a tensor of this shape."""
-        parts = matrices(name, shape)
-        if not parts:
-            return 0
-        matrix = torch.empty(shape, device="meta")[parts[0][1]]
-        one = SQUARES * min(len(matrix), matrix.numel() // len(matrix)) ** 2
-        return max(one, min(one * min(self.threads, len(parts)), STACK_BUFFERS))
 
-    def sources(self, load: LoadTensor) -> tuple[list[Stored], tuple[int, ...]]:
-        """What is read for a tensor and its shape; nothing of an optional tensor that the model lacks.
-
-        Raises:
-            LackingError: the model lacks it, or a part of it.
-        """
-        loader = self.loaders[load.model]
-        paths = loader.index.tensor_paths
-        for name in (load.tensor, *(load.aliases or ()), *(load.tied_names or ())):
-            if name in paths:
-                stored = self._stored(loader, name)
-                return [stored], stored.shape
-        # Experts are stored one by one and loaded as a stack. All names of the layer first: with the 36 thousand of a large
-        # model each stack would take half a second here.
-        for names in (self._near(load.model)[layer(load.tensor)], list(paths)):
-            for target in (load.tensor, *(load.aliases or ())):
-                read: list[Stored] = []
-                sources = {name: partial(self._empty, loader, name, read) for name in names}
-                try:
-                    made = convert_checkpoint_tensors(self._kind(load.model), sources, target)
-                except RuntimeError as error:  # a stack of experts, of which some are missing
-                    raise LackingError(
-                        f"{load.model} lacks parts of {load.tensor}: {error}"
-                    ) from error
-                if made is not None:
-                    return read, tuple(made.shape)
-        if not load.optional:
-            raise LackingError(
-                f"{load.model} lacks {load.tensor}, which the merge needs: is the checkpoint complete?"
-            )
-        return [], ()
-
-    def _near(self, model: ModelReference) -> dict[tuple[int, ...], list[str]]:
-        if model not in self._layers:
-            self._layers[model] = defaultdict(list)
-            for name in self.loaders[model].index.tensor_paths:
-                self._layers[model][layer(name)].append(name)
-        return self._layers[model]
-
-    def _empty(self, loader: LazyTensorLoader, name: str, read: list[Stored]) -> torch.Tensor:
-        stored = self._stored(loader, name)
-        read.append(stored)
-        return torch.empty(stored.shape, device="meta")
-
-    def _kind(self, model: ModelReference) -> str:
-        if model not in self._kinds:
-            self._kinds[model] = model.config(trust_remote_code=self.trust_remote_code).model_type
-        return self._kinds[model]
-
-    def _stored(self, loader: LazyTensorLoader, name: str) -> Stored:
-        file = os.path.join(loader.index.base_path, loader.index.tensor_paths[name])
-        if file not in self._headers:
-            self._headers[file] = read_header(file)
-        if name not in self._headers[file]:
-            raise LackingError(
-                f"{file} lacks {name}, which the index beside it lists: is the checkpoint complete?"
-            )
-        return self._headers[file][name]
+def _kernel_buffers(name: str, shape: tuple[int, ...], threads: int) -> int:
+    """Bytes that the kernels of this package need for a tensor of this shape, beside its inputs."""
+    parts = matrices(name, shape)
+    if not parts:
+        return 0
+    matrix = torch.empty(shape, device="meta")[parts[0][1]]
+    one = SQUARES * min(len(matrix), matrix.numel() // len(matrix)) ** 2
+    return max(one, min(one * min(threads, len(parts)), STACK_BUFFERS))
 
 
 def _itemsize(dtype: str | None, otherwise: int) -> int:
     named = dtype_from_name(dtype)
     return named.itemsize if named else otherwise
-
-
-def loads(task: Task[Any]) -> Iterator[LoadTensor]:
-    """What a task reads, directly or through others; a tensor that several of these ask for comes several times."""
-    if isinstance(task, LoadTensor):
-        yield task
-    for argument in task.arguments().values():
-        yield from loads(argument)
-
-
-def read_header(file: str) -> dict[str, Stored]:
-    """Raises LackingError: a safetensors file is cut off."""
-    if not file.lower().endswith(".safetensors"):
-        state = torch.load(file, map_location="meta", weights_only=True, mmap=is_zipfile(file))
-        tensors = {
-            name: t
-            for name, t in state.get("state_dict", state).items()
-            if isinstance(t, torch.Tensor)
-        }
-        return {name: Stored(file, name, tuple(t.shape), t.nbytes) for name, t in tensors.items()}
-    there = os.path.getsize(file)
-    with open(file, "rb") as opened:
-        length = struct.unpack("<Q", opened.read(8))[0] if there >= 8 else there
-        try:
-            entries = json.loads(opened.read(length)) if length <= there - 8 else None
-        except ValueError:
-            entries = None
-    if not isinstance(entries, dict):
-        raise LackingError(
-            f"{file} is no safetensors file, or cut off in its header: download it again"
-        )
-    whole = (
-        8
-        + length
-        + max((e["data_offsets"][1] for n, e in entries.items() if n != "__metadata__"), default=0)
-    )
-    if there < whole:
-        raise LackingError(
-            f"{file} is cut off: {there} of {whole} bytes are there; download it again"
-        )
-    return {
-        name: Stored(
-            file, name, tuple(entry["shape"]), entry["data_offsets"][1] - entry["data_offsets"][0]
-        )
-        for name, entry in entries.items()
-        if name != "__metadata__"
-    }

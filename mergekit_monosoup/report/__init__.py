@@ -1,25 +1,10 @@
 """What a merge did to each matrix: records, the file they are written to, and the table that people read."""
 
-from mergekit_monosoup.report.record import (
-    LOG,
-    OLD,
-    REALISED_WARNING,
-    REHEARSAL,
-    Journal,
-    Record,
-    Row,
-    by_depth,
-    check_path,
-    layer_group,
-    rank_share,
-    read,
-    start,
-    summarise,
-    table,
-)
+from mergekit_monosoup.report.journal import OLD, REHEARSAL, Journal, check_path, start
+from mergekit_monosoup.report.record import REALISED_WARNING, Record, by_depth, rank_share, read
+from mergekit_monosoup.report.table import Row, layer_group, summarise, table
 
 __all__ = [
-    "LOG",
     "OLD",
     "REALISED_WARNING",
     "REHEARSAL",

@@ -750,12 +750,10 @@ def test_sizes_are_read_from_headers(family, world, tmp_path, monkeypatch):
 def test_memory_of_a_stack_grows_with_the_threads():
     """128 experts of 3072 x 4096 are 256 matrices of 1536 x 4096, one per thread."""
     stack, square = ("model.layers.0.mlp.experts.gate_up_proj", (128, 3072, 4096)), 40 * 1536**2
-    needed = {
-        threads: plan.Inputs({}, threads=threads)._buffers(*stack) for threads in (1, 3, 64, 256)
-    }
+    needed = {threads: plan._kernel_buffers(*stack, threads) for threads in (1, 3, 64, 256)}
     assert needed == {1: square, 3: 3 * square, 64: 64 * square, 256: plan.STACK_BUFFERS}
-    assert plan.Inputs({}, threads=64)._buffers("lm_head.weight", (151936, 4096)) == 40 * 4096**2
-    assert plan.Inputs({})._buffers("model.norm.weight", (4096,)) == 0
+    assert plan._kernel_buffers("lm_head.weight", (151936, 4096), 64) == 40 * 4096**2
+    assert plan._kernel_buffers("model.norm.weight", (4096,), 1) == 0
 
 
 def test_an_unknown_kind_of_plan_is_refused():

@@ -1,0 +1,153 @@
+"""The table of a report: means over the edited matrices of each layer group."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from mergekit_monosoup.report.record import Record
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def layer_group(name: str) -> str:
+    """Tensors that differ only in their numbers, e.g. ``model.layers.*.mlp.up_proj.weight``."""
+    return re.sub(r"\d+", "*", name) or "(unnamed)"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: means over the edited matrices of a layer group, None where there are none.
+
+    ``gamma_min`` and ``gamma_max`` are the extremes of the group, not means.
+    """
+
+    group: str
+    edited: int
+    copied: int
+    parameters: int
+    rank_share: float | None
+    P_k: float | None
+    lambda_high: float | None
+    lambda_low: float | None
+    gamma_min: float | None
+    gamma_median: float | None
+    gamma_max: float | None
+    amplified: float | None
+    rel_update: float | None
+    realised: float | None
+    seconds: float
+    reasons: tuple[str, ...]
+
+
+def summarise(records: Iterable[Record]) -> list[Row]:
+    """A row per layer group in the order of appearance, then one of totals."""
+    records = list(records)
+    groups: dict[str, list[Record]] = defaultdict(list)
+    for record in records:
+        groups[layer_group(record.name)].append(record)
+    return [*(_row(group, members) for group, members in groups.items()), _row("total", records)]
+
+
+def _row(group: str, records: Sequence[Record]) -> Row:
+    def mean(values: Iterable[float | None]) -> float | None:
+        present = [value for value in values if value is not None]
+        return sum(present) / len(present) if present else None
+
+    edited = [r for r in records if r.action == "edited"]
+    # Weighted by the size of the edits: one tiny tensor that rounds away must not hide, or stand for, the model.
+    wanted = [
+        (r.edit_norm**2, r.realised)
+        for r in edited
+        if r.realised is not None and r.edit_norm is not None
+    ]
+    total = sum(weight for weight, _ in wanted)
+    return Row(
+        group=group,
+        edited=len(edited),
+        copied=len(records) - len(edited),
+        parameters=sum(math.prod(r.shape) for r in records),
+        rank_share=mean(r.k / r.rank if r.k and r.rank else None for r in edited),
+        P_k=mean(r.P_k for r in edited),
+        lambda_high=mean(r.lambda_high for r in edited),
+        lambda_low=mean(r.lambda_low for r in edited),
+        gamma_min=min((r.gamma_min for r in edited if r.gamma_min is not None), default=None),
+        gamma_median=mean(r.gamma_median for r in edited),
+        gamma_max=max((r.gamma_max for r in edited if r.gamma_max is not None), default=None),
+        amplified=mean(r.amplified for r in edited),
+        rel_update=mean(r.rel_update for r in records),
+        realised=sum(weight * share for weight, share in wanted) / total
+        if total
+        else mean(s for _, s in wanted),
+        seconds=sum(r.seconds for r in records),
+        reasons=tuple(dict.fromkeys(r.reason for r in records if r.reason)),
+    )
+
+
+# (header, value of a row, shown in a terminal of 80 columns too). λ_high is 1 − λ_low but for the rule `scalar`.
+Columns = list[tuple[str, Callable[["Row"], str], bool]]
+_FIRST: Columns = [
+    ("edited", lambda row: f"{row.edited}/{row.edited + row.copied}", True),
+    ("params", lambda row: f"{row.parameters:,}", False),
+]
+_SPLIT: Columns = [
+    ("k/rank", lambda row: _number(row.rank_share), True),
+    ("P_k", lambda row: _number(row.P_k), False),
+    ("λ_high", lambda row: _number(row.lambda_high), False),
+    ("λ_low", lambda row: _number(row.lambda_low), True),
+]
+_CALIBRATION: Columns = [
+    ("γ min", lambda row: _number(row.gamma_min), False),
+    ("γ median", lambda row: _number(row.gamma_median), True),
+    ("γ max", lambda row: _number(row.gamma_max), False),
+    ("γ > 1", lambda row: _number(row.amplified, ".2f"), True),
+]
+_LAST: Columns = [
+    ("‖ΔW‖/‖W0‖", lambda row: _number(row.rel_update, ".1e"), True),
+    ("realised", lambda row: _number(row.realised, ".2f"), True),
+    ("seconds", lambda row: f"{row.seconds:.1f}", False),
+]
+
+
+def _number(value: float | None, form: str = ".3f") -> str:
+    return "" if value is None else format(value, form)
+
+
+def table(records: Iterable[Record], width: int = 160) -> Table:
+    """The summary as a rich table for a terminal of ``width`` columns."""
+    from rich import box
+    from rich.table import Table
+
+    rows = summarise(records)
+    calibrated = rows[-1].gamma_max is not None
+    chosen = [*_FIRST, *(_CALIBRATION if calibrated else _SPLIT), *_LAST]
+    columns = [(header, value) for header, value, narrow in chosen if narrow or width >= 110]
+    title = f"{'SVC' if calibrated else 'MonoSoup'} by layer group: means over edited matrices"
+    out = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    out.padding, out.pad_edge = (0, 1, 0, 0), False
+    out.add_column("layer group", overflow="fold", min_width=30)
+    for header, _ in columns:
+        out.add_column(header, justify="right", no_wrap=True)
+    for row in rows:
+        if row is rows[-1]:
+            out.add_section()
+        out.add_row(_short(row.group), *(value(row) for _, value in columns))
+    remarks: dict[str, list[str]] = defaultdict(list)
+    for row in rows[:-1]:
+        for reason in row.reasons:
+            remarks[reason].append(_short(row.group))
+    out.caption = (
+        "\n".join(f"{reason}: {', '.join(groups)}" for reason, groups in remarks.items()) or None
+    )
+    out.caption_justify = "left"
+    return out
+
+
+def _short(group: str) -> str:
+    """What tells layer groups apart; `model.` and `.weight` are in nearly every name."""
+    return group.removeprefix("model.").removesuffix(".weight")
