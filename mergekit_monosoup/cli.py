@@ -349,7 +349,7 @@ def _progress(names: Sequence[str], label: str) -> Iterator[str]:
 @click.argument("method", type=click.Choice(["monosoup", "svc"]), default="monosoup")
 def parameters(method: str) -> None:
     """Print the parameters of METHOD as a Markdown table. Of monosoup if none is given."""
-    from mergekit_monosoup.methods import parameter_table
+    from mergekit_monosoup.parameters import parameter_table
 
     click.echo(parameter_table(method))
 

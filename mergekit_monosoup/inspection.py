@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from mergekit_monosoup.checkpoints.names import layer, matrices, projection
 from mergekit_monosoup.checkpoints.reader import Checkpoints, named_errors, stored_dtype
 from mergekit_monosoup.kernel.monosoup import preview
-from mergekit_monosoup.kernel.task_vector import cosine, inner_products
+from mergekit_monosoup.kernel.similarity import cosine, inner_products
 from mergekit_monosoup.report import REALISED_WARNING, Record, by_depth, rank_share
 
 if TYPE_CHECKING:

@@ -1,21 +1,21 @@
-"""The merge methods `monosoup` and `svc` as mergekit sees them: the only file that imports mergekit at module level.
+"""The merge methods `monosoup` and `svc` as mergekit sees them.
 
-Values arrive here from YAML through mergekit's planner (filters and gradients resolved), leave as one tensor and its
-records. The mathematics is in :mod:`mergekit_monosoup.kernel.monosoup` and :mod:`mergekit_monosoup.kernel.svc`.
+Values arrive here from YAML through mergekit's planner (filters and gradients resolved), leave as
+one tensor and its records. The mathematics is in :mod:`mergekit_monosoup.kernel`, the parameters
+and their rules are in :mod:`mergekit_monosoup.parameters`.
 """
 
 from __future__ import annotations
 
-import inspect
 import logging
 import math
 import re
 import threading
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import replace
 from functools import partial
-from typing import Annotated, Any, ClassVar, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import torch
 from mergekit.merge_methods.base import (
@@ -31,348 +31,270 @@ from mergekit.merge_methods.easy_define import merge_method
 from mergekit.merge_methods.registry import register as register_with_mergekit
 from mergekit.merge_methods.registry import registered_methods
 from pydantic import ValidationError, WrapValidator
+from torch import Tensor
 
+from mergekit_monosoup import parameters
 from mergekit_monosoup.checkpoints.names import TRANSPOSED, Index, matrices
-from mergekit_monosoup.kernel import monosoup as monosoup_kernel
-from mergekit_monosoup.kernel import svc as svc_kernel
-from mergekit_monosoup.kernel.batch import Job, each, edit_each
+from mergekit_monosoup.kernel.batch import Job, Result, calibrate_each, edit_each
 from mergekit_monosoup.kernel.eigen import SolverError
-from mergekit_monosoup.kernel.monosoup import Mode, Rule, edit
-from mergekit_monosoup.kernel.svc import calibrate
+from mergekit_monosoup.kernel.monosoup import edit
 from mergekit_monosoup.kernel.task_vector import NonFiniteError
-from mergekit_monosoup.report import Journal, Record, check_path
+from mergekit_monosoup.parameters import (
+    MONOSOUP,
+    SVC,
+    Flag,
+    Method,
+    Mode,
+    Number,
+    Rule,
+    Violation,
+    agreement_violations,
+    merged_violations,
+    unused_violations,
+    weight_violations,
+)
+from mergekit_monosoup.report.journal import Journal, check_path
+from mergekit_monosoup.report.record import Record
 
 LOG = logging.getLogger("mergekit_monosoup")
 JOURNAL = Journal()
 
 T = TypeVar("T")
+Kernel = Callable[[Sequence[Job]], Iterator[Result]]
 
 
-@dataclass(frozen=True)
-class _Parameters:
-    """What is said about one method's parameters: in errors and in the table."""
+# -- parameters ------------------------------------------------------------------------------------
 
-    method: str
-    kernel: Callable[..., Any]  # defaults exist once, in its signature
-    ranges: Mapping[str, tuple[str, Callable[[float], bool]]]
-    meaning: Mapping[str, str]
-    choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    flags: frozenset[str] = frozenset()
 
-    @property
-    def defaults(self) -> dict[str, Any]:
-        return {p.name: p.default for p in inspect.signature(self.kernel).parameters.values()}
+def checked(method: Method, name: str) -> WrapValidator:
+    """Return a validator whose errors name method, parameter and range.
 
-    def values(self, name: str) -> str:
-        """What a parameter may be."""
-        if name in self.ranges:
-            return f"a number {self.ranges[name][0]}"
-        if name in self.choices:
-            return f"one of {', '.join(self.choices[name])}"
-        return "true or false" if name in self.flags else "a file path"
+    pydantic's own errors name only the type.
+    """
+    parameter = method[name]
 
-    def checked(self, name: str) -> WrapValidator:
-        """Words errors so that they name method, parameter and range; pydantic's own name only the type."""
-
-        def check(value: Any, handler: Any) -> Any:
-            try:
-                # YAML's yes/no/on/off is a bool; pydantic would read `R: yes` as 1.0, and `merged: 1` as true.
-                if isinstance(value, bool) != (name in self.flags):
-                    raise ValueError(value)
-                result = handler(value)
-                if name in self.ranges and not self.ranges[name][1](result):
-                    raise ValueError(value)
-            except (ValidationError, ValueError):
-                raise ValueError(
-                    f"merge method {self.method}: `{name}` must be {self.values(name)}, got {value!r}"
-                ) from None
-            if name == "report" and result is not None:
-                try:
-                    check_path(result)
-                except ValueError as error:
-                    raise ValueError(f"merge method {self.method}: `report`: {error}") from None
-            return result
-
-        return WrapValidator(check)
-
-    def agreed(self, name: str, values: PerInputValues[T]) -> T:
-        """The one value of a merge-wide parameter, which mergekit hands over once per fine-tuned model."""
-        first, *others = values.values()
-        if any(other != first for other in others):
-            listed = ", ".join(f"{model}: {value}" for model, value in values.items())
+    def validate(value: Any, handler: Any) -> Any:
+        try:
+            # YAML's yes/no/on/off is a bool; pydantic would read `R: yes` as 1.0, and `merged: 1`
+            # as true.
+            if isinstance(value, bool) != isinstance(parameter.values, Flag):
+                raise ValueError(value)
+            result = handler(value)
+            if isinstance(parameter.values, Number) and not parameter.values.accepts(result):
+                raise ValueError(value)
+        except (ValidationError, ValueError):
             raise ValueError(
-                f"merge method {self.method}: `{name}` holds for the whole merge, but the models disagree ({listed}; the "
-                f"default is {self.defaults.get(name)}). Write it once, under the top-level `parameters`."
-            )
-        return first
+                f"merge method {method.name}: `{name}` must be {parameter.values.words}, "
+                f"got {value!r}"
+            ) from None
+        if name == "report" and result is not None:
+            try:
+                check_path(result)
+            except ValueError as error:
+                raise ValueError(f"merge method {method.name}: `report`: {error}") from None
+        return result
+
+    return WrapValidator(validate)
 
 
-# Every parameter is declared per non-base model, also the merge-wide ones: mergekit accepts such a parameter globally
-# *and* under a model, while a shared one written under a model is dropped without a word.
-_REPORT = "path of a report, one JSON line per matrix; none by default"
-_MONOSOUP = _Parameters(
-    "monosoup",
-    edit,
-    monosoup_kernel.RANGES,
-    {
-        "mode": "how the cut k is chosen: `freevariance` takes ceil(exp(entropy of σ/Σσ)), `variance` the smallest k "
-        "with energy >= R",
-        "R": "energy threshold of `variance`; ignored in `freevariance`",
-        "weight": "per model: weight of the average when several fine-tuned models are given (normalised)",
-        "alpha": "Wise-FT: interpolates the edited model towards `base_model`, in the same pass (0: base, 1: the edit)",
-        "coefficients": "rule for (λ_high, λ_low): the paper's, its ablations, and `scalar`, the control that shrinks ΔW by "
-        "the same norm without a split",
-        "min_rel_update": "‖ΔW‖/‖W0‖ below which a tensor stays as fine-tuned; a huge value with a filter switches the "
-        "edit off",
-        "report": _REPORT,
-    },
-    choices={"mode": get_args(Mode), "coefficients": get_args(Rule)},
-)
-_SVC = _Parameters(
-    "svc",
-    calibrate,
-    svc_kernel.RANGES,
-    {
-        "weight": "per model: weight of its task vector in the merge",
-        "merged": "per model: this model is the merge of the others; it is calibrated, and nothing is merged here",
-        "alpha": "lower bound of every projection coefficient, so γ <= 1/alpha: below 1 it can amplify, from 1 on never",
-        "scaling": "factor of the merged update (task arithmetic)",
-        "normalize": "divide by the sum of the weights: average instead of task arithmetic",
-        "report": _REPORT,
-    },
-    flags=frozenset({"merged", "normalize"}),
-)
+def agreed(method: Method, name: str, values: PerInputValues[T]) -> T:
+    """Return the one value of a merge-wide parameter.
+
+    mergekit hands it over once per fine-tuned model.
+
+    Raises:
+        ValueError: the models disagree.
+    """
+    by_model = {str(model): value for model, value in values.items()}
+    for violation in agreement_violations(method, name, by_model):
+        raise ValueError(f"merge method {method.name}: `{violation.parameter}` {violation.message}")
+    return next(iter(values.values()))
 
 
-def parameter_table(method: str = "monosoup") -> str:
-    """The parameters of a method as Markdown; README shows exactly this."""
-    words = {_MONOSOUP.method: _MONOSOUP, _SVC.method: _SVC}[method]
-    spec = next(known.spec for known in METHODS if known.spec.name == method)
-
-    def shown(value: Any) -> str:
-        if value is None:
-            return "none"
-        return f"`{str(value).lower() if isinstance(value, bool) else value}`"
-
-    rows = [
-        f"| `{p.name}` | {shown(p.default)} | {words.values(p.name)} | {words.meaning[p.name]} |"
-        for p in spec.parameters
-    ]
-    return "\n".join(["| parameter | default | values | meaning |", "|---|---|---|---|", *rows])
+def _refuse(method: Method, name: str, violations: Iterator[Violation]) -> None:
+    """Raise ValueError if the values of a tensor break a rule."""
+    if faults := [f"`{violation.parameter}` {violation.message}" for violation in violations]:
+        raise ValueError(f"{method.name}: {name or 'a tensor'}: {'; '.join(faults)}")
 
 
+# -- the methods -----------------------------------------------------------------------------------
+
+
+# Every parameter is declared per non-base model, also the merge-wide ones: mergekit accepts such a
+# parameter globally *and* under a model, while a shared one written under a model is dropped
+# without a word. mergekit reads the types at run time, hence the literal defaults.
 @merge_method(
-    name="monosoup",
+    name=MONOSOUP.name,
     pretty_name="MonoSoup",
     reference_url="https://arxiv.org/abs/2602.09689",
-    contract=InputContract(base=BasePolicy.REQUIRED, min_non_base=1),
+    contract=InputContract(base=BasePolicy.REQUIRED, min_non_base=MONOSOUP.fewest),
 )
 def _monosoup(
     group: TensorGroup,
-    mode: PerNonBase[Annotated[Mode, _MONOSOUP.checked("mode")]] = _MONOSOUP.defaults["mode"],
-    R: PerNonBase[Annotated[float, _MONOSOUP.checked("R")]] = _MONOSOUP.defaults["R"],
-    weight: PerNonBase[Annotated[float, _MONOSOUP.checked("weight")]] = 1.0,  # type: ignore[assignment]
-    alpha: PerNonBase[Annotated[float, _MONOSOUP.checked("alpha")]] = _MONOSOUP.defaults["alpha"],
-    coefficients: PerNonBase[
-        Annotated[Rule, _MONOSOUP.checked("coefficients")]
-    ] = _MONOSOUP.defaults["coefficients"],
-    min_rel_update: PerNonBase[
-        Annotated[float, _MONOSOUP.checked("min_rel_update")]
-    ] = _MONOSOUP.defaults["min_rel_update"],
-    report: PerNonBase[Annotated[str | None, _MONOSOUP.checked("report")]] = None,  # type: ignore[assignment]
-) -> torch.Tensor:
-    """One tensor of the merge: cut it into matrices, edit each, write the records."""
+    mode: PerNonBase[Annotated[Mode, checked(MONOSOUP, "mode")]] = MONOSOUP["mode"].default,
+    R: PerNonBase[Annotated[float, checked(MONOSOUP, "R")]] = MONOSOUP["R"].default,
+    weight: PerNonBase[Annotated[float, checked(MONOSOUP, "weight")]] = MONOSOUP["weight"].default,
+    alpha: PerNonBase[Annotated[float, checked(MONOSOUP, "alpha")]] = MONOSOUP["alpha"].default,
+    coefficients: PerNonBase[Annotated[Rule, checked(MONOSOUP, "coefficients")]] = MONOSOUP[
+        "coefficients"
+    ].default,
+    min_rel_update: PerNonBase[Annotated[float, checked(MONOSOUP, "min_rel_update")]] = MONOSOUP[
+        "min_rel_update"
+    ].default,
+    report: PerNonBase[Annotated[str | None, checked(MONOSOUP, "report")]] = MONOSOUP[
+        "report"
+    ].default,
+) -> Tensor:
+    """Merge one tensor: cut it into matrices, edit each, write the records."""
     name = group.metadata.name or ""
     if not group.non_base:
         return _only_in_base(name, group)
 
     settings: dict[str, Any] = {
-        "mode": _MONOSOUP.agreed("mode", mode),
-        "R": _MONOSOUP.agreed("R", R),
-        "alpha": _MONOSOUP.agreed("alpha", alpha),
-        "coefficients": _MONOSOUP.agreed("coefficients", coefficients),
-        "min_rel_update": _MONOSOUP.agreed("min_rel_update", min_rel_update),
+        "mode": agreed(MONOSOUP, "mode", mode),
+        "R": agreed(MONOSOUP, "R", R),
+        "alpha": agreed(MONOSOUP, "alpha", alpha),
+        "coefficients": agreed(MONOSOUP, "coefficients", coefficients),
+        "min_rel_update": agreed(MONOSOUP, "min_rel_update", min_rel_update),
     }
-    path = _MONOSOUP.agreed("report", report)
+    path = agreed(MONOSOUP, "report", report)
     weights = weight.values_for(group.non_base)
-    if not any(weights):
-        raise ValueError(
-            f"monosoup: {name or 'a tensor'}: `weight` is 0 for every fine-tuned model; give at least one a weight > 0"
-        )
+    _refuse(MONOSOUP, name, weight_violations(MONOSOUP, weights))
 
     tuned = [entry.tensor for entry in group.non_base]
     way_out = "`min_rel_update: 1e9` under a filter with its name leaves it as fine-tuned."
-    with _worded(_MONOSOUP.method, group, way_out):
+    with _errors_named(MONOSOUP, group, way_out):
         if group.base is None:
             merged, records = _without_update(name, tuned, weights, "not in the base model")
         else:
-            merged, records = _each_matrix(
-                name, group.base.tensor, tuned, partial(edit_each, weights=weights, **settings)
-            )
+            kernel = partial(edit_each, weights=weights, **settings)
+            merged, records = _merge_matrices(name, group.base.tensor, tuned, kernel)
     JOURNAL.add(records, path)
     return merged
 
 
 @merge_method(
-    name="svc",
+    name=SVC.name,
     pretty_name="Singular Value Calibration",
     reference_url="https://arxiv.org/abs/2602.05536",
-    contract=InputContract(base=BasePolicy.REQUIRED, min_non_base=2),
+    contract=InputContract(base=BasePolicy.REQUIRED, min_non_base=SVC.fewest),
 )
 def _svc(
     group: TensorGroup,
-    weight: PerNonBase[Annotated[float, _SVC.checked("weight")]] = 1.0,  # type: ignore[assignment]
-    merged: PerNonBase[Annotated[bool, _SVC.checked("merged")]] = False,  # type: ignore[assignment]
-    alpha: PerNonBase[Annotated[float, _SVC.checked("alpha")]] = _SVC.defaults["alpha"],
-    scaling: PerNonBase[Annotated[float, _SVC.checked("scaling")]] = _SVC.defaults["scaling"],
-    normalize: PerNonBase[Annotated[bool, _SVC.checked("normalize")]] = _SVC.defaults["normalize"],
-    report: PerNonBase[Annotated[str | None, _SVC.checked("report")]] = None,  # type: ignore[assignment]
-) -> torch.Tensor:
-    """One tensor of the merge: cut it into matrices, merge and calibrate each, write the records."""
+    weight: PerNonBase[Annotated[float, checked(SVC, "weight")]] = SVC["weight"].default,
+    merged: PerNonBase[Annotated[bool, checked(SVC, "merged")]] = SVC["merged"].default,
+    alpha: PerNonBase[Annotated[float, checked(SVC, "alpha")]] = SVC["alpha"].default,
+    scaling: PerNonBase[Annotated[float, checked(SVC, "scaling")]] = SVC["scaling"].default,
+    normalize: PerNonBase[Annotated[bool, checked(SVC, "normalize")]] = SVC["normalize"].default,
+    report: PerNonBase[Annotated[str | None, checked(SVC, "report")]] = SVC["report"].default,
+) -> Tensor:
+    """Merge one tensor: cut it into matrices, merge and calibrate each, write the records."""
     name = group.metadata.name or ""
     if not group.non_base:
         return _only_in_base(name, group)
 
     settings: dict[str, Any] = {
-        "alpha": _SVC.agreed("alpha", alpha),
-        "scaling": _SVC.agreed("scaling", scaling),
-        "normalize": _SVC.agreed("normalize", normalize),
+        "alpha": agreed(SVC, "alpha", alpha),
+        "scaling": agreed(SVC, "scaling", scaling),
+        "normalize": agreed(SVC, "normalize", normalize),
     }
-    path = _SVC.agreed("report", report)
+    path = agreed(SVC, "report", report)
     flagged = [entry for entry in group.non_base if merged[entry.id]]
     tasks = [entry for entry in group.non_base if not merged[entry.id]]
     weights = weight.values_for(tasks)
-    said = weights + weight.values_for(flagged)
-    _check_svc_inputs(
-        name, [entry.id for entry in flagged], [entry.id for entry in tasks], said, settings
-    )
+    ids = [str(entry.id) for entry in flagged], [str(entry.id) for entry in tasks]
+    _refuse(SVC, name, merged_violations(*ids, one_tensor=True))
+    if flagged:
+        written = {
+            "scaling": [settings["scaling"]],
+            "normalize": [settings["normalize"]],
+            "weight": weights + weight.values_for(flagged),
+        }
+        _refuse(SVC, name, unused_violations(ids[0][0], written))
+    else:  # one task alone can only be a tensor that the other models lack
+        _refuse(SVC, name, weight_violations(SVC, weights))
 
     tensors = [entry.tensor for entry in tasks]
-    with _worded(_SVC.method, group, ""):
+    with _errors_named(SVC, group):
         if flagged and (group.base is None or not tasks):
             reason = "not in the base model" if group.base is None else "in no task model"
             result, records = _without_update(name, [flagged[0].tensor], [1.0], reason)
         elif group.base is None:
             result, records = _without_update(name, tensors, weights, "not in the base model")
         elif flagged:
-            result, records = _each_matrix(
-                name,
-                group.base.tensor,
-                [*tensors, flagged[0].tensor],
-                partial(
-                    each,
-                    lambda job: calibrate(
-                        job.pretrained,
-                        job.tuned[:-1],
-                        merged=job.tuned[-1],
-                        alpha=settings["alpha"],
-                        name=job.name,
-                    ),
-                ),
-            )
+            kernel = partial(calibrate_each, with_merged=True, alpha=settings["alpha"])
+            inputs = [*tensors, flagged[0].tensor]
+            result, records = _merge_matrices(name, group.base.tensor, inputs, kernel)
         else:
-            result, records = _each_matrix(
-                name,
-                group.base.tensor,
-                tensors,
-                partial(
-                    each,
-                    lambda job: calibrate(
-                        job.pretrained, job.tuned, weights=weights, name=job.name, **settings
-                    ),
-                ),
-            )
-    JOURNAL.add(records, path, _SVC.method)
+            kernel = partial(calibrate_each, weights=weights, **settings)
+            result, records = _merge_matrices(name, group.base.tensor, tensors, kernel)
+    JOURNAL.add(records, path, SVC.name)
     return result
 
 
-def _check_svc_inputs(
-    name: str,
-    flagged: Sequence[Hashable],
-    tasks: Sequence[Hashable],
-    weights: Sequence[float],
-    settings: Mapping[str, Any],
-) -> None:
-    """Raises ValueError for what only the values of a tensor's parameters can tell."""
-    name = name or "a tensor"
-    if not flagged:
-        if not any(weights):
-            raise ValueError(
-                f"svc: {name}: `weight` is 0 for every task model; give at least one a weight > 0"
-            )
-        return  # one task alone can only be a tensor that the other models lack
-    if len(flagged) > 1:
-        raise ValueError(
-            f"svc: {name}: `merged` is true for {', '.join(map(str, flagged))}; at most one model is the merge of the others"
-        )
-    if len(tasks) == 1:
-        raise ValueError(
-            f"svc: {name}: beside the model that is `merged`, {flagged[0]}, at least two task models are needed, got "
-            f"{tasks[0]} alone; list the models that were merged under `models`"
-        )
-    unused = [key for key in ("scaling", "normalize") if settings[key] != _SVC.defaults[key]]
-    if unused := unused + ["weight"] * any(w != 1 for w in weights):
-        raise ValueError(
-            f"svc: {name}: {flagged[0]} is `merged` already, so {', '.join(f'`{key}`' for key in unused)} would have no "
-            "effect: write it where that merge is made"
-        )
+# -- shared by the methods -------------------------------------------------------------------------
 
 
-# -- shared by the methods -------------------------------------------------------------------------------------------------
-
-
-def _only_in_base(name: str, group: TensorGroup) -> torch.Tensor:
+def _only_in_base(name: str, group: TensorGroup) -> Tensor:
+    """Keep a tensor that no fine-tuned model has."""
     assert group.base is not None
     JOURNAL.add([_untouched(name, group.base.tensor, "only in the base model")])
     return group.base.tensor
 
 
-def _each_matrix(
-    name: str,
-    base: torch.Tensor,
-    tuned: Sequence[torch.Tensor],
-    kernel: Callable[[Sequence[Job]], Iterator[tuple[torch.Tensor, Record]]],
-) -> tuple[torch.Tensor, list[Record]]:
-    """``kernel(jobs)`` of all matrices in a tensor."""
+def _merge_matrices(
+    name: str, base: Tensor, tuned: Sequence[Tensor], kernel: Kernel
+) -> tuple[Tensor, list[Record]]:
+    """Return the merged tensor and a record for each of its matrices; ``kernel`` merges them."""
     parts = matrices(name, base.shape)
     if parts == [("", ())]:
-        merged, record = next(iter(kernel([Job(base, tuned, name)])))
+        ((merged, record),) = kernel([Job(base, tuned, name)])
         return merged, [record]
-    if not parts:  # no matrix in it: through the kernel all the same, for the average, alpha and the check for NaN
-        merged, record = next(
-            iter(kernel([Job(base.reshape(-1), [w.reshape(-1) for w in tuned], name)]))
-        )
-        record.shape = tuple(base.shape)
-        return merged.reshape(base.shape), [record]
-    merged, records = torch.empty_like(base), []
-    turned = bool(TRANSPOSED.search(name))
+    if not parts:
+        # No matrix in it: through the kernel all the same, for the average, alpha and the check
+        # for NaN.
+        column = Job(base.reshape(-1), [w.reshape(-1) for w in tuned], name)
+        ((merged, record),) = kernel([column])
+        return merged.reshape(base.shape), [replace(record, shape=tuple(base.shape))]
+    return _merge_stack(name, parts, base, tuned, kernel)
 
-    def matrix(stack: torch.Tensor, index: Index) -> torch.Tensor:
-        return (
-            stack[index].mT if turned else stack[index]
-        )  # [out, in], which svc's answer depends on
+
+def _merge_stack(
+    name: str,
+    parts: Sequence[tuple[str, Index]],
+    base: Tensor,
+    tuned: Sequence[Tensor],
+    kernel: Kernel,
+) -> tuple[Tensor, list[Record]]:
+    """Merge a stack of experts, matrix by matrix."""
+    transposed = bool(TRANSPOSED.search(name))
+
+    def matrix(stack: Tensor, index: Index) -> Tensor:
+        # [out, in], which svc's answer depends on.
+        return stack[index].mT if transposed else stack[index]
 
     jobs = [
         Job(matrix(base, index), [matrix(w, index) for w in tuned], name + suffix)
         for suffix, index in parts
     ]
+    merged, records = torch.empty_like(base), []
     for (_, index), (part, record) in zip(parts, kernel(jobs), strict=True):
-        merged[index] = part.mT if turned else part
-        record.shape = tuple(base[index].shape)  # as stored
-        records.append(record)
+        merged[index] = part.mT if transposed else part
+        records.append(replace(record, shape=tuple(base[index].shape)))  # as stored
     return merged, records
 
 
 def _without_update(
-    name: str, tuned: Sequence[torch.Tensor], weights: Sequence[float], reason: str
-) -> tuple[torch.Tensor, list[Record]]:
-    """A tensor without an update (the base model lacks it): as fine-tuned, averaged if several models have it."""
+    name: str, tuned: Sequence[Tensor], weights: Sequence[float], reason: str
+) -> tuple[Tensor, list[Record]]:
+    """Keep a tensor that the base model lacks: as fine-tuned, averaged if several models have it."""
     # Any of the inputs serves as the origin of an average.
     merged, record = edit(tuned[0], tuned, weights=weights, min_rel_update=math.inf, name=name)
     return merged, [_untouched(name, merged, reason, record.seconds)]
 
 
-def _untouched(name: str, tensor: torch.Tensor, reason: str, seconds: float = 0.0) -> Record:
+def _untouched(name: str, tensor: Tensor, reason: str, seconds: float = 0.0) -> Record:
+    """Return the record of a tensor that has no update to look at."""
     return Record(
         name=name,
         shape=tuple(tensor.shape),
@@ -383,50 +305,61 @@ def _untouched(name: str, tensor: torch.Tensor, reason: str, seconds: float = 0.
     )
 
 
+# -- errors ----------------------------------------------------------------------------------------
+
+
 @contextmanager
-def _worded(method: str, group: TensorGroup, way_out: str) -> Iterator[None]:
-    """Errors of the mathematics, with the names that only mergekit's group knows."""
+def _errors_named(method: Method, group: TensorGroup, way_out: str = "") -> Iterator[None]:
+    """Add to errors of the kernel the names that only mergekit's group knows."""
     name = group.metadata.name or "a tensor"
     try:
         yield
     except NonFiniteError as error:
-        raise ValueError(_name_non_finite(method, name, group, error.name)) from None
+        raise ValueError(_non_finite(method, name, group, error.name)) from None
     except OverflowError as error:
-        where = (
-            "" if str(error).startswith(name) else f"{name}: "
-        )  # of a stack the error names the expert
+        where = "" if str(error).startswith(name) else f"{name}: "  # a stack's names the expert
         raise ValueError(
-            f"{method}: {where}{error}. Nothing of this tensor was written. `dtype: float32` has a wider range than float16"
+            f"{method.name}: {where}{error}. Nothing of this tensor was written. "
+            "`dtype: float32` has a wider range than float16"
         ) from error
     except SolverError as error:
         raise RuntimeError(
-            f"{method}: {name} {tuple(group.entries[0].tensor.shape)}: its spectrum could not be computed ({error}). "
-            f"Please report it with the shape{'; ' if way_out else '.'}{way_out}"
+            f"{method.name}: {name} {tuple(group.entries[0].tensor.shape)}: its spectrum could "
+            f"not be computed ({error}). Please report it with the shape"
+            f"{'; ' if way_out else '.'}{way_out}"
         ) from error
 
 
-def _name_non_finite(method: str, name: str, group: TensorGroup, first: str) -> str:
-    bad = {entry: int((~torch.isfinite(entry.tensor)).sum()) for entry in group.entries}
-    found = [
-        f"{count} of {entry.tensor.numel()} entries in {entry.id}{' (base_model)' if entry.is_base else ''}"
-        for entry, count in bad.items()
+def _non_finite(method: Method, name: str, group: TensorGroup, first: str) -> str:
+    """Return the message that names the models whose entries are not finite."""
+    counts = {entry: int((~torch.isfinite(entry.tensor)).sum()) for entry in group.entries}
+    places = [
+        f"{count} of {entry.tensor.numel()} entries in {entry.id}"
+        f"{' (base_model)' if entry.is_base else ''}"
+        for entry, count in counts.items()
         if count
     ]
     if first not in ("", name):  # one matrix of a stack
-        found.append(f"the first of them in {first}")
+        places.append(f"the first of them in {first}")
     return (
-        f"{method}: {name} is not finite: {'; '.join(found)}. Nothing of this tensor was written. "
-        "Check that checkpoint: a diverged run or a damaged download is the usual cause."
+        f"{method.name}: {name} is not finite: {'; '.join(places)}. Nothing of this tensor was "
+        "written. Check that checkpoint: a diverged run or a damaged download is the usual cause."
     )
 
 
-class EditingMethod(FunctionalGroupMergeMethod):
-    """Words the structural errors of a method and keeps tensors that some inputs lack."""
+# -- what mergekit asks before a merge -------------------------------------------------------------
 
-    # (needed, what to list) by the smallest number of models beside the base
+
+class EditingMethod(FunctionalGroupMergeMethod):
+    """A merge method of this package, with plain errors about its inputs.
+
+    It keeps tensors that some inputs lack.
+    """
+
+    # What it needs, and how many models to list.
     _FEWEST: ClassVar = {
-        1: ("a fine-tuned model", "one model"),
-        2: ("two task models", "two models"),
+        MONOSOUP.name: ("a fine-tuned model", "one model"),
+        SVC.name: ("two task models", "two models"),
     }
 
     # MergePlanner names the check of a whole slice so; every other check is that of one tensor.
@@ -439,28 +372,34 @@ class EditingMethod(FunctionalGroupMergeMethod):
         *,
         group_name: str | None = None,
     ) -> None:
+        """Check which models take part, in a slice or in one tensor.
+
+        Raises:
+            ValueError: the base model is missing, or there are too few others.
+        """
         one_tensor = group_name is not None and not self._WHOLE_SLICE.search(group_name)
         if group_name is not None and not one_tensor:
             JOURNAL.begin()
         where = f" ({group_name})" if group_name else ""
         if base_id is None:
             raise ValueError(
-                f"merge method {self.spec.name} needs the pretrained model{where}: add `base_model: <pretrained model>` to the "
-                "YAML (in Python: base= or base_index=)"
+                f"merge method {self.spec.name} needs the pretrained model{where}: add "
+                "`base_model: <pretrained model>` to the YAML (in Python: base= or base_index=)"
             )
         if one_tensor and input_ids and len(set(input_ids)) == len(input_ids):
-            return  # the tensor may be missing from the base, or from all fine-tuned models: it is kept as it is
+            # The tensor may be missing from the base, or from all fine-tuned models: it is kept
+            # as it is.
+            return
         if base_id not in input_ids:
             raise ValueError(
-                f"merge method {self.spec.name}: base_model {base_id} is not among the sources{where}: with `slices`, "
-                "list it in every slice"
+                f"merge method {self.spec.name}: base_model {base_id} is not among the "
+                f"sources{where}: with `slices`, list it in every slice"
             )
-        fewest = self.spec.contract.min_non_base or 1
-        if len(input_ids) - 1 < fewest:
-            needed, models = self._FEWEST[fewest]
+        if len(input_ids) - 1 < parameters.METHODS[self.spec.name].fewest:
+            needed, models = self._FEWEST[self.spec.name]
             raise ValueError(
-                f"merge method {self.spec.name} needs {needed}{where}: list at least {models} other than "
-                "base_model under `models`"
+                f"merge method {self.spec.name} needs {needed}{where}: list at least {models} "
+                "other than base_model under `models`"
             )
         super().validate_inputs(input_ids, base_id, group_name=group_name)
 

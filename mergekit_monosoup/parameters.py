@@ -278,29 +278,34 @@ def agreement_violations(
         )
 
 
-def merged_violations(merged: Sequence[str], tasks: Sequence[str]) -> Iterator[Violation]:
-    """At most one model of `svc` is the merge of the others, and those are at least two."""
+def merged_violations(
+    merged: Sequence[str], tasks: Sequence[str], *, one_tensor: bool = False
+) -> Iterator[Violation]:
+    """At most one model of `svc` is the merge of the others, and those are at least two.
+
+    ``one_tensor``: the models are those that have one tensor, which all task models may lack.
+    """
     if len(merged) > 1:
         yield Violation(
             "merged",
             f"is true for {', '.join(merged)}; at most one model is the merge of the others",
         )
-    elif merged and len(tasks) < SVC.fewest:
-        alone = f"got {tasks[0]} alone" if tasks else "got none"
+    elif merged and len(tasks) < SVC.fewest and (tasks or not one_tensor):
+        tasks_given = f"{tasks[0]} alone" if tasks else "none"
         yield Violation(
             "merged",
-            f"is true for {merged[0]}, beside which at least two task models are needed, {alone}; "
-            "list the models that were merged under `models`",
+            f"is true for {merged[0]}, beside which at least two task models are needed, got "
+            f"{tasks_given}; list the models that were merged under `models`",
         )
 
 
-def unused_violations(merged: str, values: Mapping[str, object]) -> Iterator[Violation]:
+def unused_violations(merged: str, values: Mapping[str, Sequence[object]]) -> Iterator[Violation]:
     """Where one model of `svc` is the merge already, nothing reads how to merge.
 
-    ``values``: of the parameters `weight` (of any model), `scaling` and `normalize`.
+    ``values``: all that are written of `weight`, `scaling` and `normalize`.
     """
-    for name, value in values.items():
-        if value != SVC[name].default:
+    for name, written in values.items():
+        if any(value != SVC[name].default for value in written):
             yield Violation(
                 name,
                 f"would have no effect, for {merged} is `merged` already: write it where that "

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mergekit_monosoup.checkpoints.names import matrices
 from mergekit_monosoup.checkpoints.reader import Checkpoints, local_reference, named_errors
-from mergekit_monosoup.kernel.task_vector import cosine, inner_products
+from mergekit_monosoup.kernel.similarity import cosine, inner_products
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -100,10 +100,8 @@ def test_float32_is_compared_with_its_own_rounding():
 
 def test_one_spectrum_serves_both_modes(monkeypatch):
     calls = []
-    spectrum_of = kernel.spectrum_of
-    monkeypatch.setattr(
-        kernel, "spectrum_of", lambda *args: calls.append(args) or spectrum_of(*args)
-    )
+    spectrum = kernel.Spectrum
+    monkeypatch.setattr(kernel, "Spectrum", lambda *args: calls.append(args) or spectrum(*args))
     first, second = preview(torch.zeros(9, 6), torch.randn(9, 6))
     assert len(calls) == 1 and first.k != second.k
 
@@ -278,7 +276,7 @@ def test_a_spectrum_that_fails_is_named(world, monkeypatch):
     def fails(*args):
         raise SolverError("nothing converged")
 
-    monkeypatch.setattr(kernel, "spectrum_of", fails)
+    monkeypatch.setattr(kernel, "Spectrum", fails)
     opened = Checkpoints([str(world / "base"), str(world / "tuned0")])
     with pytest.raises(
         ValueError, match=f"{UP}: its spectrum could not be computed .nothing converged"

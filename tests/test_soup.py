@@ -20,7 +20,8 @@ from mergekit_monosoup import edit
 from mergekit_monosoup.check import check
 from mergekit_monosoup.checkpoints.reader import Checkpoints
 from mergekit_monosoup.cli import main
-from mergekit_monosoup.kernel.task_vector import BLOCK_ELEMENTS, inner_products
+from mergekit_monosoup.kernel.similarity import inner_products
+from mergekit_monosoup.kernel.task_vector import BLOCK_ELEMENTS
 from mergekit_monosoup.soup import (
     Decision,
     configuration,

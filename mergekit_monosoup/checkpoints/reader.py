@@ -20,9 +20,8 @@ from mergekit.io import LazyTensorLoader, ShardedTensorIndex
 from torch import Tensor
 
 from mergekit_monosoup.checkpoints.names import natural
-from mergekit_monosoup.kernel.assemble import QUANTISED
 from mergekit_monosoup.kernel.eigen import SolverError
-from mergekit_monosoup.kernel.task_vector import NonFiniteError
+from mergekit_monosoup.kernel.task_vector import QUANTISED, NonFiniteError
 
 FILE_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 SHOWN = 5  # tensors listed by name in a message; the rest are counted

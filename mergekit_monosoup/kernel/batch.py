@@ -1,8 +1,8 @@
 """Many matrices at once: the experts of a stack, or whatever else a caller has several of.
 
-On the CPU one matrix per thread: tridiagonalisation is bound by memory and gains little from many threads on one matrix.
-On an accelerator matrices of one shape share one batched Gram product and one batched eigensolver call; each goes through
-the same code as alone from there.
+On the CPU one matrix per thread: tridiagonalisation is bound by memory and gains little from many
+threads on one matrix. On an accelerator matrices of one shape share one batched Gram product and
+one batched eigensolver call; each goes through the same code as alone from there.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from operator import methodcaller
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mergekit_monosoup.kernel.assemble import check_inputs
 from mergekit_monosoup.kernel.eigen import (
     FAILURES,
     LOG,
-    Decomposed,
     Eigen,
+    SolvedElsewhere,
     Solver,
     SolverError,
     eigh,
@@ -29,10 +29,12 @@ from mergekit_monosoup.kernel.eigen import (
 )
 from mergekit_monosoup.kernel.lapack import one_thread_each
 from mergekit_monosoup.kernel.monosoup import edit
+from mergekit_monosoup.kernel.svc import calibrate
 from mergekit_monosoup.kernel.task_vector import TaskVector, block_elements
-from mergekit_monosoup.report import Record
+from mergekit_monosoup.report.record import Record
 
-# Bound on the buffers of all matrices in work at one time: with 64 cores and a matrix each they would be as large as models.
+# Bound on the buffers of all matrices in work at one time: with 64 cores and a matrix each they
+# would be as large as models.
 MEMORY = 8 * 2**30
 
 
@@ -49,73 +51,103 @@ Result = tuple[Tensor, Record]
 
 
 def buffers(job: Job) -> int:
-    """Bytes that a matrix needs at most, beside its inputs and its output; see :func:`svc.calibrate`, which needs most."""
+    """Return the bytes that a matrix needs at most, beside its inputs and its output.
+
+    :func:`svc.calibrate` needs most; see there.
+    """
     side = TaskVector.tall(job.pretrained).shape[1]
-    return 8 * (
-        5 * side**2
-        + (2 * len(job.tuned) + 5)
-        * min(job.pretrained.numel(), block_elements(job.pretrained.device))
-    )
+    block = min(job.pretrained.numel(), block_elements(job.pretrained.device))
+    return 8 * (5 * side**2 + (2 * len(job.tuned) + 5) * block)
 
 
-def each(work: Callable[[Job], Result], jobs: Sequence[Job]) -> Iterator[Result]:
-    """``work(job)`` of every job, in their order; on the CPU as many at a time as torch has threads and memory allows.
+# -- one matrix per thread -------------------------------------------------------------------------
 
-    Results are, bit for bit, those of one job after the other with one thread. An error is that of the first job that
-    fails. One after the other it stays on an accelerator, with one thread, and where SciPy's BLAS takes no orders.
+
+def call_each(calls: Sequence[Callable[[], Result]], jobs: Sequence[Job]) -> Iterator[Result]:
+    """Make a call for every job, in their order, on the CPU several at a time.
+
+    As many as torch has threads and memory allows; results are, bit for bit, those of one call
+    after the other with one thread. One after the other it stays on an accelerator, with one
+    thread, and where SciPy's BLAS takes no orders.
+
+    Raises:
+        What the first call that fails raises.
     """
     budget = torch.get_num_threads()
     fit = max(1, MEMORY // max(map(buffers, jobs), default=1))
     threads = min(budget, len(jobs), fit)
-    if threads < 2 or any(job.pretrained.device.type != "cpu" for job in jobs):
-        yield from map(work, jobs)
-        return
-    with one_thread_each() as alone:
-        if not alone:
-            yield from map(work, jobs)
-            return
-        try:
-            with ThreadPoolExecutor(
-                threads, initializer=torch.set_num_threads, initargs=(1,)
-            ) as pool:
-                yield from pool.map(work, jobs)
-        finally:
-            torch.set_num_threads(
-                budget
-            )  # what a worker sets is also what threads to come start with
+    if threads > 1 and all(job.pretrained.device.type == "cpu" for job in jobs):
+        with one_thread_each() as alone:
+            if alone:
+                yield from _in_threads(calls, threads, budget)
+                return
+    for call in calls:
+        yield call()
+
+
+def _in_threads(
+    calls: Sequence[Callable[[], Result]], threads: int, budget: int
+) -> Iterator[Result]:
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield from pool.map(methodcaller("__call__"), calls)
+    finally:
+        # What a worker sets is also what threads to come start with.
+        torch.set_num_threads(budget)
 
 
 def edit_each(jobs: Sequence[Job], **settings: Any) -> Iterator[Result]:
-    """:func:`monosoup.edit` of every job, in their order; ``settings`` are its keywords.
+    """Return the results of :func:`monosoup.edit` for every job, in their order.
+
+    ``settings`` are its keywords.
 
     Raises:
         What :func:`monosoup.edit` raises, for the first job that fails.
     """
     if _one_batch(jobs):
-        yield from edit_batched(jobs, **settings)
-    else:
-        yield from each(
-            lambda job: edit(job.pretrained, job.tuned, name=job.name, **settings), jobs
-        )
+        return edit_batched(jobs, **settings)
+    calls = [partial(edit, job.pretrained, job.tuned, name=job.name, **settings) for job in jobs]
+    return call_each(calls, jobs)
+
+
+def calibrate_each(
+    jobs: Sequence[Job], *, with_merged: bool = False, **settings: Any
+) -> Iterator[Result]:
+    """Return the results of :func:`svc.calibrate` for every job, in their order.
+
+    Args:
+        jobs: the task models of each matrix.
+        with_merged: the last one of each is the merge of the others.
+        settings: keywords of :func:`svc.calibrate`.
+
+    Raises:
+        What :func:`svc.calibrate` raises, for the first job that fails.
+    """
+    calls = []
+    for job in jobs:
+        *tasks, last = job.tuned
+        given = {"tasks": tasks, "merged": last} if with_merged else {"tasks": job.tuned}
+        calls.append(partial(calibrate, job.pretrained, name=job.name, **given, **settings))
+    return call_each(calls, jobs)
+
+
+# -- one batch of matrices -------------------------------------------------------------------------
 
 
 def _one_batch(jobs: Sequence[Job]) -> bool:
-    if (
-        len(jobs) < 2
-        or len(
-            {(job.pretrained.shape, job.pretrained.dtype, job.pretrained.device) for job in jobs}
-        )
-        > 1
-    ):
+    shapes = {(job.pretrained.shape, job.pretrained.dtype, job.pretrained.device) for job in jobs}
+    if len(jobs) < 2 or len(shapes) > 1:
         return False
     # MPS has no float64: each of its matrices goes to the CPU by itself.
-    return jobs[0].pretrained.ndim > 1 and jobs[0].pretrained.device.type not in ("cpu", "mps")
+    first = jobs[0].pretrained
+    return first.ndim > 1 and first.device.type not in ("cpu", "mps")
 
 
 def edit_batched(jobs: Sequence[Job], **settings: Any) -> Iterator[Result]:
-    """The same for matrices of one shape, dtype and device (any), with one Gram product and one eigensolver call a batch.
+    """Yield the same for matrices of one shape, dtype and device (any).
 
-    A batch that the solver refuses is solved matrix by matrix; the records say so.
+    A batch takes one Gram product and one eigensolver call. One that the solver refuses is solved
+    matrix by matrix; the records say so.
     """
     size = max(1, MEMORY // buffers(jobs[0]))
     for start in range(0, len(jobs), size):
@@ -128,12 +160,11 @@ def edit_batched(jobs: Sequence[Job], **settings: Any) -> Iterator[Result]:
 def _decomposed(
     batch: Sequence[Job], weights: Sequence[float] | None
 ) -> list[Callable[[], Eigen] | None]:
-    """The ladder of every matrix, with what the batch gave as its first rung."""
-    for job in batch:
-        check_inputs(job.pretrained, job.tuned, job.name)
+    """Return the solver ladder of every matrix, with what the batch gave as its first rung."""
+    updates = [TaskVector(job.pretrained, job.tuned, weights, name=job.name) for job in batch]
     name = f"batched eigh on {batch[0].pretrained.device}"
     try:
-        grams = stacked_gram([TaskVector(job.pretrained, job.tuned, weights) for job in batch])
+        grams = stacked_gram(updates)
     except RuntimeError as error:
         if not out_of_memory(error):
             raise
@@ -144,10 +175,8 @@ def _decomposed(
         values = values.cpu()  # one transfer for the batch
     except FAILURES as error:
         return [partial(Eigen, gram, [(name, partial(_refuse, str(error)))]) for gram in grams]
-    solved = [partial(Decomposed, name, *pair) for pair in zip(values, vectors, strict=True)]
-    return [
-        partial(Eigen, gram, [(name, solver)]) for gram, solver in zip(grams, solved, strict=True)
-    ]
+    solved = [partial(SolvedElsewhere, name, *pair) for pair in zip(values, vectors, strict=True)]
+    return [partial(Eigen, gram, [(name, rung)]) for gram, rung in zip(grams, solved, strict=True)]
 
 
 def _refuse(reason: str) -> Solver:
@@ -155,10 +184,10 @@ def _refuse(reason: str) -> Solver:
 
 
 def stacked_gram(updates: Sequence[TaskVector]) -> Tensor:
-    """XᵀX of every update X, (B, s, s) float64; both triangles."""
+    """Return XᵀX of every update X, (B, s, s) float64; both triangles."""
     width = updates[0].width
     total = torch.zeros(len(updates), width, width, dtype=torch.float64, device=updates[0].device)
-    for parts in zip(*(update.blocks() for update in updates), strict=True):
-        x = torch.stack([part.delta for part in parts]).double()
+    for parts in zip(*(update.deltas() for update in updates), strict=True):
+        x = torch.stack(parts).double()
         total.baddbmm_(x.mT, x)
     return total

@@ -1,8 +1,11 @@
-"""Eigenvalues of a symmetric matrix first, eigenvectors of one end of the spectrum after: solvers and the ladder of them.
+"""Eigenvalues of a symmetric matrix, then eigenvectors of one end of its spectrum.
 
-On the CPU: one tridiagonalisation (dsytrd) gives all eigenvalues (dsterf) without any eigenvector;
-the cut is known then, and only the vectors of its smaller side are transformed back (dormtr). On an accelerator:
-``torch.linalg.eigh`` there. What fails, in either, goes one rung down, and the last rung is a plain decomposition on the CPU.
+Several solvers, and the ladder of them: what one fails at, the next one tries.
+
+On the CPU one tridiagonalisation (dsytrd) gives all eigenvalues (dsterf) without any eigenvector;
+the cut is known then, and only the vectors of its smaller side are transformed back (dormtr). On
+an accelerator: ``torch.linalg.eigh`` there. What fails, in either, goes one rung down, and the
+last rung is a plain decomposition on the CPU.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import chain
 from typing import Protocol
 
@@ -22,15 +26,16 @@ from mergekit_monosoup.kernel.lapack import call, integers, solve
 LOG = logging.getLogger("mergekit_monosoup")
 EPS = float(np.finfo(np.float64).eps)
 
-# Backward errors of LAPACK's symmetric solvers are a few eps·‖A‖ (measured here: residuals of at most 4e-15·‖A‖_F over the
-# test matrices and at order 2048). A solver that is off by hundreds of times that has failed without saying so.
+# Backward errors of LAPACK's symmetric solvers are a few eps·‖A‖ (measured here: residuals of at
+# most 4e-15·‖A‖_F over the test matrices and at order 2048). A solver that is off by hundreds of
+# times that has failed without saying so.
 RESIDUAL = 1e-12
 
 # Columns per step of a norm: its masked copy must fit the cache.
 PANEL = 256
 
-# Vectors per call of dstein. Measured for 409 of order 2048: groups of 4 70 ms, 32 81 ms, 128 123 ms, all at once 260 ms;
-# the inner products that are left grow from 4e-13 (32) to 2e-12 (4).
+# Vectors per call of dstein. Measured for 409 of order 2048: groups of 4 70 ms, 32 81 ms, 128
+# 123 ms, all at once 260 ms; the inner products that are left grow from 4e-13 (32) to 2e-12 (4).
 GROUP = 32
 
 
@@ -39,18 +44,28 @@ class SolverError(RuntimeError):
 
 
 def out_of_memory(error: RuntimeError) -> bool:
-    """Also of libraries that allocate beside torch ("CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate")."""
+    """Return whether an error says that a device has too little memory.
+
+    Libraries that allocate beside torch say so in words of their own
+    ("CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate").
+    """
     return isinstance(error, torch.OutOfMemoryError) or "ALLOC_FAILED" in str(error)
 
 
 class Solver(Protocol):
-    """Eigenvalues of the symmetric (s, s) float64 matrix whose *lower* triangle is given."""
+    """One solver's eigenvalues of a symmetric (s, s) float64 matrix; eigenvectors on demand.
+
+    It is given the *lower* triangle of the matrix.
+    """
 
     name: str
     values: Tensor  #: (s,) float64 on the CPU, ascending
 
     def vectors(self, start: int, stop: int) -> Tensor:
-        """Orthonormal eigenvectors (s, stop − start) of ``values[start:stop]``, float64, on the device of the matrix."""
+        """Return orthonormal eigenvectors of ``values[start:stop]``.
+
+        (s, stop − start) float64, on the device of the matrix.
+        """
         ...
 
 
@@ -58,13 +73,17 @@ Rung = tuple[str, Callable[[], Solver]]
 
 
 class Lapack:
-    """Tridiagonalise once; the equal of ``scipy.linalg.eigh(a, subset_by_index=…)`` without starting over for the vectors."""
+    """LAPACK on the CPU: tridiagonalise once, then values, then the vectors that are asked for.
+
+    The equal of ``scipy.linalg.eigh(a, subset_by_index=…)`` without starting over for the vectors.
+    """
 
     name = "lapack"
 
     def __init__(self, lower: Tensor):
         order = self._order = len(lower)
-        # A copy: the reflectors take the place of the matrix, which is still needed to verify the result.
+        # A copy: the reflectors take the place of the matrix, which is still needed to verify the
+        # result.
         self._reflectors = np.array(lower.numpy(), order="F")
         self._diagonal, self._off, self._tau = np.empty(order), np.empty(order), np.empty(order)
         work = np.empty(32 * order)  # the block size that LAPACK asks for; 64 is no faster
@@ -110,19 +129,20 @@ class Lapack:
         return torch.from_numpy(wanted)
 
     def _tridiagonal_vectors(self, start: int, stop: int) -> np.ndarray:
-        """(s, stop − start), column-major. Up to half by inverse iteration, more by divide and conquer, which gives all.
+        """Return vectors of the tridiagonal matrix, (s, stop − start), column-major.
 
-        Measured, 1 thread: order 1024, a fifth 0.026 s, half 0.071 s, dstevd 0.080 s; order 2048 0.12, 0.38 and 0.45 s; order
-        4096 0.54, 2.3 and 3.2 s.
+        Up to half of them by inverse iteration, more by divide and conquer, which gives all.
+        Measured, 1 thread: order 1024, a fifth 0.026 s, half 0.071 s, dstevd 0.080 s; order 2048
+        0.12, 0.38 and 0.45 s; order 4096 0.54, 2.3 and 3.2 s.
         """
         order = self._order
         d, e = self._diagonal, self._off[: order - 1]
         # dstein must be told where a matrix falls apart; where one does, dstevd needs no telling.
         splits = np.abs(e) <= EPS * (np.abs(d[:-1]) + np.abs(d[1:]))
         if 2 * (stop - start) <= order and not splits.any():
-            found = _inverse_iteration(d, e, self.values[start:stop].numpy())
-            if found is not None:
-                return found
+            vectors = _inverse_iteration(d, e, self.values[start:stop].numpy())
+            if vectors is not None:
+                return vectors
         vectors, work = np.empty((order, order), order="F"), np.empty(1 + 4 * order + order**2)
         more = integers(3 + 5 * order)
         info = solve(
@@ -144,10 +164,11 @@ class Lapack:
 
 
 def _inverse_iteration(d: np.ndarray, e: np.ndarray, values: np.ndarray) -> np.ndarray | None:
-    """Orthonormal eigenvectors (s, j) of an unreduced tridiagonal matrix; None where they cannot be told apart.
+    """Return orthonormal eigenvectors (s, j) of an unreduced tridiagonal matrix.
 
-    One call of dstein would orthogonalise each vector against all before it with dot products: 0.26 s for 409 vectors of
-    order 2048. Groups of :data:`GROUP` and one Cholesky factor of what is left of their inner products take 0.10 s.
+    None where they cannot be told apart. One call of dstein would orthogonalise each vector
+    against all before it with dot products: 0.26 s for 409 vectors of order 2048. Groups of
+    :data:`GROUP` and one Cholesky factor of what is left of their inner products take 0.10 s.
     """
     order, count = len(d), len(values)
     block, ends = integers(order, 1), integers(order, order)
@@ -175,8 +196,8 @@ def _inverse_iteration(d: np.ndarray, e: np.ndarray, values: np.ndarray) -> np.n
             != 0
         ):
             return None
-    # Neighbours in different groups have inner products of eps·‖A‖/gap: at most 2e-9 over the test matrices. Equal
-    # eigenvalues give parallel vectors; then the factor is (almost) singular.
+    # Neighbours in different groups have inner products of eps·‖A‖/gap: at most 2e-9 over the test
+    # matrices. Equal eigenvalues give parallel vectors; then the factor is (almost) singular.
     factor = np.empty((count, count), order="F")
     call("dsyrk", b"L", b"T", count, order, 1.0, vectors, order, 0.0, factor, count)
     if solve("dpotrf", b"L", count, factor, count) != 0 or factor.diagonal().min(initial=1) < 0.9:
@@ -190,10 +211,15 @@ _LOADED: set[str] = set()
 
 
 def eigh(lower: Tensor) -> tuple[Tensor, Tensor]:
-    """``torch.linalg.eigh`` of one matrix or a batch, on its device; whatever it fails of, but for memory, is a SolverError.
+    """Return ``torch.linalg.eigh`` of one matrix or a batch, on its device.
 
-    Vendor libraries say what they have to say in plain RuntimeErrors ("cusolver error: …"). The first call of a process loads
-    them, and two threads that do so at once, one for each GPU, fail (pytorch issue 90613): so there is one first call.
+    Vendor libraries report failures in plain RuntimeErrors ("cusolver error: …"). The first call
+    of a process loads them, and two threads that do so at once, one for each GPU, fail (pytorch
+    issue 90613): so there is one first call.
+
+    Raises:
+        OutOfMemoryError: the device has too little memory.
+        SolverError: it failed for another reason.
     """
     kind = lower.device.type
     try:
@@ -209,7 +235,7 @@ def eigh(lower: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Eigh:
-    """:func:`eigh`: values and all vectors at once."""
+    """torch's solver, :func:`eigh`: values and all vectors at once."""
 
     name = "eigh"
 
@@ -221,8 +247,11 @@ class Eigh:
         return self._vectors[:, start:stop]
 
 
-class Decomposed:
-    """Values (s,) on the CPU, ascending, and all vectors (s, s) that somebody else computed."""
+class SolvedElsewhere:
+    """A solution that a caller has already: one of a batch that was solved in one call.
+
+    ``values``: (s,) on the CPU, ascending; ``vectors``: all, (s, s).
+    """
 
     def __init__(self, name: str, values: Tensor, vectors: Tensor):
         self.name, self.values, self._vectors = name, values, vectors
@@ -232,7 +261,7 @@ class Decomposed:
 
 
 class Eigen:
-    """The ladder: eigenvalues and eigenvectors from the first solver whose results verify.
+    """The ladder: eigenvalues and eigenvectors from the first solver whose results are verified.
 
     Attributes:
         values: (s,) float64 on the CPU, ascending.
@@ -240,7 +269,11 @@ class Eigen:
     """
 
     def __init__(self, lower: Tensor, before: Iterable[Rung] = ()):
-        """``lower``: (s, s) float64, any device; only its lower triangle is read. ``before``: rungs to try first.
+        """Compute the eigenvalues.
+
+        Args:
+            lower: (s, s) float64, any device; only its lower triangle is read.
+            before: rungs to try first.
 
         Raises:
             SolverError: no solver succeeded; the message lists what each of them said.
@@ -256,7 +289,10 @@ class Eigen:
         return self._solver.name + "".join(f"; {failure}" for failure in self._failures)
 
     def vectors(self, start: int, stop: int) -> Tensor:
-        """Orthonormal eigenvectors (s, stop − start) of ``values[start:stop]``, float64, on the device of the matrix."""
+        """Return orthonormal eigenvectors of ``values[start:stop]``.
+
+        (s, stop − start) float64, on the device of the matrix.
+        """
         while True:
             try:
                 vectors = self._solver.vectors(start, stop).to(self._lower.device)
@@ -290,30 +326,33 @@ FAILURES = (SolverError, torch.OutOfMemoryError, MemoryError)
 
 def _rungs(lower: Tensor) -> Iterator[Rung]:
     if lower.device.type != "cpu":
-        yield f"eigh on {lower.device}", lambda: Eigh(lower)
-    yield "lapack", lambda: Lapack(lower.cpu())
-    yield "eigh", lambda: Eigh(lower.cpu())
+        yield f"eigh on {lower.device}", partial(Eigh, lower)
+    yield "lapack", partial(_on_cpu, Lapack, lower)
+    yield "eigh", partial(_on_cpu, Eigh, lower)
+
+
+def _on_cpu(solver: type[Lapack | Eigh], lower: Tensor) -> Solver:
+    return solver(lower.cpu())
 
 
 def _verify_values(lower: Tensor, values: Tensor) -> None:
-    """Trace and Frobenius norm are those of the matrix."""
-    found = torch.stack([lower.diagonal().sum(), _square(lower)]).tolist()
-    trace_error, square_error = (
-        abs(found[0] - float(values.sum())),
-        abs(found[1] - float(values.square().sum())),
-    )
+    """Check that trace and Frobenius norm are those of the matrix."""
+    trace, square = torch.stack([lower.diagonal().sum(), _square(lower)]).tolist()
+    trace_error = abs(trace - float(values.sum()))
+    square_error = abs(square - float(values.square().sum()))
+    bound = RESIDUAL * len(values)
     # Written so that NaN fails.
-    if not (
-        trace_error <= RESIDUAL * len(values) * found[1] ** 0.5
-        and square_error <= RESIDUAL * len(values) * found[1]
-    ):
+    if not (trace_error <= bound * square**0.5 and square_error <= bound * square):
         raise SolverError(
             f"eigenvalues miss the trace by {trace_error:.1e} and the norm² by {square_error:.1e}"
         )
 
 
 def _verify_vectors(lower: Tensor, values: Tensor, vectors: Tensor) -> None:
-    """A·Q·w = Q·Λ·w and QᵀQ·w = w for one w with no zero entries; costs two passes over A and Q."""
+    """Check that A·Q·w = Q·Λ·w and QᵀQ·w = w for one w with no zero entries.
+
+    Costs two passes over A and Q.
+    """
     probe = torch.arange(1, vectors.shape[1] + 1, dtype=torch.float64, device=vectors.device).cos()
     direction = vectors @ probe
     image = _times(lower, direction)
@@ -328,15 +367,17 @@ def _verify_vectors(lower: Tensor, values: Tensor, vectors: Tensor) -> None:
     scale = diagonal * len(lower) ** 0.5 * size
     if not (residual <= RESIDUAL * scale and skew <= RESIDUAL * len(lower) * size):
         raise SolverError(
-            f"eigenvectors leave a residual of {residual:.1e} (matrix {scale:.1e}), skewness {skew:.1e}"
+            f"eigenvectors leave a residual of {residual:.1e} (matrix {scale:.1e}), "
+            f"skewness {skew:.1e}"
         )
 
 
-# Masks of whole triangles and their copies took 60 and 39 ms at order 2048 where these two functions take 6 and 1 ms.
+# Masks of whole triangles and their copies took 60 and 39 ms at order 2048 where these two
+# functions take 6 and 1 ms.
 
 
 def _square(lower: Tensor) -> Tensor:
-    """‖A‖_F² of the symmetric matrix, panel by panel."""
+    """Return ‖A‖_F² of the symmetric matrix, panel by panel."""
     total = -lower.diagonal().square().sum()
     for start in range(0, len(lower), PANEL):
         panel = lower[start:, start : start + PANEL]
@@ -346,7 +387,7 @@ def _square(lower: Tensor) -> Tensor:
 
 
 def _times(lower: Tensor, x: Tensor) -> Tensor:
-    """A·x of the symmetric matrix."""
+    """Return A·x of the symmetric matrix."""
     if lower.device.type == "cpu":
         image = torch.empty_like(x)
         order = len(lower)

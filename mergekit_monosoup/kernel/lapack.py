@@ -1,9 +1,10 @@
-"""The BLAS and LAPACK routines that the solvers need, called so that other Python threads run meanwhile.
+"""The BLAS and LAPACK routines that the solvers need, called without the interpreter lock.
 
-SciPy's wrappers of most of them (`scipy.linalg.lapack`, `scipy.linalg.blas`) hold the interpreter lock: two threads take as
-long as one after the other. The same compiled routines are public as function pointers, for Cython and Numba
-(`scipy.linalg.cython_lapack`, `scipy.linalg.cython_blas`), and ctypes releases the lock around them.
-Arrays are column-major and changed in place, nothing is checked or copied: for callers in this package only.
+SciPy's wrappers of most of them (`scipy.linalg.lapack`, `scipy.linalg.blas`) hold the lock: two
+threads take as long as one after the other. The same compiled routines are public as function
+pointers, for Cython and Numba (`scipy.linalg.cython_lapack`, `scipy.linalg.cython_blas`), and
+ctypes releases the lock around them. Arrays are column-major and changed in place, nothing is
+checked or copied: for callers in this package only.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _INTEGER = (
 
 @cache
 def _routine(name: str) -> Any:
-    """The routine as a ctypes function of as many pointers as it has arguments."""
+    """Return the routine as a ctypes function of as many pointers as it has arguments."""
     module = cython_lapack if name in cython_lapack.__pyx_capi__ else cython_blas
     capsule = ctypes.py_object(module.__pyx_capi__[name])
     signature = ctypes.pythonapi.PyCapsule_GetName
@@ -41,7 +42,11 @@ def _routine(name: str) -> Any:
 def call(
     name: str, *arguments: bytes | int | float | np.ndarray, real: type = ctypes.c_double
 ) -> None:
-    """A routine without INFO: letters as bytes, numbers by value, arrays by their memory. ``real``: type of the scalars."""
+    """Call a routine that has no INFO.
+
+    Letters are given as bytes, numbers by value, arrays by their memory; ``real`` is the type of
+    the scalars.
+    """
     held: list[Any] = []  # what the pointers point to
     for value in arguments:
         if isinstance(value, np.ndarray):
@@ -54,13 +59,14 @@ def call(
 
 
 def solve(name: str, *arguments: bytes | int | float | np.ndarray) -> int:
-    """A routine whose last argument is INFO, which is returned: 0 is success."""
+    """Call a routine whose last argument is INFO, and return that: 0 is success."""
     info = np.zeros(1, _INTEGER)
     call(name, *arguments, info)
     return int(info[0])
 
 
 def integers(count: int, value: int = 0) -> np.ndarray:
+    """Return ``count`` integers as LAPACK reads them."""
     return np.full(count, value, _INTEGER)
 
 
@@ -69,13 +75,13 @@ _POOL = threading.Lock()
 
 @contextmanager
 def one_thread_each() -> Iterator[bool]:
-    """Inside, SciPy's BLAS uses one thread a call; False where it cannot be told to, or another thread is inside already.
+    """Make SciPy's BLAS use one thread a call inside the `with` block.
 
-    OpenBLAS has one pool for the process: several callers with several threads each would wait for each other.
+    Yields False where it cannot be told to, or another thread is inside already. OpenBLAS has one
+    pool for the process: several callers with several threads each would wait for each other.
     """
-    library = ctypes.CDLL(
-        cython_lapack.__file__
-    )  # symbols of the libraries it is linked to are found through it
+    # Symbols of the libraries that it is linked to are reached through it.
+    library = ctypes.CDLL(cython_lapack.__file__)
     names = [p for p in ("scipy_openblas", "openblas") if hasattr(library, f"{p}_set_num_threads")]
     if not names or not _POOL.acquire(blocking=False):
         yield False

@@ -1,12 +1,14 @@
-"""Singular values of a tall matrix X, and orthonormal bases of its singular subspaces. Knows nothing about merging.
+"""Singular values of a tall matrix X, and orthonormal bases of its singular subspaces.
 
-Everything comes from the float64 Gram matrix G = XᵀX of the *short* side: σ² are its eigenvalues, and eigenvectors are
-computed only for the smaller of the two sides of a cut. Left singular vectors are never formed.
+Knows nothing about merging. Everything comes from the float64 Gram matrix G = XᵀX of the *short*
+side: σ² are its eigenvalues, and eigenvectors are computed only for the smaller of the two sides
+of a cut. Left singular vectors are never formed.
 
-Accuracy: eigenvalues of G carry an absolute error of up to some 30 eps·σ₁², so singular values under about 1e-7·σ₁ drown. They
-are found again by one more Gram matrix, in the subspace that G leaves open (:func:`_resolve`), after which the floor is
-that of a float64 SVD, eps·σ₁. Exactly low-rank updates (a merged LoRA) need this: hundreds of phantom singular values of
-1e-8·σ₁ would move the effective rank.
+Accuracy: eigenvalues of G carry an absolute error of up to some 30 eps·σ₁², so singular values
+under about 1e-7·σ₁ drown. They are computed again from one more Gram matrix, in the subspace that
+G leaves open (:func:`_resolve`), after which the floor is that of a float64 SVD, eps·σ₁. Exactly
+low-rank updates (a merged LoRA) need this: hundreds of phantom singular values of 1e-8·σ₁ would
+move the effective rank.
 """
 
 from __future__ import annotations
@@ -19,24 +21,27 @@ from torch import Tensor
 from mergekit_monosoup.kernel.eigen import EPS, LOG, Eigen, SolverError
 from mergekit_monosoup.kernel.lapack import call
 
-# Eigenvalues of G under this fraction of the largest are looked at again. Measured over the test matrices (192 to 512
-# columns), the largest error is 7e-15 of the largest eigenvalue, so σ just above the line is right to 1 % and the rest better.
+# Eigenvalues of G under this fraction of the largest are computed again. Measured over the test
+# matrices (192 to 512 columns), the largest error is 7e-15 of the largest eigenvalue, so σ just
+# above the line is right to 1 % and the rest better.
 UNRESOLVED = 2e3 * EPS
 
 Blocks = Callable[[], Iterable[Tensor]]
 
 
 def gram(blocks: Iterable[Tensor], width: int, device: torch.device) -> Tensor:
-    """Lower triangle of XᵀX, (width, width) float64, summed over row blocks (rows, width) of X; the rest is undefined.
+    """Return XᵀX, (width, width) float64, summed over row blocks (rows, width) of X.
 
-    On the CPU by BLAS's dsyrk, which computes one triangle: measured 0.5 of the time of a float64 GEMM.
+    Only its lower triangle is defined. On the CPU it is computed by BLAS's dsyrk, which computes
+    one triangle: measured 0.5 of the time of a float64 GEMM.
     """
     # Column-major, as LAPACK wants it.
     total = torch.zeros(width, width, dtype=torch.float64, device=device).T
     for block in blocks:
         block = block.double()
         if device.type == "cpu":
-            # BLAS reads column-major memory: a row-major block is its own transpose there. Neither case copies.
+            # BLAS reads column-major memory: a row-major block is its own transpose there. Neither
+            # case copies.
             across = block.stride(0) == 1 and block.stride(1) == len(block)
             x, rows = (block if across else block.contiguous()).numpy(), len(block)
             turn, leading = (b"T", rows) if across else (b"N", width)
@@ -47,11 +52,12 @@ def gram(blocks: Iterable[Tensor], width: int, device: torch.device) -> Tensor:
 
 
 def nonzero_rows(block: Tensor) -> Tensor | None:
-    """Indices of the rows (n,) of a row-major block (rows, s) that have an entry; None where dropping the others is no gain.
+    """Return the indices (n,) of the rows of a row-major block (rows, s) that are not zero.
 
-    Most rows of an embedding belong to tokens that fine-tuning never saw. Only on the CPU: a number of rows that depends on
-    the data would stall an accelerator. A look at a few columns costs nothing and tells where no row is zero; at one it would
-    not, for half of the entries of a small bfloat16 update are zero.
+    None where dropping the others is no gain. Most rows of an embedding belong to tokens that
+    fine-tuning never saw. Only on the CPU: a number of rows that depends on the data would stall
+    an accelerator. A look at 16 columns costs nothing and tells where no row is zero; one column
+    would not tell, for half of the entries of a small bfloat16 update are zero.
     """
     if (
         block.device.type != "cpu"
@@ -64,18 +70,24 @@ def nonzero_rows(block: Tensor) -> Tensor | None:
 
 
 def _without_zero_rows(block: Tensor) -> Tensor:
-    """Neither the Gram matrix nor a triangular factor changes."""
+    """Drop the rows that are zero: neither a Gram matrix nor a triangular factor needs them."""
     rows = nonzero_rows(block)
     return block if rows is None else block[rows]
 
 
 def effective_rank(sigma: Tensor) -> float:
-    """exp(−Σ p ln p), p = σ/Σσ (Roy & Vetterli 2007; paper, Eq. 3). 0·ln 0 is 0. ``sigma``: (s,), at least one > 0."""
+    """Return exp(−Σ p ln p) with p = σ/Σσ (Roy & Vetterli 2007; paper, Eq. 3); 0·ln 0 is 0.
+
+    ``sigma``: (s,), at least one of them above zero.
+    """
     return float(torch.special.entr(sigma / sigma.sum()).sum().exp())
 
 
 def quantile_curve(sigma: Tensor, points: int) -> list[float]:
-    """σ/σ₁ at ``points`` equally spaced places of the spectrum, interpolated; its shape, whatever its length."""
+    """Return σ/σ₁ at equally spaced places of the spectrum, interpolated.
+
+    That is the shape of a spectrum, whatever its length. ``sigma``: (s,), descending.
+    """
     where = torch.linspace(0, len(sigma) - 1, points, dtype=torch.float64, device=sigma.device)
     below = where.long()
     above = (below + 1).clamp(max=len(sigma) - 1)
@@ -89,10 +101,9 @@ class Spectrum:
     """Singular values, and on demand right singular vectors, of a tall X (rows, s).
 
     Attributes:
-        sigma: (s,) float64 on the CPU, descending; values under max(rows, s)·eps·σ₁ are exactly 0, as in
-            ``numpy.linalg.matrix_rank``.
+        sigma: (s,) float64 on the CPU, descending; values under max(rows, s)·eps·σ₁ are exactly
+            0, as in ``numpy.linalg.matrix_rank``.
         rank: how many are not 0.
-        solver: what computed them, with the failures before it.
     """
 
     def __init__(
@@ -103,16 +114,20 @@ class Spectrum:
         device: torch.device,
         eigen: Callable[[], Eigen] | None = None,
     ):
-        """``blocks()`` yields row blocks (rows_i, width) of X; it is read once, or twice if G leaves a tail open.
-
-        ``eigen()`` decomposes a G that is known already.
+        """Compute the singular values.
 
         Memory: five (width, width) float64 buffers beside the block at hand.
+
+        Args:
+            blocks: yields row blocks (rows_i, width) of X; it is called once, or twice if G leaves
+                a tail open.
+            rows, width, device: of X.
+            eigen: decomposes a G that is known already.
 
         Raises:
             SolverError: no rung of the ladder, down to a float64 SVD, gave a result that verifies.
         """
-        self._blocks, self._width = lambda: map(_without_zero_rows, blocks()), width
+        self._all_blocks, self._width = blocks, width
         self._tail: Tensor | None = None
         self._eigen: Eigen | None = None
         try:
@@ -129,29 +144,37 @@ class Spectrum:
         self.sigma[self.sigma <= max(rows, width) * EPS * self.sigma[0]] = 0
         self.rank = int((self.sigma > 0).sum())
 
+    def _blocks(self) -> Iterable[Tensor]:
+        return map(_without_zero_rows, self._all_blocks())
+
     @property
     def solver(self) -> str:
+        """What computed the singular values or the last vectors, with the failures before it."""
         return self._eigen.solver if self._eigen is not None else self._last_rung
 
     def projection(self, k: int, dtype: torch.dtype) -> tuple[Tensor, bool]:
-        """Basis Q (s, j) of the smaller side of the cut at k, and whether that side is the leading one.
+        """Return a basis of the smaller side of the cut at k, and whether that is the leading side.
 
-        P_k = QQᵀ when it is, I − QQᵀ when it is not; both carry the same information, one costs less.
+        The basis Q is (s, j). P_k = QQᵀ when the side is the leading one, I − QQᵀ when it is not;
+        both carry the same information, one costs less.
         """
         leading = 2 * k <= self._width
         start, stop = (0, k) if leading else (k, self._width)
-        return self._found(start, stop).to(dtype), leading
+        return self._verified_vectors(start, stop).to(dtype), leading
 
     def vectors(self) -> Tensor:
-        """Right singular vectors (s, rank) of the singular values that are not 0, in their order, float64."""
-        vectors = self._found(0, self.rank)
+        """Return the right singular vectors of the singular values that are not 0.
+
+        (s, rank) float64, in their order.
+        """
+        vectors = self._verified_vectors(0, self.rank)
         if self._eigen is not None:  # eigenvectors come in ascending order
             resolved = min(self.rank, self._open_from)
             vectors[:, :resolved] = vectors[:, :resolved].flip(1)
         return vectors
 
-    def _found(self, start: int, stop: int) -> Tensor:
-        """:meth:`_vectors`, from the last rung where the others fail."""
+    def _verified_vectors(self, start: int, stop: int) -> Tensor:
+        """Return :meth:`_vectors`, from the last rung of the ladder where the others fail."""
         try:
             return self._vectors(start, stop)
         except SolverError as error:
@@ -159,7 +182,10 @@ class Spectrum:
             return self._vectors(start, stop)
 
     def _vectors(self, start: int, stop: int) -> Tensor:
-        """Right singular vectors of ``sigma[start:stop]``, a new tensor; those that G resolves in ascending order."""
+        """Return the right singular vectors of ``sigma[start:stop]``, a new tensor.
+
+        Those that G resolves come in ascending order.
+        """
         parts = []
         if self._eigen is not None and start < (end := min(stop, self._open_from)):
             parts.append(self._eigen.vectors(self._width - end, self._width - start))
@@ -168,7 +194,10 @@ class Spectrum:
         return torch.cat(parts, dim=1)
 
     def _decompose(self, reason: str) -> None:
-        """The last rung: a float64 SVD on the CPU, of the triangular factor of X so that X still streams."""
+        """Take the last rung: a float64 SVD on the CPU.
+
+        It decomposes the triangular factor of X, so that X still streams.
+        """
         LOG.warning("falling back to a float64 SVD on the CPU: %s", reason)
         # Named for the tensor below: in a thread of --multi-gpu new tensors are made on its GPU.
         device = torch.device("cpu")
@@ -185,9 +214,10 @@ class Spectrum:
 
 
 def _resolve(blocks: Iterable[Tensor], subspace: Tensor) -> tuple[Tensor, Tensor]:
-    """Singular values (q,) of X·subspace, descending, and their vectors in X's space (s, q).
+    """Return the singular values (q,) of X·subspace, descending, and their vectors (s, q).
 
-    X·subspace no longer contains the large singular values, so its own Gram matrix resolves the small ones.
+    X·subspace no longer contains the large singular values, so its own Gram matrix resolves the
+    small ones. The vectors are those of X.
     """
     width = subspace.shape[1]
     small = Eigen(gram((block.double() @ subspace for block in blocks), width, subspace.device))

@@ -18,7 +18,7 @@ from evaluation.suite import load as load_suite
 from evaluation.worlds import training as train
 from mergekit_monosoup import report
 from mergekit_monosoup.cli import main
-from mergekit_monosoup.methods import parameter_table
+from mergekit_monosoup.parameters import parameter_table
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()

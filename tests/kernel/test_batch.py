@@ -15,9 +15,8 @@ from helpers import zoo
 from mergekit.merge_methods import merge_tensors
 
 from mergekit_monosoup import methods
-from mergekit_monosoup.kernel import batch as stack
-from mergekit_monosoup.kernel import lapack, task_vector
-from mergekit_monosoup.kernel.batch import Job, each, edit_batched, edit_each
+from mergekit_monosoup.kernel import batch, lapack, task_vector
+from mergekit_monosoup.kernel.batch import Job, call_each, edit_batched, edit_each
 from mergekit_monosoup.kernel.monosoup import edit
 from mergekit_monosoup.kernel.spectrum import nonzero_rows
 from mergekit_monosoup.kernel.task_vector import NonFiniteError
@@ -77,12 +76,12 @@ def test_threads_give_the_bits_of_a_loop(threads, shape, dtype):
 def test_work_is_spread_and_settings_are_restored(threads):
     together = threading.Barrier(3, timeout=30)
 
-    def work(job):
+    def work():
         together.wait()  # passes only if three run at a time
         return threading.get_ident(), torch.get_num_threads()
 
     W0, W1 = experts()
-    found = list(each(work, jobs(W0, W1)[:3]))
+    found = list(call_each([work] * 3, jobs(W0, W1)[:3]))
     assert {count for _, count in found} == {1}
     assert threading.get_ident() not in {thread for thread, _ in found}
     seen = []
@@ -94,16 +93,15 @@ def test_work_is_spread_and_settings_are_restored(threads):
 
 def test_memory_bounds_the_number_of_threads(threads, monkeypatch):
     W0, W1 = experts()
-    monkeypatch.setattr(stack, "MEMORY", 3 * stack.buffers(jobs(W0, W1)[0]) // 2)
-    assert {thread for thread in each(lambda job: threading.get_ident(), jobs(W0, W1))} == {
-        threading.get_ident()
-    }
+    monkeypatch.setattr(batch, "MEMORY", 3 * batch.buffers(jobs(W0, W1)[0]) // 2)
+    threads_used = set(call_each([threading.get_ident] * EXPERTS, jobs(W0, W1)))
+    assert threads_used == {threading.get_ident()}
 
 
 def test_blas_without_a_switch_means_a_loop(threads, monkeypatch):
     W0, W1 = experts()
     with lapack.one_thread_each():  # somebody else has it
-        inside = set(each(lambda job: threading.get_ident(), jobs(W0, W1)))
+        inside = set(call_each([threading.get_ident] * EXPERTS, jobs(W0, W1)))
     assert inside == {threading.get_ident()}
 
 
@@ -157,7 +155,7 @@ def test_batches_give_the_numbers_of_a_loop(shape, mode):
 def test_small_batches_are_as_good(monkeypatch):
     W0, W1 = experts(dtype=torch.float32)
     whole = list(edit_batched(jobs(W0, W1)))
-    monkeypatch.setattr(stack, "MEMORY", 5 * stack.buffers(jobs(W0, W1)[0]) // 2)  # batches of two
+    monkeypatch.setattr(batch, "MEMORY", 5 * batch.buffers(jobs(W0, W1)[0]) // 2)  # batches of two
     monkeypatch.setattr(task_vector, "BLOCK_ELEMENTS", 7 * 96)  # of 7 rows at a time
     for (a, _), (b, _) in zip(whole, edit_batched(jobs(W0, W1)), strict=True):
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-7)
@@ -210,7 +208,7 @@ def test_no_memory_for_a_batch(monkeypatch, caplog):
     def gram(updates):
         raise torch.OutOfMemoryError("injected")
 
-    monkeypatch.setattr(stack, "stacked_gram", gram)
+    monkeypatch.setattr(batch, "stacked_gram", gram)
     W0, W1 = experts()
     found = list(edit_batched(jobs(W0, W1)))
     assert all(torch.equal(a, b) for (a, _), (b, _) in zip(found, loop(W0, W1), strict=True))

@@ -31,7 +31,8 @@ from mergekit_monosoup.kernel import eigen, spectrum, task_vector
 from mergekit_monosoup.kernel.eigen import SolverError
 from mergekit_monosoup.kernel.svc import calibration, merge_weights
 from mergekit_monosoup.kernel.task_vector import NonFiniteError
-from mergekit_monosoup.methods import METHODS, parameter_table
+from mergekit_monosoup.methods import METHODS
+from mergekit_monosoup.parameters import parameter_table
 
 SHAPES = [(96, 160), (160, 96), (128, 128)]
 FORMS = ["task arithmetic", "average", "merged"]
@@ -527,14 +528,19 @@ def test_wrong_values_fail_before_anything_is_written(tmp_path, qwen3, parameter
     ("count", "parameters", "per_model", "words"),
     [
         (1, {}, [], "merge method svc needs two task models.*list at least two models"),
-        (2, {}, [{"merged": True}], "beside the model that is `merged`.*at least two task models"),
+        (
+            2,
+            {},
+            [{"merged": True}],
+            "`merged` is true for .*, beside which at least two task models",
+        ),
         (3, {"merged": True}, [], "`merged` is true for .*at most one model"),
         (3, {"weight": 0}, [], "`weight` is 0 for every task model"),
         (
             3,
             {"scaling": 0.3, "weight": 2},
             [{"merged": True}],
-            "`scaling`, `weight` would have no effect",
+            "`scaling` would have no effect.*`weight` would have no effect",
         ),
         (3, {"normalize": True}, [{"merged": True}], "`normalize` would have no effect"),
         (3, {}, [{"alpha": 0.5}], "`alpha` holds for the whole merge.*top-level"),
