@@ -1,7 +1,7 @@
-"""MonoSoup (arXiv 2602.09689) for mergekit: edits one fine-tuned checkpoint against its pretrained base.
+"""MonoSoup (arXiv 2602.09689) for mergekit: repairs a fine-tuned checkpoint, without data.
 
-In YAML: `merge_method: monosoup`, and `svc` for its neighbour, Singular Value Calibration. In Python: :func:`edit` and
-:func:`calibrate` for one weight matrix, :func:`edit_each` for many.
+In YAML: `merge_method: monosoup`, and `svc` for its neighbour, Singular Value Calibration. In
+Python: :func:`edit` and :func:`calibrate` for one weight matrix, :func:`edit_each` for many.
 """
 
 from importlib import import_module

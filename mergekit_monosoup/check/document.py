@@ -34,7 +34,7 @@ from mergekit_monosoup.checkpoints.headers import LackingError
 from mergekit_monosoup.checkpoints.inputs import Inputs, loads
 from mergekit_monosoup.checkpoints.reader import FILE_SUFFIXES, SHOWN, NotThereError, check_path
 from mergekit_monosoup.checkpoints.yaml import UniqueKeyLoader
-from mergekit_monosoup.report import REHEARSAL
+from mergekit_monosoup.report import PLANNING_ONLY
 
 # This package's methods and which of their parameters may differ between models; the others hold for the whole merge.
 PER_MODEL = {"monosoup": {"weight"}, "svc": {"weight", "merged"}}
@@ -62,11 +62,11 @@ class _RefusedError(Exception):
 
 def check(path: str | Path) -> list[Finding]:
     """Findings for a file meant for mergekit-yaml, mergekit-multi (several documents) or mergekit-pytorch."""
-    rehearsal = REHEARSAL.set(True)  # a merge that runs in another thread goes on with its report
+    rehearsal = PLANNING_ONLY.set(True)  # a merge that runs in another thread goes on with its report
     try:
         return _check(path)
     finally:
-        REHEARSAL.reset(rehearsal)
+        PLANNING_ONLY.reset(rehearsal)
 
 
 def _check(path: str | Path) -> list[Finding]:

@@ -1,13 +1,13 @@
-"""What a merge did to each matrix: records, the file they are written to, and the table that people read."""
+"""What a merge did to each matrix: records, the file that holds them, and the table of it."""
 
-from mergekit_monosoup.report.journal import OLD, REHEARSAL, Journal, check_path, start
+from mergekit_monosoup.report.journal import OLD, PLANNING_ONLY, Journal, check_path, start
 from mergekit_monosoup.report.record import REALISED_WARNING, Record, by_depth, rank_share, read
 from mergekit_monosoup.report.table import Row, layer_group, summarise, table
 
 __all__ = [
     "OLD",
+    "PLANNING_ONLY",
     "REALISED_WARNING",
-    "REHEARSAL",
     "Journal",
     "Record",
     "Row",

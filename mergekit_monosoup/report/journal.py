@@ -1,4 +1,4 @@
-"""Writes the records of a merge to its report, and warns once per merge when rounding eats the edit."""
+"""Writes the records of a merge to its report, and warns once when rounding eats the edit."""
 
 from __future__ import annotations
 
@@ -10,22 +10,29 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 
 from mergekit_monosoup.report.record import REALISED_WARNING, Record
 
 LOG = logging.getLogger("mergekit_monosoup")
 
-# Set while somebody plans a merge that will not be run.
-REHEARSAL: ContextVar[bool] = ContextVar("rehearsal", default=False)
+# Set while somebody plans a merge that will not be run, as `check` does: planning begins no report.
+PLANNING_ONLY: ContextVar[bool] = ContextVar("planning_only", default=False)
 
-OLD = ".old"  # what the report of an earlier merge is called
+OLD = ".old"  # what is appended to the name of the report of an earlier merge
+
+
+# -- the file --------------------------------------------------------------------------------------
 
 
 def check_path(path: str) -> str:
-    """The absolute path of a report that may be written: a new file, or one that holds a report already.
+    """Return the absolute path of a report that may be written.
+
+    That is a new file, or one that holds a report already.
 
     Raises:
-        ValueError: it is anything else, which replacing would lose; the message says what and what to do.
+        ValueError: it is anything else, which replacing would lose; the message says what and what
+            to do.
     """
     place = os.path.abspath(os.path.expanduser(path))
     if not path.strip():
@@ -45,19 +52,20 @@ def check_path(path: str) -> str:
         raise ValueError(f"{path} cannot be written: no permission to write in {above}")
     for suffix in ("", OLD) if os.path.exists(place) else ("",):
         if not _replaceable(place + suffix):
-            spelled = path + suffix
             raise ValueError(
-                f"{spelled} exists and is not a report; it would be replaced: name another file, or move that one"
+                f"{path}{suffix} exists and is not a report; it would be replaced: name another "
+                "file, or move that one"
             )
     return place
 
 
 def _replaceable(place: str) -> bool:
-    """Nothing is there, or a report (an empty one has no lines)."""
+    """Whether nothing is there, or a report (an empty one has no lines)."""
     if not os.path.exists(place):
         return True
+    # A pipe or a device: opening it may wait for ever, and renaming it would be worse.
     if not os.path.isfile(place):
-        return False  # a pipe or a device: opening it may wait for ever, and renaming it would be worse
+        return False
     if not os.path.getsize(place):
         return True
     try:
@@ -68,7 +76,9 @@ def _replaceable(place: str) -> bool:
 
 
 def start(path: str) -> str:
-    """Clears the way for a new report and returns its absolute path. That of an earlier merge is kept once, as ``….old``.
+    """Clear the way for a new report and return its absolute path.
+
+    That of an earlier merge is kept once, under its name with :data:`OLD`.
 
     Raises:
         ValueError: the report cannot be written there, see :func:`check_path`.
@@ -81,98 +91,116 @@ def start(path: str) -> str:
     return place
 
 
+def _append(path: str, records: Sequence[Record], *, anew: bool) -> None:
+    try:
+        if anew:
+            start(path)
+        with open(path, "a", encoding="utf-8") as file:
+            file.write("".join(record.to_json() + "\n" for record in records))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"the report cannot be written: {error}") from error
+
+
+# -- the journal -----------------------------------------------------------------------------------
+
+# (path, method, record) of what would have been written.
+Entry = tuple[str | None, str, Record]
+
+
+@dataclass
+class _Merge:
+    """What the journal knows of the merge that writes to one report, or to none."""
+
+    names: set[str] = field(default_factory=set)
+    started: bool = False
+    warned: bool = False
+
+
 class Journal:
     """Writes records as they come and warns once per merge.
 
-    mergekit tells a method neither when a merge starts nor when it ends. It does ask methods about whole slices while it
-    plans (:meth:`begin`), and elsewhere a tensor seen for the second time can only belong to a new merge.
-    Thread-safe: mergekit's multi-GPU executor calls methods from several threads.
+    mergekit tells a method neither when a merge starts nor when it ends. It does ask methods about
+    whole slices while it plans (:meth:`begin`), and elsewhere a tensor seen for the second time
+    can only belong to a new merge. Thread-safe: mergekit's multi-GPU executor calls methods from
+    several threads.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._seen: dict[str | None, set[str]] = defaultdict(set)
-        self._started: set[str | None] = set()
-        self._warned: set[str | None] = set()
-        self._diversion: list[tuple[str | None, str, Record]] | None = None
+        self._merges: dict[str | None, _Merge] = defaultdict(_Merge)
+        self._diverted: list[Entry] | None = None
 
     @contextmanager
-    def diverted(self) -> Iterator[list[tuple[str | None, str, Record]]]:
-        """Collects (path, method, record) in the list that it yields: nothing is written, nothing warned.
+    def diverted(self) -> Iterator[list[Entry]]:
+        """Collect entries in the list that it yields: nothing is written, nothing warned.
 
-        For the workers of a distributed merge: each would take its first tensor for the start of a merge, and put the
-        report of the others away as an old one. Holds for all threads of the process.
+        For the workers of a distributed merge: each would take its first tensor for the start of a
+        merge, and put the report of the others away as an old one. Holds for all threads of the
+        process.
         """
-        collected: list[tuple[str | None, str, Record]] = []
+        entries: list[Entry] = []
         with self._lock:
-            self._diversion = collected
+            self._diverted = entries
         try:
-            yield collected
+            yield entries
         finally:
             with self._lock:
-                self._diversion = None
+                self._diverted = None
 
     def begin(self) -> None:
-        """A merge is being planned: what comes next belongs to it, whatever its tensors are called."""
-        if REHEARSAL.get():
+        """Note that a merge is being planned: what comes next belongs to it."""
+        if PLANNING_ONLY.get():
             return
         with self._lock:
-            self._started.clear()
+            for merge in self._merges.values():
+                merge.started = False
 
     def add(
         self, records: Sequence[Record], path: str | None = None, method: str = "monosoup"
     ) -> None:
-        """Append ``records`` (all of one tensor) to ``path``; the first of a merge starts the file anew.
+        """Append the records of one tensor to ``path``; the first of a merge starts the file anew.
 
-        A report of an earlier merge is kept once, as ``path + ".old"``.
+        A report of an earlier merge is kept once, under its name with :data:`OLD`.
 
         Raises:
             ValueError: the report cannot be written there, see :func:`check_path`.
         """
         key = os.path.abspath(os.path.expanduser(path)) if path else None
         with self._lock:
-            if self._diversion is not None:
-                self._diversion += [(path, method, record) for record in records]
+            if self._diverted is not None:
+                self._diverted += [(path, method, record) for record in records]
                 return
-            seen = self._seen[key]
-            # Unnamed tensors (merge_tensors without a name) cannot be told apart, so they never start a new one.
-            starts = key not in self._started or any(
-                record.name and record.name in seen for record in records
-            )
-            if starts:
-                self._started.add(key)
-                seen.clear()
-                self._warned.discard(key)
-            seen.update(record.name for record in records)
+            merge = self._merges[key]
+            # Unnamed tensors (merge_tensors without a name) cannot be told apart, so they never
+            # start a new one.
+            anew = not merge.started or any(r.name and r.name in merge.names for r in records)
+            if anew:
+                merge = self._merges[key] = _Merge(started=True)
+            merge.names.update(record.name for record in records)
             if key:
-                self._write(key, records, starts)
-            self._warn(key, records, method)
+                _append(key, records, anew=anew)
+            if not merge.warned:
+                merge.warned = _warn(records, method)
 
-    @staticmethod
-    def _write(path: str, records: Sequence[Record], starts: bool) -> None:
-        try:
-            if starts:
-                start(path)
-            with open(path, "a", encoding="utf-8") as file:
-                file.write("".join(record.to_json() + "\n" for record in records))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"the report cannot be written: {error}") from error
 
-    def _warn(self, key: str | None, records: Sequence[Record], method: str) -> None:
-        lost = [
-            r
-            for r in records
-            if r.action == "edited" and r.realised is not None and r.realised < REALISED_WARNING
-        ]
-        if lost and key not in self._warned:
-            self._warned.add(key)
+def _warn(records: Sequence[Record], method: str) -> bool:
+    """Warn if rounding eats the edit of one of the matrices, and return whether it does."""
+    for record in records:
+        if (
+            record.action == "edited"
+            and record.realised is not None
+            and record.realised < REALISED_WARNING
+        ):
             LOG.warning(
-                "%s: rounding to %s keeps only %.0f %% of the intended edit of %s, and may of other tensors (said once "
-                "per merge; a `report` lists `realised` for all). The update is small against the spacing of %s numbers: "
-                "set `dtype: float32` and `out_dtype: float32` to keep the edit.",
+                "%s: rounding to %s keeps only %.0f %% of the intended edit of %s, and may of other"
+                " tensors (said once per merge; a `report` lists `realised` for all). The update "
+                "is small against the spacing of %s numbers: set `dtype: float32` and `out_dtype: "
+                "float32` to keep the edit.",
                 method,
-                lost[0].dtype,
-                100 * max(lost[0].realised or 0.0, 0.0),
-                lost[0].name or "a tensor",
-                lost[0].dtype,
+                record.dtype,
+                100 * max(record.realised, 0.0),
+                record.name or "a tensor",
+                record.dtype,
             )
+            return True
+    return False

@@ -27,28 +27,37 @@ ON_REQUEST = {"on_request": True}
 
 @dataclass
 class Record:
-    """One matrix. Fields that were not computed are None (a copied tensor has no spectrum).
+    """What happened to one matrix.
+
+    Fields that were not computed are None (a copied tensor has no spectrum).
 
     Attributes:
-        name: tensor name; matrices of an expert stack have their index appended, ``…down_proj[3]``.
-        shape, dtype: of the matrix as stored in the checkpoint; dtype is the one that the edit was rounded to.
-        action: ``edited`` or ``copied`` (stays as fine-tuned, or as averaged); ``inspected``: no merge, a prediction.
+        name: tensor name; matrices of an expert stack have their index appended,
+            ``…down_proj[3]``.
+        shape, dtype: of the matrix as stored in the checkpoint; dtype is the one that the edit was
+            rounded to.
+        action: ``edited`` or ``copied`` (stays as fine-tuned, or as averaged); ``inspected``: no
+            merge, a prediction.
         reason: why it was copied, or what limits an edit; empty for a plain edit.
         mode, R: how k was chosen (R only in ``variance``).
-        k, rank, effective_rank: cut, number of non-zero singular values of ΔW, exp(entropy of σ/Σσ).
+        k, rank, effective_rank: cut, number of non-zero singular values of ΔW, exp(entropy of
+            σ/Σσ).
         P_k, rho, cos_alpha, lambda_high, lambda_low: paper, Eqs. 6-8.
-        gamma_min, gamma_median, gamma_max, amplified: `svc` only: γ_r over the non-zero singular values, and the share of
-            them with γ_r > 1.
+        gamma_min, gamma_median, gamma_max, amplified: `svc` only: γ_r over the non-zero singular
+            values, and the share of them with γ_r > 1.
         delta_norm: ‖ΔW‖_F; in `svc` ΔW is the merged update.
         rel_update: ‖ΔW‖_F/‖W0‖_F; None when W0 is zero.
         edit_norm: ‖W − W1‖_F of the weight as stored; in `svc` W1 is the merge without calibration.
         realised: share of the intended edit that survives rounding to dtype; 1 is all of it.
         solver: what computed the spectrum, and which solvers failed before it.
         seconds: wall time spent on the matrix.
-        spectrum: σ/σ₁ at equally spaced places from the first to the last non-zero singular value, of `inspect --spectra`.
-        cosine: cosine of the task vectors of each two fine-tunes, of `inspect --cosine`; None where one of them is zero.
+        spectrum: σ/σ₁ at equally spaced places from the first to the last non-zero singular value,
+            of `inspect --spectra`.
+        cosine: cosine of the task vectors of each two fine-tunes, of `inspect --cosine`; None
+            where one of them is zero.
 
-    An inspected matrix has a record for each mode; its edit_norm and realised are those of an output in bfloat16.
+    An inspected matrix has a record for each mode; its edit_norm and realised are those of an
+    output in bfloat16.
     """
 
     name: str
@@ -80,6 +89,7 @@ class Record:
     cosine: dict[str, float | None] | None = field(default=None, metadata=ON_REQUEST)
 
     def to_json(self) -> str:
+        """Return the record as one line of JSON, without fields that nobody asked for."""
         unasked = [
             f.name
             for f in fields(self)
@@ -91,7 +101,7 @@ class Record:
 
 
 def read(path: str | Path) -> list[Record]:
-    """Records of a report file.
+    """Read the records of a report file.
 
     Raises:
         ValueError: names file, line and cause; a report that a killed merge cut off says so.
@@ -109,18 +119,23 @@ def read(path: str | Path) -> list[Record]:
             first = error.errors()[0]
             cause = ": ".join([*(f"`{key}`" for key in first["loc"][:1]), first["msg"]])
             raise ValueError(
-                f"{path}, line {number}: not a monosoup record ({cause}); was the merge interrupted, or is this "
-                "another file? Reports are written with `report: FILE` under `parameters`"
+                f"{path}, line {number}: not a monosoup record ({cause}); was the merge "
+                "interrupted, or is this another file? Reports are written with `report: FILE` "
+                "under `parameters`"
             ) from error
     if not records:
         raise ValueError(
-            f"{path}: no records; the merge that should have written it edited nothing or has not started"
+            f"{path}: no records; the merge that should have written it edited nothing or has "
+            "not started"
         )
     return records
 
 
 def by_depth(records: Iterable[Record]) -> list[Record]:
-    """In the order of the network, as far as names tell: what stands outside of layers first, but for heads."""
+    """Return records in the order of the network, as far as names tell.
+
+    What stands outside of layers comes first, but for heads.
+    """
 
     def key(record: Record) -> tuple[object, ...]:
         numbers = layer(record.name)
@@ -131,4 +146,5 @@ def by_depth(records: Iterable[Record]) -> list[Record]:
 
 
 def rank_share(record: Record) -> float | None:
+    """Return effective rank / rank; None where there is no spectrum."""
     return record.effective_rank / record.rank if record.effective_rank and record.rank else None

@@ -16,15 +16,18 @@ if TYPE_CHECKING:
 
 
 def layer_group(name: str) -> str:
-    """Tensors that differ only in their numbers, e.g. ``model.layers.*.mlp.up_proj.weight``."""
+    """Return the group of tensors that differ only in their numbers.
+
+    For example ``model.layers.*.mlp.up_proj.weight``.
+    """
     return re.sub(r"\d+", "*", name) or "(unnamed)"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: means over the edited matrices of a layer group, None where there are none.
+    """One line of the table: means over the edited matrices of a layer group.
 
-    ``gamma_min`` and ``gamma_max`` are the extremes of the group, not means.
+    None where there are none. ``gamma_min`` and ``gamma_max`` are the extremes of the group, not means.
     """
 
     group: str
@@ -46,7 +49,7 @@ class Row:
 
 
 def summarise(records: Iterable[Record]) -> list[Row]:
-    """A row per layer group in the order of appearance, then one of totals."""
+    """Return a row per layer group in the order of appearance, then one of totals."""
     records = list(records)
     groups: dict[str, list[Record]] = defaultdict(list)
     for record in records:
@@ -54,42 +57,52 @@ def summarise(records: Iterable[Record]) -> list[Row]:
     return [*(_row(group, members) for group, members in groups.items()), _row("total", records)]
 
 
-def _row(group: str, records: Sequence[Record]) -> Row:
-    def mean(values: Iterable[float | None]) -> float | None:
-        present = [value for value in values if value is not None]
-        return sum(present) / len(present) if present else None
+def _mean(values: Iterable[float | None]) -> float | None:
+    """Return the mean of the values that are there; None if none is."""
+    present = [value for value in values if value is not None]
+    return sum(present) / len(present) if present else None
 
-    edited = [r for r in records if r.action == "edited"]
-    # Weighted by the size of the edits: one tiny tensor that rounds away must not hide, or stand for, the model.
-    wanted = [
+
+def _realised(records: Iterable[Record]) -> float | None:
+    """Return the share of the edits that survived rounding, weighted by their squared size.
+
+    One tiny tensor that rounds away must not hide, or stand for, the model.
+    """
+    edits = [
         (r.edit_norm**2, r.realised)
-        for r in edited
+        for r in records
         if r.realised is not None and r.edit_norm is not None
     ]
-    total = sum(weight for weight, _ in wanted)
+    total = sum(weight for weight, _ in edits)
+    if not total:
+        return _mean(share for _, share in edits)
+    return sum(weight * share for weight, share in edits) / total
+
+
+def _row(group: str, records: Sequence[Record]) -> Row:
+    edited = [r for r in records if r.action == "edited"]
     return Row(
         group=group,
         edited=len(edited),
         copied=len(records) - len(edited),
         parameters=sum(math.prod(r.shape) for r in records),
-        rank_share=mean(r.k / r.rank if r.k and r.rank else None for r in edited),
-        P_k=mean(r.P_k for r in edited),
-        lambda_high=mean(r.lambda_high for r in edited),
-        lambda_low=mean(r.lambda_low for r in edited),
+        rank_share=_mean(r.k / r.rank if r.k and r.rank else None for r in edited),
+        P_k=_mean(r.P_k for r in edited),
+        lambda_high=_mean(r.lambda_high for r in edited),
+        lambda_low=_mean(r.lambda_low for r in edited),
         gamma_min=min((r.gamma_min for r in edited if r.gamma_min is not None), default=None),
-        gamma_median=mean(r.gamma_median for r in edited),
+        gamma_median=_mean(r.gamma_median for r in edited),
         gamma_max=max((r.gamma_max for r in edited if r.gamma_max is not None), default=None),
-        amplified=mean(r.amplified for r in edited),
-        rel_update=mean(r.rel_update for r in records),
-        realised=sum(weight * share for weight, share in wanted) / total
-        if total
-        else mean(s for _, s in wanted),
+        amplified=_mean(r.amplified for r in edited),
+        rel_update=_mean(r.rel_update for r in records),
+        realised=_realised(edited),
         seconds=sum(r.seconds for r in records),
         reasons=tuple(dict.fromkeys(r.reason for r in records if r.reason)),
     )
 
 
-# (header, value of a row, shown in a terminal of 80 columns too). λ_high is 1 − λ_low but for the rule `scalar`.
+# (header, value of a row, shown in a terminal of 80 columns too). λ_high is 1 − λ_low but for the
+# rule `scalar`.
 Columns = list[tuple[str, Callable[["Row"], str], bool]]
 _FIRST: Columns = [
     ("edited", lambda row: f"{row.edited}/{row.edited + row.copied}", True),
@@ -119,7 +132,7 @@ def _number(value: float | None, form: str = ".3f") -> str:
 
 
 def table(records: Iterable[Record], width: int = 160) -> Table:
-    """The summary as a rich table for a terminal of ``width`` columns."""
+    """Return the summary as a rich table for a terminal of ``width`` columns."""
     from rich import box
     from rich.table import Table
 
@@ -149,5 +162,5 @@ def table(records: Iterable[Record], width: int = 160) -> Table:
 
 
 def _short(group: str) -> str:
-    """What tells layer groups apart; `model.` and `.weight` are in nearly every name."""
+    """Return what tells layer groups apart; `model.` and `.weight` are in nearly every name."""
     return group.removeprefix("model.").removesuffix(".weight")

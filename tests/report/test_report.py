@@ -84,9 +84,9 @@ def test_a_planned_merge_starts_the_file_anew_whatever_its_tensors_are_called(tm
 def test_a_rehearsal_leaves_the_report_of_a_running_merge_alone(tmp_path):
     journal, path = Journal(), tmp_path / "r.jsonl"
     journal.add([record("a")], str(path))
-    rehearsal = report.REHEARSAL.set(True)
+    rehearsal = report.PLANNING_ONLY.set(True)
     journal.begin()
-    report.REHEARSAL.reset(rehearsal)
+    report.PLANNING_ONLY.reset(rehearsal)
     journal.add([record("b")], str(path))
     assert [r.name for r in read(path)] == ["a", "b"]
 
