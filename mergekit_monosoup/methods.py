@@ -287,7 +287,10 @@ def _merge_stack(
 def _without_update(
     name: str, tuned: Sequence[Tensor], weights: Sequence[float], reason: str
 ) -> tuple[Tensor, list[Record]]:
-    """Keep a tensor that the base model lacks: as fine-tuned, averaged if several models have it."""
+    """Keep a tensor that the base model lacks.
+
+    As fine-tuned, averaged if several models have it.
+    """
     # Any of the inputs serves as the origin of an average.
     merged, record = edit(tuned[0], tuned, weights=weights, min_rel_update=math.inf, name=name)
     return merged, [_untouched(name, merged, reason, record.seconds)]

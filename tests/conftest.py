@@ -14,7 +14,10 @@ from transformers import AutoModelForCausalLM
 
 @pytest.fixture(scope="session")
 def hub(tmp_path_factory) -> Path:
-    """Stands in for the hub: a base, two fine-tunes, a LoRA adapter, a ConvNeXt-like pair of state dicts."""
+    """Stands in for the hub.
+
+    A base, two fine-tunes, a LoRA adapter, a ConvNeXt-like pair of state dicts.
+    """
     folder = tmp_path_factory.mktemp("hub")
     checkpoints.pair(folder, tuned=2, dtype=torch.bfloat16)
     torch.manual_seed(7)

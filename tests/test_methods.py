@@ -1,4 +1,7 @@
-"""`monosoup` inside mergekit: real checkpoints through `run_merge`, parameters, filters, gradients, errors."""
+"""`monosoup` inside mergekit.
+
+Real checkpoints through `run_merge`, parameters, filters, gradients, errors.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +49,7 @@ def qwen3(tmp_path_factory):
     return checkpoints.pair(tmp_path_factory.mktemp("qwen3"), tuned=2)
 
 
-# -- whole checkpoints ---------------------------------------------------------------------------------------------------
+# -- whole checkpoints -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -77,7 +80,8 @@ def test_every_tensor_of_a_checkpoint(tmp_path, family, dtype, tied, sharded):
         assert records[name].k == numbers["k"], name
         assert not torch.equal(weight, W1[name]) and not torch.equal(weight, W0[name]), name
         if dtype == torch.float32:
-            # 1e-5 of the update; what remains is the rounding of W0 + delta, 6e-8 of W0 against an update of 2e-2 W0.
+            # 1e-5 of the update; what remains is the rounding of W0 + delta, 6e-8 of W0 against an
+            # update of 2e-2 W0.
             assert (
                 float((weight.double() - torch.tensor(exact)).norm())
                 < 1e-5 * torch.tensor(mono).norm()
@@ -90,7 +94,10 @@ def test_every_tensor_of_a_checkpoint(tmp_path, family, dtype, tied, sharded):
 
 @contextmanager
 def one_thread():
-    """A stack has the bits of one thread (docs/method.md); a single matrix has those of as many as there are."""
+    """A stack has the bits of one thread (docs/method.md).
+
+    A single matrix has those of as many as there are.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -279,7 +286,10 @@ def test_dtype_and_out_dtype(tmp_path):
 
 @pytest.mark.parametrize("options", [{}, {"low_cpu_memory": True}])
 def test_a_thread_for_each_gpu(tmp_path, monkeypatch, qwen3, options):
-    """mergekit's --multi-gpu: its division of the work, its threads, its queues, on two "GPUs" that are the CPU."""
+    """mergekit's --multi-gpu.
+
+    Its division of the work, its threads, its queues, on two "GPUs" that are the CPU.
+    """
     base, (tuned, other) = qwen3
     expected = merge(base, [tuned, other], tmp_path / "alone")
     devices = []
@@ -288,7 +298,8 @@ def test_a_thread_for_each_gpu(tmp_path, monkeypatch, qwen3, options):
         def _device_worker(self, **given):
             devices.append(str(given["device"]))
             super()._device_worker(**given)
-            # mergekit loses what is still in the queue when the last device is done: see dev/log.md.
+            # mergekit loses what is still in the queue when the last device is done: see
+            # dev/log.md.
             while not self.task_completion_queue.empty():
                 time.sleep(0.01)
 
@@ -309,7 +320,7 @@ def test_a_thread_for_each_gpu(tmp_path, monkeypatch, qwen3, options):
     assert {r.name for r in report.read(tmp_path / "r.jsonl")} == set(expected)
 
 
-# -- parameters ----------------------------------------------------------------------------------------------------------
+# -- parameters ------------------------------------------------------------------------------------
 
 
 def test_filters_gradients_and_model_parameters(tmp_path, qwen3):
@@ -371,7 +382,7 @@ def test_all_weights_zero(tmp_path, qwen3):
         merge(base, tuned, tmp_path / "out", parameters={"weight": 0})
 
 
-# -- structure -----------------------------------------------------------------------------------------------------------
+# -- structure -------------------------------------------------------------------------------------
 
 
 def test_missing_base_says_what_to_add(tmp_path, qwen3):
@@ -431,7 +442,7 @@ def test_non_finite_names_tensor_model_and_count(tmp_path, where):
     assert not (tmp_path / "out" / "config.json").exists()
 
 
-# -- warnings, threads ---------------------------------------------------------------------------------------------------
+# -- warnings, threads -----------------------------------------------------------------------------
 
 
 def test_lost_edits_warn_once_per_merge(tmp_path, caplog):

@@ -1,4 +1,7 @@
-"""MonoSoup from the paper's equations: plain NumPy, a float64 SVD, full matrices. Shares no code with the package."""
+"""MonoSoup from the paper's equations: plain NumPy, a float64 SVD, full matrices.
+
+Shares no code with the package.
+"""
 
 from __future__ import annotations
 

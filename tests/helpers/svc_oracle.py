@@ -1,4 +1,7 @@
-"""Singular Value Calibration from its formulas: plain NumPy, a full float64 SVD, one loop. Shares no code with the package."""
+"""Singular Value Calibration from its formulas: plain NumPy, a full float64 SVD, one loop.
+
+Shares no code with the package.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Updates with prescribed spectra: ΔW = U diag(σ) Vᵀ, so that k, P_k, ρ and λ can be checked against known numbers."""
+"""Updates with prescribed spectra.
+
+ΔW = U diag(σ) Vᵀ, so that k, P_k, ρ and λ can be checked against known numbers.
+"""
 
 from __future__ import annotations
 

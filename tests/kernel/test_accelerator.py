@@ -1,4 +1,7 @@
-"""Runs ``accelerator/checks.py`` in a process of its own: the other tests would see its device, and torch would prefer it."""
+"""Runs ``accelerator/checks.py`` in a process of its own.
+
+The other tests would see its device, and torch would prefer it.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Many matrices at once: threads give the bits of a loop, batches its numbers; faults stay with the matrix that has them."""
+"""Many matrices at once: threads give the bits of a loop, batches its numbers.
+
+Faults stay with the matrix that has them.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +57,7 @@ def threads():
     torch.set_num_threads(before)
 
 
-# -- a matrix per thread -------------------------------------------------------------------------------------------------
+# -- a matrix per thread ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
@@ -106,7 +109,10 @@ def test_blas_without_a_switch_means_a_loop(threads, monkeypatch):
 
 
 def test_the_interpreter_is_free_while_lapack_works():
-    """SciPy's own wrappers held its lock for the whole call; then threads could only wait for each other."""
+    """SciPy's own wrappers held its lock for the whole call.
+
+    Then threads could only wait for each other.
+    """
     order = 700
     a = np.asfortranarray(np.random.default_rng(0).standard_normal((order, order)))
     steps = 0
@@ -136,13 +142,16 @@ def test_the_interpreter_is_free_while_lapack_works():
     assert steps > 3  # 3 would be one between each two calls
 
 
-# -- batches (on accelerators; the same code runs on CPU tensors) --------------------------------------------------------
+# -- batches (on accelerators; the same code runs on CPU tensors) ----------------------------------
 
 
 @pytest.mark.parametrize("mode", ["freevariance", "variance"])
 @pytest.mark.parametrize("shape", [(96, 160), (160, 96)])
 def test_batches_give_the_numbers_of_a_loop(shape, mode):
-    """Float64, so that rounding hides nothing. The cut of a low-rank update is found in the open subspace: 1e-9 there."""
+    """Float64, so that rounding hides nothing.
+
+    The cut of a low-rank update is found in the open subspace: 1e-9 there.
+    """
     W0, W1 = experts(shape)
     found, expected = list(edit_batched(jobs(W0, W1), mode=mode)), loop(W0, W1, mode=mode)
     for kind, (a, ours), (b, theirs) in zip(KINDS, found, expected, strict=True):
@@ -215,7 +224,7 @@ def test_no_memory_for_a_batch(monkeypatch, caplog):
     assert "one matrix at a time" in caplog.text
 
 
-# -- faults ----------------------------------------------------------------------------------------------------
+# -- faults ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("how", [edit_each, edit_batched])
@@ -251,11 +260,14 @@ def test_a_merge_of_a_stack_on_threads(threads, method, monkeypatch):
     assert methods.matrices(NAME, W0.shape)[3][0] == "[3]"
 
 
-# -- rows of zeros ----------------------------------------------------------------------------------------------------
+# -- rows of zeros ---------------------------------------------------------------------------------
 
 
 def test_rows_without_an_update_are_dropped_exactly():
-    """Tokens that fine-tuning never saw. The Gram matrix has the same terms; BLAS may add them in another order."""
+    """Tokens that fine-tuning never saw.
+
+    The Gram matrix has the same terms; BLAS may add them in another order.
+    """
     torch.manual_seed(0)
     W0 = (0.02 * torch.randn(5000, 64)).bfloat16()
     seen = torch.rand(5000) < 0.2
@@ -280,7 +292,7 @@ def test_zero_rows_are_looked_for_where_they_pay():
     assert len(nonzero_rows(torch.zeros(4, 3))) == 0
 
 
-# -- the benchmarks ---------------------------------------------------------------------------------------------------
+# -- the benchmarks --------------------------------------------------------------------------------
 
 
 def test_gpu_benchmark_runs_without_one():
@@ -330,7 +342,10 @@ def test_stack_benchmark_runs():
 
 
 def test_experiments_reach_the_oracle_too():
-    """Slower ways are worth keeping only while they are right; the certificate must not promise less than the error."""
+    """Slower ways are worth keeping only while they are right.
+
+    The certificate must not promise less than the error.
+    """
     command = [
         sys.executable,
         ROOT / "benchmarks/experiments.py",

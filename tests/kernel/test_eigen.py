@@ -1,4 +1,7 @@
-"""Every rung of the solver ladder, reached by injected faults: the result stays right, and the record says what happened."""
+"""Every rung of the solver ladder, reached by injected faults.
+
+The result stays right, and the record says what happened.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +54,10 @@ def test_lapack_against_numpy(order, few):
 )
 @pytest.mark.parametrize("how", ["inverse iteration", "divide and conquer"])
 def test_vectors_either_way(monkeypatch, kind, how):
-    """Groups of dstein alone are orthogonal to 2e-9 (power law 2); equal eigenvalues it cannot tell apart at all."""
+    """Groups of dstein alone are orthogonal to 2e-9 (power law 2).
+
+    Equal eigenvalues it cannot tell apart at all.
+    """
     if how == "divide and conquer":
         monkeypatch.setattr(eigen, "_inverse_iteration", lambda *args: None)
     X = torch.tensor(zoo.deltas(320, 256)[kind])
@@ -65,7 +71,10 @@ def test_vectors_either_way(monkeypatch, kind, how):
 
 
 def test_equal_eigenvalues_are_left_to_divide_and_conquer():
-    """The second difference matrix of a ring cut open twice: two equal halves, coupled by almost nothing."""
+    """The second difference matrix of a ring cut open twice.
+
+    Two equal halves, coupled by almost nothing.
+    """
     d, e = np.full(128, 2.0), np.full(127, -1.0)
     e[63] = 1e-14
     values = np.linalg.eigvalsh(np.diag(d) + np.diag(e, 1) + np.diag(e, -1))
@@ -194,7 +203,10 @@ def test_what_a_vendor_library_says_is_a_failed_rung(monkeypatch, message):
 
 
 def test_libraries_of_an_accelerator_are_loaded_by_one_thread(monkeypatch):
-    """Two first calls at once fail in torch (issue 90613); `--multi-gpu` has a thread for each GPU."""
+    """Two first calls at once fail in torch (issue 90613).
+
+    `--multi-gpu` has a thread for each GPU.
+    """
     inside, calls, start = threading.Lock(), [], threading.Barrier(4)
 
     def torch_eigh(matrix, UPLO="L"):
@@ -222,7 +234,10 @@ def test_libraries_of_an_accelerator_are_loaded_by_one_thread(monkeypatch):
 @pytest.mark.parametrize("kind", ["random", "low rank", "low rank + noise"])
 @pytest.mark.parametrize("rungs", [0, 1, 2])
 def test_inputs_say_where_to_work_not_the_default_device(monkeypatch, kind, rungs):
-    """A thread of `--multi-gpu` has its GPU as default device; a tensor made without naming one would end up there."""
+    """A thread of `--multi-gpu` has its GPU as default device.
+
+    A tensor made without naming one would end up there.
+    """
     for solver in (eigen.Lapack, eigen.Eigh)[:rungs]:
         monkeypatch.setattr(solver, "__init__", fails)
     W0, W1 = pair(kind)

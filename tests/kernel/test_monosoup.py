@@ -1,7 +1,9 @@
-"""The kernel against a float64 SVD written from the paper's equations, against numbers worked out by hand, and its algebra.
+"""The kernel against a float64 SVD written from the paper's equations, against numbers worked out
+by hand, and its algebra.
 
-Tolerances, measured over the zoo (2 orientations, both modes, rules monosoup and low; W0 = 0, so that only the edited
-delta is rounded): float32 at most 4e-6, typically 2e-7; promised 1e-5. float64 at most 1e-9.
+Tolerances, measured over the zoo (2 orientations, both modes, rules monosoup and low; W0 = 0, so
+that only the edited delta is rounded): float32 at most 4e-6, typically 2e-7; promised 1e-5. float64
+at most 1e-9.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ from mergekit_monosoup.kernel.task_vector import NonFiniteError
 SHAPES = [(192, 320), (320, 192), (256, 256)]
 MODES = ["freevariance", "variance"]
 RULES = ["monosoup", "rho", "cos", "uniform", "high", "low", "scalar"]
-# Singular vectors of repeated singular values are not unique, so the cut through them has no right answer entry by entry.
+# Singular vectors of repeated singular values are not unique, so the cut through them has no right
+# answer entry by entry.
 NOT_UNIQUE = {"repeated", "orthogonal", "tiny tail"}
 
 
@@ -41,7 +44,7 @@ def error(weight: torch.Tensor, W0: torch.Tensor, expected: np.ndarray) -> float
     return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
 
-# -- against the oracle --------------------------------------------------------------------------------------------------
+# -- against the oracle ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -116,7 +119,10 @@ def test_float16_and_strided_inputs():
 @pytest.mark.parametrize("shape", [(200, 60), (60, 200), (64, 64)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_memory_order_of_the_inputs_changes_nothing(shape, dtype):
-    """A checkpoint saved as a transposed view comes back column-major; sums over two orders at once mean nothing."""
+    """A checkpoint saved as a transposed view comes back column-major.
+
+    Sums over two orders at once mean nothing.
+    """
     torch.manual_seed(0)
     W0 = torch.randn(shape).to(dtype)
     W1 = (W0 + 0.1 * torch.randn(shape)).to(dtype)
@@ -165,7 +171,7 @@ def test_no_promoted_copy_of_a_whole_embedding(monkeypatch):
     assert 0 < largest.elements <= 64 * 100
 
 
-# -- known answers -------------------------------------------------------------------------------------------------------
+# -- known answers ---------------------------------------------------------------------------------
 
 
 def test_split_by_hand():
@@ -233,7 +239,9 @@ def test_rank_one_is_left_unchanged(shape):
 
 
 def test_exactly_low_rank_update_has_that_rank():
-    """A merged LoRA: the Gram matrix alone would see phantom singular values of 1e-8 and a larger effective rank."""
+    """A merged LoRA: the Gram matrix alone would see phantom singular values of 1e-8 and a larger
+    effective rank.
+    """
     rng = np.random.default_rng(0)
     B, A = rng.integers(-3, 4, (256, 8)), rng.integers(-3, 4, (8, 384))
     W0, W1 = tensors(np.zeros((256, 384)), (B @ A).astype(float), torch.float32)
@@ -287,7 +295,7 @@ def test_realised_matches_its_definition_and_falls_with_the_update():
     assert shares[0] > 0.5 > shares[1] > shares[2]
 
 
-# -- properties ----------------------------------------------------------------------------------------------------------
+# -- properties ------------------------------------------------------------------------------------
 
 matrices = st.tuples(
     st.integers(2, 24), st.integers(2, 24), st.integers(0, 2**31 - 1), st.floats(-2.0, 0.0)
@@ -356,7 +364,10 @@ def test_alpha_is_linear_between_base_and_edit(matrix, alpha):
 
 
 def test_alpha_interpolates_what_is_not_edited_too():
-    """Wise-FT moves the whole model; leaving norms at W1 would be neither of the two models on the path."""
+    """Wise-FT moves the whole model.
+
+    Leaving norms at W1 would be neither of the two models on the path.
+    """
     W0, W1 = torch.zeros(5), torch.ones(5)
     weight, record = edit(W0, W1, alpha=0.25)
     assert torch.equal(weight, torch.full((5,), 0.25))
@@ -396,7 +407,7 @@ def test_bitwise_deterministic():
     assert all(torch.equal(first, edit(W0, W1)[0]) for _ in range(3))
 
 
-# -- bad input -----------------------------------------------------------------------------------------------------------
+# -- bad input -------------------------------------------------------------------------------------
 
 
 def test_non_finite_entries_are_counted_per_input():
@@ -454,7 +465,9 @@ def test_inputs_that_do_not_fit():
 
 @pytest.mark.parametrize("scale", [1e-30, 1e30])
 def test_squares_beyond_float32(scale):
-    """The norm of a tiny update must not underflow to "no update", nor that of a huge one look infinite."""
+    """The norm of a tiny update must not underflow to "no update", nor that of a huge one look
+    infinite.
+    """
     W0 = torch.zeros(64, 48)
     delta = torch.randn(64, 48, dtype=torch.float64)
     weight, record = edit(W0, (scale * delta).float(), mode="variance")
@@ -495,7 +508,9 @@ def test_what_the_dtype_cannot_hold_is_said():
 
 
 def test_reduced_matmul_precision_is_not_inherited():
-    """torch.set_float32_matmul_precision("medium") rounds float32 products to bf16 where the hardware has it."""
+    """torch.set_float32_matmul_precision("medium") rounds float32 products to bf16 where the
+    hardware has it.
+    """
     W0, W1 = tensors(np.zeros((192, 320)), zoo.deltas(192, 320)["random"], torch.float32)
     expected, _, _ = oracle.monosoup(W0, W1)
     torch.set_float32_matmul_precision("medium")

@@ -1,8 +1,10 @@
-"""`svc` against a float64 SVD written from the formulas, against answers worked out by hand, and inside mergekit.
+"""`svc` against a float64 SVD written from the formulas, against answers worked out by hand, and
+inside mergekit.
 
-Tolerance, measured over the zoo (3 orientations, 3 forms, 2 and 3 tasks, W0 = 0 so that only the calibrated update is
-rounded): float64 at most 4e-11 of the update, typically 1e-13; 1.2e-8 for a trimmed sum of two rank-one updates, most of
-whose directions are rounding error. Promised and allowed: 1e-6.
+Tolerance, measured over the zoo (3 orientations, 3 forms, 2 and 3 tasks, W0 = 0 so that only the
+calibrated update is rounded): float64 at most 4e-11 of the update, typically 1e-13; 1.2e-8 for a
+trimmed sum of two rank-one updates, most of whose directions are rounding error. Promised and
+allowed: 1e-6.
 """
 
 from __future__ import annotations
@@ -46,14 +48,18 @@ def deltas(shape: tuple[int, int], seed: int) -> dict[str, np.ndarray]:
 def tasks_of(kind: str, shape: tuple[int, int]) -> list[np.ndarray]:
     """Two updates of a kind and a random one.
 
-    Singular vectors of repeated singular values are not unique and γ depends on which are taken; this sum has none.
+    Singular vectors of repeated singular values are not unique and γ depends on which are taken;
+    this sum has none.
     """
     first, second, third = (deltas(shape, seed) for seed in (0, 5, 9))
     return [first[kind], second[kind], 0.7 * third["random"]]
 
 
 def settings_of(form: str, updates: list[np.ndarray], W0: torch.Tensor) -> dict:
-    """Keyword arguments of one of the three forms; `merged` is a merge by other means: the larger half of each update."""
+    """Keyword arguments of one of the three forms.
+
+    `merged` is a merge by other means: the larger half of each update.
+    """
     if form == "merged":
         trimmed = sum(np.where(np.abs(d) > np.median(np.abs(d)), d, 0) for d in updates)
         return {"merged": (W0.double() + torch.tensor(trimmed)).to(W0.dtype)}
@@ -75,14 +81,16 @@ def error(weight: torch.Tensor, W0: torch.Tensor, expected: np.ndarray) -> float
     return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
 
-# -- against the oracle --------------------------------------------------------------------------------------------------
+# -- against the oracle ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("kind", zoo.KINDS)
 def test_calibrated_update_matches_float64_svd(kind, shape, form):
-    """W0 = 0 leaves the calibrated update itself as the output, free of the rounding of W0 + update."""
+    """W0 = 0 leaves the calibrated update itself as the output, free of the rounding of W0 +
+    update.
+    """
     updates = tasks_of(kind, shape)
     W0, tasks = tensors(np.zeros(shape), updates, torch.float64)
     settings = settings_of(form, updates, W0)
@@ -104,7 +112,10 @@ def test_calibrated_update_matches_float64_svd(kind, shape, form):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("kind", ["low rank", "exponential", "power law 2", "spiked"])
 def test_two_tasks_and_rank_deficient_merges(kind, shape, form):
-    """Two LoRA-like updates of rank 16: 32 directions are calibrated and the rest of the space stays empty."""
+    """Two LoRA-like updates of rank 16.
+
+    32 directions are calibrated and the rest of the space stays empty.
+    """
     updates = tasks_of(kind, shape)[:2]
     W0, tasks = tensors(np.zeros(shape), updates, torch.float64)
     settings = settings_of(form, updates, W0)
@@ -183,7 +194,7 @@ def test_no_spectrum_names_the_tensor(monkeypatch):
         merge_tensors(list(torch.randn(3, 4, 6)), "svc", base_index=0, name="layers.3.w")
 
 
-# -- known answers -------------------------------------------------------------------------------------------------------
+# -- known answers ---------------------------------------------------------------------------------
 
 
 def test_calibration_by_hand():
@@ -197,7 +208,10 @@ def test_calibration_by_hand():
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("count", [2, 3])
 def test_identical_tasks(shape, count):
-    """K equal updates: the sum has s = K everywhere, so γ = 1/K and one of them remains; the average has s = 1 and stays."""
+    """K equal updates: the sum has s = K everywhere, so γ = 1/K and one of them remains.
+
+    The average has s = 1 and stays.
+    """
     (delta, *_) = tasks_of("power law 1", shape)
     W0, tasks = tensors(np.zeros(shape), [delta] * count, torch.float64)
     for settings, gamma in (({}, 1 / count), ({"normalize": True}, 1.0)):
@@ -211,10 +225,13 @@ def test_identical_tasks(shape, count):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("normalize", [False, True])
 def test_orthogonal_tasks(shape, normalize):
-    """Tasks with no row or column space in common: in each direction one has s = its share of the merge, the others α.
+    """Tasks with no row or column space in common.
 
-    With α = 0.1 and two tasks γ is 2/(1 + 0.1) for the sum and 2/(1/2 + 0.1) for the average, which ends at 1.67 times
-    the tasks' own updates. Rounding error must not pass for a response of the silent task.
+    In each direction one has s = its share of the merge, the others α.
+
+    With α = 0.1 and two tasks γ is 2/(1 + 0.1) for the sum and 2/(1/2 + 0.1) for the average, which
+    ends at 1.67 times the tasks' own updates. Rounding error must not pass for a response of the
+    silent task.
     """
     rng = np.random.default_rng(0)
     U, V = (np.linalg.qr(rng.standard_normal((n, 40)))[0] for n in shape)
@@ -234,7 +251,10 @@ def test_orthogonal_tasks(shape, normalize):
 
 
 def test_a_task_that_did_not_move_counts_as_alpha():
-    """Its responses are exactly 0 and 0/0 is no coefficient: s = α. The other one has s = 1, so γ = 2/(1 + α)."""
+    """Its responses are exactly 0 and 0/0 is no coefficient: s = α.
+
+    The other one has s = 1, so γ = 2/(1 + α).
+    """
     W0 = torch.tensor(zoo.pretrained(64, 96))
     moved = W0 + torch.tensor(zoo.deltas(64, 96)["random"])
     for alpha in (0.1, 0.5):
@@ -284,7 +304,7 @@ def test_a_convolution_is_one_matrix():
     assert weight.shape == W0.shape
 
 
-# -- properties ----------------------------------------------------------------------------------------------------------
+# -- properties ------------------------------------------------------------------------------------
 
 worlds = st.tuples(
     st.integers(2, 20), st.integers(2, 20), st.integers(2, 4), st.integers(0, 2**31 - 1)
@@ -349,7 +369,7 @@ def test_bitwise_deterministic_and_inputs_are_borrowed():
     assert all(torch.equal(a, b) for a, b in zip(before, (W0, *tasks), strict=True))
 
 
-# -- bad input -----------------------------------------------------------------------------------------------------------
+# -- bad input -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -380,7 +400,7 @@ def test_inputs_that_do_not_fit():
             calibrate(torch.zeros(3, 3), tasks, merged=merged)
 
 
-# -- inside mergekit -----------------------------------------------------------------------------------------------------
+# -- inside mergekit -------------------------------------------------------------------------------
 
 
 def merge(base, tuned, out, *, parameters=None, per_model=None, **top):
@@ -481,7 +501,10 @@ def test_mixture_of_experts_is_calibrated_expert_by_expert(tmp_path):
 
 
 def test_tensors_that_some_models_lack(tmp_path):
-    """mergekit hands over the inputs that have the tensor; nothing is dropped, and nothing calibrated without two tasks."""
+    """mergekit hands over the inputs that have the tensor.
+
+    Nothing is dropped, and nothing calibrated without two tasks.
+    """
     path, new = str(tmp_path / "r.jsonl"), torch.full((3, 4), 2.0)
     ask = {"report": path}
     kept = merge_tensors([new, 3 * new], "svc", base_index=0, parameters=ask, name="alone.w")
@@ -567,7 +590,7 @@ def test_lost_calibration_warns_with_the_right_name(tmp_path, caplog):
     assert len(lines) == 1 and lines[0].startswith("svc: rounding to bfloat16 keeps only")
 
 
-# -- around it -----------------------------------------------------------------------------------------------------------
+# -- around it -------------------------------------------------------------------------------------
 
 
 def test_check_knows_the_method(tmp_path, qwen3):
@@ -639,7 +662,10 @@ def test_parameters_are_listed_for_every_method():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_amplification_of_orthogonal_tasks_is_no_edit(dtype):
-    """Every γ is 1, in a roundabout way: what rounding leaves of that has no share that could survive."""
+    """Every γ is 1, in a roundabout way.
+
+    What rounding leaves of that has no share that could survive.
+    """
     base = torch.zeros(96, 64).to(dtype)
     tasks = [base.clone() for _ in range(3)]
     for number, task in enumerate(tasks):

@@ -71,7 +71,10 @@ def test_a_second_merge_starts_the_file_anew_and_keeps_the_old_one(tmp_path):
 
 
 def test_a_planned_merge_starts_the_file_anew_whatever_its_tensors_are_called(tmp_path):
-    """The second model has a head before what both have: it must not go into the first one's report."""
+    """The second model has a head before what both have.
+
+    It must not go into the first one's report.
+    """
     journal, path = Journal(), tmp_path / "r.jsonl"
     for names in (["a", "b"], ["head", "a", "b"]):
         journal.begin()

@@ -53,7 +53,7 @@ def fails(*given):
     raise eigen.SolverError("injected")
 
 
-# -- the device itself: if it let mistakes pass, nothing below would mean anything ---------------------------------------
+# -- the device itself: if it let mistakes pass, nothing below would mean anything -----------------
 
 
 @only_pretended
@@ -76,7 +76,7 @@ def test_waits_are_counted(accelerator):
     assert accelerator.waits == 6
 
 
-# -- methods -------------------------------------------------------------------------------------------------------------
+# -- methods ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [WIDE, TALL])
@@ -131,7 +131,7 @@ def test_nan_is_counted():
         edit(W0.to(DEVICE), W1.to(DEVICE), name="w")
 
 
-# -- stacks --------------------------------------------------------------------------------------------------------------
+# -- stacks ----------------------------------------------------------------------------------------
 
 
 def stack() -> tuple[list[Tensor], list[Tensor]]:
@@ -155,7 +155,7 @@ def test_matrices_of_one_shape_are_a_batch():
         assert record.solver == f"batched {HERE}"
 
 
-# -- the ladder ----------------------------------------------------------------------------------------------------------
+# -- the ladder ------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -218,13 +218,16 @@ def test_no_memory_means_the_cpu_and_back(monkeypatch, method):
     assert record.solver.endswith(f"out of memory on {DEVICE}")
 
 
-# -- waiting -------------------------------------------------------------------------------------------------------------
+# -- waiting ---------------------------------------------------------------------------------------
 
 
 @only_pretended
 @pytest.mark.parametrize("shape", [WIDE, TALL, (2000, 96)])
 def test_the_host_waits_a_fixed_number_of_times(accelerator, shape, monkeypatch):
-    """Norms, eigenvalues, their check, the check of the vectors, what rounding left; not once for each block."""
+    """Norms, eigenvalues, their check, the check of the vectors, what rounding left.
+
+    Not once for each block.
+    """
     monkeypatch.setattr("mergekit_monosoup.kernel.task_vector.ACCELERATOR_BLOCK_ELEMENTS", 1000)
     W0, W1 = (w.to(DEVICE) for w in pair(shape=shape))
     before = accelerator.waits
@@ -240,7 +243,7 @@ def test_a_batch_waits_for_its_eigenvalues_once(accelerator):
     assert accelerator.waits - before == 1 + 4 * len(jobs)
 
 
-# -- merges --------------------------------------------------------------------------------------------------------------
+# -- merges ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,11 @@
-"""An accelerator on any machine: tensors that claim to lie on a device of its own and compute in main memory.
+"""An accelerator on any machine.
 
-Code for GPUs runs on it as it stands. As on a GPU, operations on tensors of two devices fail, NumPy cannot read them, and
-:class:`Accelerator` counts how often the host had to wait for the device. What it cannot show: the kernels of vendor libraries,
-their rounding, speed, memory, streams. It claims torch's one place for foreign devices, so it needs a process of its own.
+Tensors that claim to lie on a device of its own and compute in main memory.
+
+Code for GPUs runs on it as it stands. As on a GPU, operations on tensors of two devices fail, NumPy
+cannot read them, and :class:`Accelerator` counts how often the host had to wait for the device.
+What it cannot show: the kernels of vendor libraries, their rounding, speed, memory, streams. It
+claims torch's one place for foreign devices, so it needs a process of its own.
 """
 
 from __future__ import annotations
@@ -64,7 +67,8 @@ class OnDevice(Tensor):
 class Accelerator(TorchDispatchMode):
     """While it is entered, tensors can be made on :data:`DEVICE` and brought there.
 
-    ``waits``: transfers to the host since it was entered, and operations whose result has a size that depends on the data.
+    ``waits``: transfers to the host since it was entered, and operations whose result has a size
+        that depends on the data.
     """
 
     waits = 0
