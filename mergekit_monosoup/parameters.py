@@ -97,7 +97,7 @@ class Parameter:
     per_model: bool = False
 
     def fault(self, value: object) -> str:
-        """What is wrong with ``value``, to be read after the parameter's name; empty if nothing."""
+        """Return what is wrong with a value, to be read after the parameter's name; else nothing."""
         return "" if self.values.accepts(value) else f"must be {self.values.words}, got {value!r}"
 
 
@@ -256,7 +256,7 @@ class Violation:
 
 
 def weight_violations(method: Method, weights: Sequence[object]) -> Iterator[Violation]:
-    """At least one model has a positive weight. Values that are no numbers are no business here."""
+    """Check that at least one model has a positive weight; gradients and filters are passed over."""
     numbers = [weight for weight in weights if isinstance(weight, int | float)]
     if weights and len(numbers) == len(weights) and not any(numbers):
         yield Violation(
@@ -267,7 +267,7 @@ def weight_violations(method: Method, weights: Sequence[object]) -> Iterator[Vio
 def agreement_violations(
     method: Method, name: str, values: Mapping[str, object]
 ) -> Iterator[Violation]:
-    """A merge-wide parameter has one value; ``values``: by model, of those that have one."""
+    """Check that a merge-wide parameter has one value; ``values``: by model."""
     first, *others = values.values()
     if any(other != first for other in others):
         by_model = ", ".join(f"{model}: {value}" for model, value in values.items())
@@ -281,7 +281,7 @@ def agreement_violations(
 def merged_violations(
     merged: Sequence[str], tasks: Sequence[str], *, one_tensor: bool = False
 ) -> Iterator[Violation]:
-    """At most one model of `svc` is the merge of the others, and those are at least two.
+    """Check that at most one model of `svc` is the merge of the others, and those are two or more.
 
     ``one_tensor``: the models are those that have one tensor, which all task models may lack.
     """
@@ -300,7 +300,7 @@ def merged_violations(
 
 
 def unused_violations(merged: str, values: Mapping[str, Sequence[object]]) -> Iterator[Violation]:
-    """Where one model of `svc` is the merge already, nothing reads how to merge.
+    """Check that nothing says how to merge where one model of `svc` is the merge already.
 
     ``values``: all that are written of `weight`, `scaling` and `normalize`.
     """
@@ -314,6 +314,6 @@ def unused_violations(merged: str, values: Mapping[str, Sequence[object]]) -> It
 
 
 def unread_violations(values: Mapping[str, Sequence[object]]) -> Iterator[Violation]:
-    """`R` is read in `mode: variance` only; ``values``: all that are written, by parameter."""
+    """Check that something reads `R`; ``values``: all that are written, by parameter."""
     if values.get("R") and "variance" not in values.get("mode", ()):
         yield Violation("R", "is read by `mode: variance` only, and the mode is freevariance")

@@ -106,8 +106,8 @@ class Lapack:
         self.values = torch.from_numpy(values)
 
     def vectors(self, start: int, stop: int) -> Tensor:
-        order, wanted = self._order, self._tridiagonal_vectors(start, stop)
-        count = wanted.shape[1]
+        order, vectors = self._order, self._tridiagonal_vectors(start, stop)
+        count = vectors.shape[1]
         work = np.empty(64 * max(1, count))
         info = solve(
             "dormtr",
@@ -119,14 +119,14 @@ class Lapack:
             self._reflectors,
             order,
             self._tau,
-            wanted,
+            vectors,
             order,
             work,
             len(work),
         )
         if info != 0:
             raise SolverError(f"dormtr failed (info {info})")
-        return torch.from_numpy(wanted)
+        return torch.from_numpy(vectors)
 
     def _tridiagonal_vectors(self, start: int, stop: int) -> np.ndarray:
         """Return vectors of the tridiagonal matrix, (s, stop − start), column-major.
