@@ -26,27 +26,51 @@ def main() -> None:
     """Companion of the merge methods `monosoup` and `svc`. Merge with mergekit-yaml; check and read reports here."""
 
 
+def _list_checks(context: click.Context, _: click.Parameter, listing: bool) -> None:
+    if listing:
+        from mergekit_monosoup.check import CHECKS, table
+
+        click.echo(table(CHECKS))
+        context.exit()
+
+
 @main.command()
 @click.argument("config", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Findings as JSON instead of text.")
-def check(config: Path, as_json: bool) -> None:
+@click.option(
+    "--ignore",
+    multiple=True,
+    metavar="CODE[,CODE]",
+    help="Leave out warnings of these codes. An error cannot be ignored.",
+)
+@click.option(
+    "--list",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_list_checks,
+    help="Print what is checked, as a Markdown table, and exit.",
+)
+def check(config: Path, as_json: bool, ignore: tuple[str, ...]) -> None:
     """Find what mergekit would drop in silence in CONFIG. Exit code 1 if there is an error.
 
-    Unknown or misspelt keys and parameters, wrong values, parameters where nobody reads them, a missing base model,
-    tensors whose shapes differ. Reads file headers only.
+    Unknown or misspelt keys and parameters, wrong values, parameters where nobody reads them, a
+    missing base model, tensors whose shapes differ. Reads file headers only.
     """
     from mergekit_monosoup.check import check as run_check
 
-    findings = run_check(config)
+    codes = [code for part in ignore for code in part.split(",") if code.strip()]
+    try:
+        findings = run_check(config, codes)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--ignore") from None
     errors = sum(finding.level == "error" for finding in findings)
     if as_json:
         click.echo(json.dumps([asdict(finding) for finding in findings], indent=2))
     else:
         for finding in findings:
-            colour = "red" if finding.level == "error" else "yellow"
-            click.echo(
-                f"{click.style(finding.level, fg=colour)}  {finding.where}: {finding.message}"
-            )
+            level = click.style(finding.level, fg="red" if finding.level == "error" else "yellow")
+            click.echo(f"{level}  {finding.code}  {finding.where}: {finding.message}")
         click.echo(
             f"{config}: {errors} error(s), {len(findings) - errors} warning(s)"
             if findings

@@ -1,5 +1,126 @@
-"""Find what mergekit would drop in silence, before hours of merging."""
+"""Find what mergekit would drop in silence, before hours of merging.
 
-from mergekit_monosoup.check.document import Finding, check
+Works for every merge method: what a key or parameter may be is read off mergekit's own models and
+method specs. Of models only file headers are read.
 
-__all__ = ["Finding", "check"]
+:data:`CHECKS` is the table of contents, in the order in which checks look. Codes say the subject,
+which is also the file: ``DOC0`` the file as a whole (document.py), ``KEY1`` keys (keys.py),
+``PAR2`` parameters (parameters.py), ``MOD3`` models (models.py), ``PLAN4`` mergekit's plan
+(plan.py), ``TEN5`` tensors (tensors.py). A code keeps its meaning; that of a check that is gone is
+not used again.
+
+To add a check, write one function in the file of its subject, for example::
+
+    @checks("MOD306", "warning", title="one model", advice="nothing: it is copied")
+    def alone(document: Document) -> Iterator[Finding]:
+        if len(document.models) == 1:
+            yield document.warning("models", "is one model, which is copied")
+
+then name it below (``models.alone``), and in the test file of the subject write a test that
+produces it. ``mergekit-monosoup check --list`` shows it then; ``tests/check/test_list.py`` fails
+until docs/check.md does, and a test produces the code. What several checks need, or takes time,
+is a property of ``Document`` in context.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from mergekit_monosoup.check import document, keys, models, parameters, plan, tensors
+from mergekit_monosoup.check.context import Document, File
+from mergekit_monosoup.check.finding import Check, Finding, ignorable, table
+from mergekit_monosoup.checkpoints.headers import Headers
+from mergekit_monosoup.report import PLANNING_ONLY
+
+__all__ = ["CHECKS", "Check", "Finding", "check", "table"]
+
+_OF_FILE: tuple[Check[File], ...] = (
+    document.unreadable,
+    document.empty,
+    document.stage_name,
+    document.shared_report,
+    document.not_a_mapping,
+)
+# In this order: an error of one keeps mergekit from getting to its plan, and so the later ones.
+_OF_DOCUMENT: tuple[Check[Document], ...] = (
+    keys.unknown_key,
+    keys.refused,
+    keys.unknown_method,
+    keys.unknown_dtype,
+    keys.narrow_output,
+    parameters.unknown_parameter,
+    parameters.shared_under_model,
+    parameters.under_base,
+    parameters.no_value,
+    parameters.unknown_filter_key,
+    parameters.unreached_filter,
+    parameters.wrong_value,
+    parameters.disagreement,
+    parameters.weightless,
+    parameters.merged_models,
+    parameters.unused_beside_merged,
+    parameters.unread_threshold,
+    models.listed_twice,
+    models.two_spellings,
+    models.contract,
+    models.missing,
+    models.looks_like_hub,
+    plan.no_config,
+    plan.other_architecture,
+    plan.layer_range,
+    plan.unknown_module,
+    plan.cannot_plan,
+)
+# These look at whatever can be read, also where the configuration has errors.
+_OF_TENSORS: tuple[Check[Document], ...] = (
+    tensors.unreadable,
+    tensors.unreachable,
+    tensors.adapter,
+    tensors.quantised,
+    tensors.working_dtype,
+    tensors.unmatched_filter,
+    tensors.unread,
+    tensors.lacking,
+    tensors.shapes,
+    tensors.nothing_in_common,
+    tensors.partial,
+)
+CHECKS: tuple[Check[Any], ...] = (*_OF_FILE, *_OF_DOCUMENT, *_OF_TENSORS)
+
+
+def check(path: str | Path, ignore: Iterable[str] = ()) -> list[Finding]:
+    """Return the findings for a file meant for mergekit-yaml, mergekit-multi or mergekit-pytorch.
+
+    ``ignore``: codes whose warnings are left out.
+
+    Raises:
+        ValueError: a code to ignore is unknown, or that of an error.
+    """
+    ignored = ignorable(ignore, CHECKS)
+    token = PLANNING_ONLY.set(True)  # a merge that runs in another thread goes on with its report
+    try:
+        findings = list(_findings(File.read(path)))
+    finally:
+        PLANNING_ONLY.reset(token)
+    return [f for f in findings if f.level == "error" or f.code not in ignored]
+
+
+def _findings(file: File) -> Iterator[Finding]:
+    for of_file in _OF_FILE:
+        yield from of_file(file)
+    headers = Headers()  # a model that several stages merge is read once
+    for label, data in file.mappings:
+        yield from _of_document(Document(data, label, file.stages, headers))
+
+
+def _of_document(document: Document) -> Iterator[Finding]:
+    for of_document in _OF_DOCUMENT:
+        findings = list(of_document(document))
+        yield from findings
+        if document.sound and any(finding.level == "error" for finding in findings):
+            document = replace(document, sound=False)
+    for of_tensors in _OF_TENSORS:
+        yield from of_tensors(document)

@@ -9,13 +9,18 @@ import yaml
 
 
 class UniqueKeyLoader(yaml.SafeLoader):
-    """YAML lets the last of two equal keys win without a word."""
+    """A safe YAML loader that refuses equal keys, of which YAML lets the last win in silence."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
+        """Return the mapping of a node.
+
+        Raises:
+            yaml.constructor.ConstructorError: a key appears twice.
+        """
         seen: set[Any] = set()
         for key_node, _ in node.value:
             if key_node.tag == "tag:yaml.org,2002:merge":
-                continue  # `<<: *anchor`; what it brings in is there to be overwritten
+                continue  # `<<: *anchor`; what it brings in may be overwritten
             key = self.construct_object(key_node, deep=True)
             if isinstance(key, Hashable) and key in seen:
                 raise yaml.constructor.ConstructorError(

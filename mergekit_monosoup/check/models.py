@@ -1,0 +1,127 @@
+"""Checks of the models: how they are named, and whether the method takes so many of them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from mergekit.common import ModelReference
+
+from mergekit_monosoup.check.context import Document, mapping, real_path
+from mergekit_monosoup.check.finding import Finding, checks
+
+
+@dataclass(frozen=True)
+class Group:
+    """Models that are merged as one.
+
+    Attributes:
+        models: their names, as often as they are listed.
+        base: the base model's name.
+        slice: what mergekit calls the slice, or None for whole models.
+    """
+
+    models: tuple[str, ...]
+    base: str | None
+    slice: str | None = None
+
+
+def _groups(document: Document) -> Iterator[Group]:
+    """Yield everything that is merged as one; nothing unless mergekit reads the configuration."""
+    if document.config is None or document.method is None:
+        return
+    top = document.data.get("base_model")
+    for section in (document.data, *mapping(document.data.get("modules")).values()):
+        if section.get("models"):
+            yield _group(section["models"], top)
+        for number, piece in enumerate(section.get("slices") or []):
+            base = piece.get("base_model") or top
+            yield _group(piece.get("sources") or [], base, f"model.slices[{number}]")
+
+
+def _group(models: list[dict[str, object]], base: object, name: str | None = None) -> Group:
+    names = tuple(str(model.get("model")) for model in models)
+    return Group(names, None if base is None else str(base), name)
+
+
+@checks(
+    "MOD301",
+    "error",
+    title="model listed twice",
+    advice="list it once; for a larger share give it a larger `weight`",
+)
+def listed_twice(document: Document) -> Iterator[Finding]:
+    for group in _groups(document):
+        twice = sorted({name for name in group.models if group.models.count(name) > 1})
+        if twice:
+            yield document.error("models", f"listed twice: {', '.join(twice)}")
+
+
+@checks(
+    "MOD302",
+    "error",
+    title="one model in two spellings",
+    advice="use one spelling: mergekit takes two for two models",
+)
+def two_spellings(document: Document) -> Iterator[Finding]:
+    for group in _groups(document):
+        spelled: dict[str, str] = {}
+        base = [] if group.base is None else [group.base]
+        for name in dict.fromkeys([*base, *group.models]):
+            if not os.path.exists(name):
+                continue
+            first = spelled.setdefault(real_path(name), name)
+            if first != name:
+                yield document.error(
+                    name,
+                    f"is the same model as {first}; mergekit takes two spellings for two models",
+                )
+
+
+@checks(
+    "MOD303",
+    "error",
+    title="models that the method cannot merge",
+    advice="add the base model, or as many models as the method needs",
+)
+def contract(document: Document) -> Iterator[Finding]:
+    for group in _groups(document):
+        names = list(dict.fromkeys(group.models))
+        if group.base is not None and group.slice is None and group.base not in names:
+            names.append(group.base)
+        try:
+            assert document.method is not None
+            document.method.validate_inputs(names, group.base, group_name=group.slice)
+        except ValueError as error:
+            yield document.error("models", str(error))
+
+
+@checks(
+    "MOD304",
+    "error",
+    title="model that is not there",
+    advice="correct the path, or name a hub repository as ORGANISATION/MODEL",
+)
+def missing(document: Document) -> Iterator[Finding]:
+    for name, error in document.missing.items():
+        yield document.error(name, str(error))
+
+
+@checks(
+    "MOD305",
+    "warning",
+    title="local folder that looks like a hub name",
+    advice="write ./ in front: mergekit's model card asks the hub about it",
+)
+def looks_like_hub(document: Document) -> Iterator[Finding]:
+    if document.raw:
+        return  # mergekit-pytorch writes no model card
+    for name, reference in document.references.items():
+        path = reference.model.path if isinstance(reference, ModelReference) else ""
+        if os.path.exists(path) and not path.startswith((".", "/")) and path.count("/") <= 1:
+            yield document.warning(
+                name,
+                f"looks like a hub name to mergekit's model card: write ./{path}, "
+                "or an offline merge fails at its end",
+            )

@@ -1,0 +1,289 @@
+"""Checks of the models' tensors, from file headers: names, shapes, dtypes, and what is read."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from mergekit.common import ModelReference
+
+from mergekit_monosoup.check.context import Document, mapping
+from mergekit_monosoup.check.finding import Finding, Level, checks
+from mergekit_monosoup.check.keys import named_dtype
+from mergekit_monosoup.checkpoints.headers import LackingError, Stored
+from mergekit_monosoup.checkpoints.reader import SHOWN
+
+Tensors = dict[str, Stored]
+
+
+def _listed(names: Iterable[str]) -> str:
+    """Return the first few names, sorted."""
+    return ", ".join(sorted(names)[:SHOWN])
+
+
+# -- whether headers can be read -------------------------------------------------------------------
+
+
+def _unreadable(document: Document, *, local: bool) -> Iterator[tuple[str, str]]:
+    """Yield (model, error) of the models without headers, of those that lie here or others."""
+    for name, error in document.opened.items():
+        if isinstance(error, Exception) and os.path.exists(name) == local:
+            # The error of a cut-off file says it all.
+            kind = "" if isinstance(error, LackingError) else f"{type(error).__name__}: "
+            yield name, f"{kind}{error}"
+
+
+@checks(
+    "TEN501",
+    "error",
+    title="model that cannot be read",
+    advice="download or copy it again",
+)
+def unreadable(document: Document) -> Iterator[Finding]:
+    for name, error in _unreadable(document, local=True):
+        yield document.error(name, f"cannot be read: {error}")
+
+
+@checks(
+    "TEN502",
+    "warning",
+    title="hub repository that could not be asked",
+    advice="check again with a network, or download the model first",
+)
+def unreachable(document: Document) -> Iterator[Finding]:
+    for name, error in _unreadable(document, local=False):
+        yield document.warning(name, f"shapes not checked: {error}")
+
+
+@checks(
+    "TEN503",
+    "warning",
+    title="adapter",
+    advice="nothing, if it belongs to that model: the shapes in an adapter are not looked at",
+)
+def adapter(document: Document) -> Iterator[Finding]:
+    for name in document.tensors:
+        reference = document.references[name]
+        if isinstance(reference, ModelReference) and reference.lora:
+            yield document.warning(name, "the LoRA adapter's own shapes are not checked")
+
+
+# -- dtypes ----------------------------------------------------------------------------------------
+
+
+@checks(
+    "TEN504",
+    "error",
+    title="quantised model",
+    advice="convert it to bfloat16 first: a merge of codes is noise",
+)
+def quantised(document: Document) -> Iterator[Finding]:
+    for model, tensors in document.tensors.items():
+        codes = [tensors[name] for name in sorted(tensors) if _is_code(tensors[name])]
+        if codes:
+            yield document.error(
+                model,
+                f"is quantised: {len(codes)} tensor(s) hold {codes[0].dtype} codes, "
+                f"{codes[0].name} for one, and mergekit would merge the codes; "
+                "convert the checkpoint to bfloat16 first",
+            )
+
+
+def _is_code(tensor: Stored) -> bool:
+    """Whether a tensor holds codes that no method knows what to do with."""
+    floating = "float" in tensor.dtype.lower() or tensor.dtype.startswith("F")
+    weight = tensor.name.endswith(("weight", "blocks"))
+    return len(tensor.shape) > 1 and tensor.bits <= 8 and (floating or weight)
+
+
+@checks(
+    "TEN505",
+    "warning",
+    title="`out_dtype` without `dtype`, unlike what the models are stored in",
+    advice="add `dtype`: the methods compute and round in what the checkpoints are stored in",
+)
+def working_dtype(document: Document) -> Iterator[Finding]:
+    out = named_dtype(document, "out_dtype")
+    if not document.own_method or document.data.get("dtype") is not None or out is None:
+        return
+    stored = (tensor for tensors in document.tensors.values() for tensor in tensors.values())
+    floating = (tensor for tensor in stored if "F" in tensor.dtype.upper())
+    widest = max(floating, key=lambda tensor: tensor.bits, default=None)
+    if widest is None or 8 * out.itemsize == widest.bits:
+        return
+    if 8 * out.itemsize > widest.bits:
+        message = (
+            f"only stores wider what was rounded to {widest.dtype} before: "
+            f"add `dtype: {document.data['out_dtype']}`"
+        )
+    else:
+        message = (
+            "mergekit rounds to it after the method: `realised` in the report is that of "
+            f"{widest.dtype}, what is stored may be less"
+        )
+    yield document.warning("out_dtype", message)
+
+
+# -- what the merge reads --------------------------------------------------------------------------
+
+
+@checks(
+    "TEN506",
+    "warning",
+    title="filter that matches no tensor",
+    advice="write a part of a tensor's name, in plain text; mergekit stacks and renames some",
+)
+def unmatched_filter(document: Document) -> Iterator[Finding]:
+    if not document.tensors:
+        return
+    stored = {name for tensors in document.tensors.values() for name in tensors}
+    merged = {task.tensor_name for task in document.plan} or stored
+    for place, text in _filters(document):
+        if any(text in name for name in merged):
+            continue
+        reason = "it is plain text, not a pattern"
+        if any(text in name for name in stored):
+            reason = "as mergekit has them: it stacks or renames what the files call so"
+        yield document.warning(place, f"filter {text!r} is part of no tensor's name ({reason})")
+
+
+def _filters(document: Document) -> Iterator[tuple[str, str]]:
+    """Yield (place, text) of every filter but `*`."""
+    for place, parameters, _ in document.sections:
+        for name, value in parameters.items():
+            for entry in value if isinstance(value, list) else [value]:
+                text = entry.get("filter") if isinstance(entry, dict) else None
+                if isinstance(text, str) and text != "*":
+                    yield f"{place}.{name}", text
+
+
+def _sliced(document: Document) -> bool:
+    """Whether models are cut into slices: then not every tensor is merged, nor with its namesake."""
+    sections = (document.data, *map(mapping, mapping(document.data.get("modules")).values()))
+    return any(section.get("slices") for section in sections)
+
+
+@checks(
+    "TEN507",
+    "warning",
+    title="tensors that mergekit does not read",
+    advice="expect them to be missing from the merged model, or merge with mergekit-pytorch",
+)
+def unread(document: Document) -> Iterator[Finding]:
+    if _sliced(document):
+        return
+    for model, names in _in_order(document, document.reads.unread):
+        yield document.warning(
+            model,
+            f"{len(names)} tensor(s) that mergekit does not read, "
+            f"so the merged model will not have them: {_listed(names)}",
+        )
+
+
+def _in_order(document: Document, by_model: Any) -> list[tuple[str, set[str]]]:
+    """Return the items in the order in which the models are named."""
+    order = [*document.tensors, *by_model]
+    return sorted(by_model.items(), key=lambda item: order.index(item[0]))
+
+
+@checks(
+    "TEN508",
+    "error",
+    title="tensors that the merge needs and a model lacks",
+    advice="complete the checkpoint: a shard or an expert may be missing",
+)
+def lacking(document: Document) -> Iterator[Finding]:
+    for model, names in document.reads.lacking.items():
+        yield document.error(
+            model,
+            f"lacks {len(names)} tensor(s) that the merge needs, whole or in part: "
+            f"{_listed(names)}; is the checkpoint complete?",
+        )
+
+
+# -- models beside each other ----------------------------------------------------------------------
+
+
+def _others(document: Document) -> Iterator[tuple[str, Tensors, str, Tensors]]:
+    """Yield (first model, its tensors, other model, its tensors) of each but the first."""
+    models = list(document.tensors.items())
+    for other, tensors in models[1:]:
+        yield *models[0], other, tensors
+
+
+@checks(
+    "TEN509",
+    "error",
+    "warning",
+    title="tensors of one name and different shapes (with `slices` a warning)",
+    advice="merge fine-tunes of one model; for other vocabularies add `tokenizer: {source: base}`",
+)
+def shapes(document: Document) -> Iterator[Finding]:
+    level: Level = "warning" if _sliced(document) else "error"
+    for first, ours, other, theirs in _others(document):
+        differing = [
+            name for name in ours if name in theirs and _differ(document, ours[name], theirs[name])
+        ]
+        for name in differing[:SHOWN]:
+            hint = ""
+            if _only_vocabulary(ours[name], theirs[name]):
+                hint = "; the vocabularies differ: add `tokenizer: {source: base}`"
+            yield document.finding(
+                level,
+                name,
+                f"{ours[name].shape} in {first} but {theirs[name].shape} in {other}{hint}",
+            )
+        if len(differing) > SHOWN:
+            more = f"{len(differing) - SHOWN} more tensors differ in shape from {first}"
+            yield document.finding(level, other, more)
+
+
+def _differ(document: Document, ours: Stored, theirs: Stored) -> bool:
+    """Whether shapes differ, but for vocabularies that mergekit aligns."""
+    keys = ("tokenizer", "tokenizer_source")
+    aligned = any(document.data.get(key) is not None for key in keys)
+    return ours.shape != theirs.shape and not (aligned and _only_vocabulary(ours, theirs))
+
+
+def _only_vocabulary(ours: Stored, theirs: Stored) -> bool:
+    by_token = "embed" in ours.name or "lm_head" in ours.name
+    return by_token and ours.shape[1:] == theirs.shape[1:]
+
+
+@checks(
+    "TEN510",
+    "error",
+    title="models without a tensor name in common",
+    advice="merge models of one architecture; a single file may need a prefix removed",
+)
+def nothing_in_common(document: Document) -> Iterator[Finding]:
+    for first, ours, other, theirs in _others(document):
+        if _unrelated(ours, theirs):
+            yield document.error(
+                other, f"has no tensor name in common with {first}: another architecture?"
+            )
+
+
+def _unrelated(ours: Tensors, theirs: Tensors) -> bool:
+    return bool(ours and theirs) and ours.keys().isdisjoint(theirs)
+
+
+@checks(
+    "TEN511",
+    "warning",
+    title="tensors that only some models have",
+    advice="see whether they belong to the model: they are kept as they are, or left out",
+)
+def partial(document: Document) -> Iterator[Finding]:
+    for first, ours, other, theirs in _others(document):
+        if _unrelated(ours, theirs):
+            continue
+        for names, poorer, richer in (
+            (ours.keys() - theirs, other, first),
+            (theirs.keys() - ours, first, other),
+        ):
+            if names and poorer not in document.reads.lacking:
+                yield document.warning(
+                    poorer, f"lacks {len(names)} tensor(s) of {richer}: {_listed(names)}"
+                )
