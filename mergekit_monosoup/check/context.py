@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +20,7 @@ from mergekit.architecture import ModelArchitecture, arch_info_for_config
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.io import LazyTensorLoader
-from mergekit.io.tasks import SaveTensor
+from mergekit.io.tasks import LoaderCache, SaveTensor
 from mergekit.merge_methods.base import MergeMethod
 from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
@@ -319,6 +320,15 @@ class Document:
         return {first: known[first], **known}  # type: ignore[dict-item] # None is gone
 
     @cached_property
+    def loaders(self) -> dict[ModelReference, LazyTensorLoader]:
+        """mergekit's loaders of the local models that can be read, made from our headers."""
+        loaders = {}
+        for reference in self.local_models:
+            with suppress(Exception):  # which `opened` holds
+                loaders[reference] = LazyTensorLoader(self.headers.index(reference.model.path))
+        return loaders
+
+    @cached_property
     def _planned(self) -> tuple[SaveTensor, ...] | Exception | None:
         """What mergekit's planner makes, or raises now as it would in the merge."""
         if not self.architectures or not isinstance(self.config, MergeConfiguration):
@@ -331,7 +341,8 @@ class Document:
                 MergeOptions(quiet=True),
                 first.config(),
             )
-            tasks = planner.plan_to_disk("")  # which only writes when it is executed
+            with _lent_to_mergekit(self.loaders):
+                tasks = planner.plan_to_disk("")  # which only writes when it is executed
             return tuple(task for task in tasks if isinstance(task, SaveTensor))
         except Exception as error:
             return error
@@ -354,9 +365,8 @@ class Document:
 
     def _compare_reads(self) -> Reads:
         every = dict.fromkeys(load for task in self.plan for load in loads(task.tensor_task))
-        indices = {load.model: self.headers.index(load.model.model.path) for load in every}
-        loaders = {model: LazyTensorLoader(index) for model, index in indices.items()}
-        inputs = Inputs(loaders, headers=self.headers)
+        models = dict.fromkeys(load.model for load in every)
+        inputs = Inputs(self.loaders, headers=self.headers)
         lacking: dict[str, set[str]] = {}
         read: set[str] = set()
         for load in every:
@@ -370,10 +380,26 @@ class Document:
         # different models.
         unread = {
             str(model): rest
-            for model, index in indices.items()
-            if str(model) not in lacking and (rest := set(index.tensor_paths) - read)
+            for model in models
+            if str(model) not in lacking
+            and (rest := set(self.loaders[model].index.tensor_paths) - read)
         }
         return Reads(lacking, unread)
+
+
+@contextmanager
+def _lent_to_mergekit(loaders: dict[ModelReference, LazyTensorLoader]) -> Iterator[None]:
+    """Let mergekit's planner use these loaders, in this thread.
+
+    It would open every file again, and what it opened would stay for the life of the process,
+    also when the file has changed since.
+    """
+    cache = LoaderCache()  # one per thread; its dictionary is the class's, and so everybody's
+    cache.loaders = loaders
+    try:
+        yield
+    finally:
+        del cache.loaders
 
 
 def _reference(name: str) -> ModelReference | Exception:

@@ -1,0 +1,76 @@
+"""Keys and their values, parameters aside."""
+
+from __future__ import annotations
+
+import pytest
+from click.testing import CliRunner
+from helpers.findings import messages
+
+from mergekit_monosoup.cli import main
+
+finds = pytest.mark.finds
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        pytest.param(
+            {"base_modle": "x"},
+            "base_modle: unknown key, mergekit ignores it; did you mean `base_model`?",
+            marks=finds("KEY101"),
+        ),
+        pytest.param(
+            {"models": None},
+            "Exactly one of 'models', 'slices', or 'modules'",
+            marks=finds("KEY102"),
+        ),
+        pytest.param(
+            {"merge_method": "monosup"},
+            "'monosup' is not a merge method; did you mean `monosoup`?",
+            marks=finds("KEY103"),
+        ),
+        pytest.param(
+            {"dtype": "float33"}, "dtype: 'float33' is not a dtype", marks=finds("KEY104")
+        ),
+    ],
+)
+def test_what_mergekit_drops_or_says_badly(write, changes, words):
+    path = write(**changes)
+    found = messages(path)
+    assert any(words in message for message in found), found
+    assert CliRunner().invoke(main, ["check", str(path)]).exit_code == 1
+
+
+@finds("KEY102")
+def test_one_mistake_is_one_finding_not_every_member_of_a_union(write):
+    found = messages(write(parameters={"R": [[0.1]]}))
+    assert "parameters.R: must be a value, a list of values" in found[0]
+    assert len(found) <= 2
+
+
+@finds("KEY101")
+def test_keys_below_a_model(write, models):
+    found = messages(write(models=[{"model": models[1][0], "weigth": 1}]))
+    assert any("models[0].weigth: unknown key" in m for m in found)
+
+
+@finds("KEY101")
+def test_models_below_keys_of_their_own(write, models):
+    """`tokens` maps tokens to what they are made from, one of several kinds with their own keys."""
+    tokens = {
+        "<s>": {
+            "source": {"kind": "model_token", "model": models[1][0], "token_id": 1},
+            "force": True,
+        }
+    }
+    assert messages(write(tokenizer={"source": "union", "tokens": tokens})) == []
+    tokens["<s>"]["forse"] = True
+    (message,) = messages(write(tokenizer={"source": "union", "tokens": tokens}))
+    assert "tokenizer.tokens.<s>.forse: unknown key" in message and "`force`" in message
+
+
+@finds("KEY105")
+def test_narrower_output_is_mentioned(write):
+    path = write(dtype="float32", out_dtype="bfloat16")
+    assert "rounds to it after the method" in messages(path, "warning")[0]
+    assert messages(write(dtype="bfloat16", out_dtype="float32"), "warning") == []
