@@ -11,7 +11,7 @@ not used again.
 
 To add a check, write one function in the file of its subject, for example::
 
-    @checks("MOD306", "warning", title="one model", advice="nothing: it is copied")
+    @define_check("MOD306", "warning", title="one model", advice="nothing: it is copied")
     def alone(document: Document) -> Iterator[Finding]:
         if len(document.models) == 1:
             yield document.warning("models", "is one model, which is copied")
@@ -19,7 +19,8 @@ To add a check, write one function in the file of its subject, for example::
 then name it below (``models.alone``), and in the test file of the subject write a test that
 produces it. ``mergekit-monosoup check --list`` shows it then; ``tests/check/test_list.py`` fails
 until docs/check.md does, and a test produces the code. What several checks need, or takes time,
-is a property of ``Document`` in context.py.
+is a property of ``Document`` in
+context.py, or of ``Planning`` in planning.py.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_monosoup.check import document, keys, models, parameters, plan, tensors
-from mergekit_monosoup.check.context import Document, File
+from mergekit_monosoup.check.context import Document
+from mergekit_monosoup.check.document import File
 from mergekit_monosoup.check.finding import Check, Finding, ignorable, table
 from mergekit_monosoup.checkpoints.headers import Headers
 from mergekit_monosoup.report import PLANNING_ONLY

@@ -1,21 +1,129 @@
-"""Checks of the file as a whole: whether it is YAML, and how its stages get along."""
+"""The file as a whole: reading it, its documents and stages, and the checks of these."""
 
 from __future__ import annotations
 
+import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
-from mergekit_monosoup.check.context import (
-    File,
-    leaves,
-    parameter_sections,
-    real_path,
-)
-from mergekit_monosoup.check.finding import Finding, checks
+import yaml
+
+from mergekit_monosoup.check.finding import Finding, define_check
+from mergekit_monosoup.checkpoints.yaml import UniqueKeyLoader
+
+Section = tuple[str, dict[str, Any], str | None]
 
 
-@checks(
+def mapping(value: Any) -> dict[Any, Any]:
+    """Return what is written where a mapping belongs; of anything else, which pydantic names, {}."""
+    return value if isinstance(value, dict) else {}
+
+
+def entries(value: Any) -> list[Any]:
+    """Return what is written where a list belongs; of anything else, which pydantic names, []."""
+    return value if isinstance(value, list) else []
+
+
+def leaves(value: Any) -> Iterator[Any]:
+    """Yield the single values of a parameter: of gradients and filters each."""
+    if isinstance(value, list):
+        for item in value:
+            yield from leaves(item)
+    elif isinstance(value, dict):
+        yield from leaves(value.get("value"))
+    elif value is not None:
+        yield value
+
+
+def parameter_sections(data: Any, place: str = "") -> Iterator[Section]:
+    """Yield (place, parameters, model they stand under or None) of every `parameters` mapping."""
+    if isinstance(data, list):
+        for number, item in enumerate(data):
+            yield from parameter_sections(item, f"{place}[{number}]")
+    elif isinstance(data, dict):
+        for key, value in data.items():
+            here = f"{place}.{key}" if place else str(key)
+            if key != "parameters":
+                yield from parameter_sections(value, here)
+            elif isinstance(value, dict):
+                model = data.get("model")
+                yield here, value, str(model) if model is not None else None
+
+
+def model_entries(data: Any) -> Iterator[Mapping[str, Any]]:
+    """Yield every mapping with a `model` key, at any depth."""
+    if isinstance(data, list):
+        for item in data:
+            yield from model_entries(item)
+    elif isinstance(data, dict):
+        if isinstance(data.get("model"), str):
+            yield data
+        for value in data.values():
+            yield from model_entries(value)
+
+
+def real_path(path: str) -> str:
+    """Return one spelling of a local path."""
+    try:
+        return os.path.realpath(os.path.expanduser(path))
+    except ValueError:  # a null byte
+        return path
+
+
+@dataclass(frozen=True)
+class File:
+    """A file meant for mergekit-yaml, mergekit-multi (several documents) or mergekit-pytorch.
+
+    Attributes:
+        path: as given.
+        documents: what it holds, as YAML has it.
+        fault: why it could not be read, or empty.
+    """
+
+    path: str
+    documents: tuple[Any, ...] = ()
+    fault: str = ""
+
+    @classmethod
+    def read(cls, path: str | Path) -> File:
+        """Read a file, whatever is in it."""
+        try:
+            with open(path, encoding="utf-8") as file:
+                documents = list(yaml.load_all(file, Loader=UniqueKeyLoader))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            return cls(str(path), fault=str(error))
+        return cls(str(path), tuple(d for d in documents if d is not None))
+
+    @cached_property
+    def mappings(self) -> tuple[tuple[str, dict[str, Any]], ...]:
+        """(label, document) of those that may be merges."""
+        return tuple(
+            (self.label(number), document)
+            for number, document in enumerate(self.documents)
+            if isinstance(document, dict)
+        )
+
+    @cached_property
+    def stages(self) -> tuple[str, ...]:
+        """Names of the stages of a mergekit-multi file."""
+        return tuple(str(d["name"]) for d in self.documents if isinstance(d, dict) and "name" in d)
+
+    def label(self, number: int) -> str:
+        """Return what findings call a document; nothing if there is but one."""
+        document = self.documents[number]
+        if isinstance(document, dict) and "name" in document:
+            return f"stage {document['name']}"
+        return "" if len(self.documents) == 1 else f"document {number + 1}"
+
+
+# -- checks ----------------------------------------------------------------------------------------
+
+
+@define_check(
     "DOC001",
     "error",
     title="file that cannot be read as YAML",
@@ -26,7 +134,7 @@ def unreadable(file: File) -> Iterator[Finding]:
         yield Finding("error", file.path, f"cannot be read as YAML: {file.fault}")
 
 
-@checks(
+@define_check(
     "DOC002",
     "error",
     title="empty file",
@@ -37,7 +145,7 @@ def empty(file: File) -> Iterator[Finding]:
         yield Finding("error", file.path, "is empty; it needs at least `merge_method` and `models`")
 
 
-@checks(
+@define_check(
     "DOC003",
     "error",
     title="stage named like a method or a value",
@@ -67,7 +175,7 @@ def _values(document: dict[str, Any]) -> set[Any]:
     }
 
 
-@checks(
+@define_check(
     "DOC004",
     "warning",
     title="several stages write one report",
@@ -94,7 +202,7 @@ def _reports(document: dict[str, Any]) -> set[str]:
     }
 
 
-@checks(
+@define_check(
     "DOC005",
     "error",
     title="document that is not a mapping",

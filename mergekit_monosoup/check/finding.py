@@ -53,7 +53,7 @@ class Check(Generic[Subject]):
             yield replace(finding, code=self.code)
 
 
-def checks(
+def define_check(
     code: str, *levels: Level, title: str, advice: str
 ) -> Callable[[Callable[[Subject], Iterable[Finding]]], Check[Subject]]:
     """Make a :class:`Check` of the function below."""

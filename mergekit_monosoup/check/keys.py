@@ -13,12 +13,12 @@ from mergekit.config import ConditionalParameter
 from pydantic import BaseModel, ValidationError
 
 from mergekit_monosoup.check.context import Document
-from mergekit_monosoup.check.finding import Finding, checks, nearest
+from mergekit_monosoup.check.finding import Finding, define_check, nearest
 
 Schemas = list[type[BaseModel]]
 
 
-@checks(
+@define_check(
     "KEY101",
     "error",
     title="unknown or misspelt key",
@@ -82,7 +82,7 @@ def _members(annotation: Any) -> Iterator[Any]:
         yield annotation
 
 
-@checks(
+@define_check(
     "KEY102",
     "error",
     title="value or structure that mergekit refuses",
@@ -113,7 +113,7 @@ def _plain(error: ValidationError) -> dict[str, str]:
     return messages
 
 
-@checks(
+@define_check(
     "KEY103",
     "error",
     title="unknown merge method",
@@ -127,7 +127,7 @@ def unknown_method(document: Document) -> Iterator[Finding]:
         )
 
 
-@checks(
+@define_check(
     "KEY104",
     "error",
     title="unknown dtype",
@@ -142,7 +142,7 @@ def unknown_dtype(document: Document) -> Iterator[Finding]:
                 yield document.error(key, f"{name!r} is not a dtype ({error})")
 
 
-@checks(
+@define_check(
     "KEY105",
     "warning",
     title="`out_dtype` narrower than `dtype`",

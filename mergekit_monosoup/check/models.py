@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 from mergekit.common import ModelReference
 
-from mergekit_monosoup.check.context import Document, mapping, real_path
-from mergekit_monosoup.check.finding import Finding, checks
+from mergekit_monosoup.check.context import Document
+from mergekit_monosoup.check.document import mapping, real_path
+from mergekit_monosoup.check.finding import Finding, define_check
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def _group(models: list[dict[str, object]], base: object, name: str | None = Non
     return Group(names, None if base is None else str(base), name)
 
 
-@checks(
+@define_check(
     "MOD301",
     "error",
     title="model listed twice",
@@ -58,7 +59,7 @@ def listed_twice(document: Document) -> Iterator[Finding]:
             yield document.error("models", f"listed twice: {', '.join(twice)}")
 
 
-@checks(
+@define_check(
     "MOD302",
     "error",
     title="one model in two spellings",
@@ -79,7 +80,7 @@ def two_spellings(document: Document) -> Iterator[Finding]:
                 )
 
 
-@checks(
+@define_check(
     "MOD303",
     "error",
     title="models that the method cannot merge",
@@ -97,7 +98,7 @@ def contract(document: Document) -> Iterator[Finding]:
             yield document.error("models", str(error))
 
 
-@checks(
+@define_check(
     "MOD304",
     "error",
     title="model that is not there",
@@ -108,7 +109,7 @@ def missing(document: Document) -> Iterator[Finding]:
         yield document.error(name, str(error))
 
 
-@checks(
+@define_check(
     "MOD305",
     "warning",
     title="local folder that looks like a hub name",

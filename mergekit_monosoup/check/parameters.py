@@ -10,8 +10,9 @@ from mergekit.merge_methods.base import MergeMethod, ParameterScope
 from pydantic import ValidationError
 
 from mergekit_monosoup import parameters as rules
-from mergekit_monosoup.check.context import Document, leaves, mapping
-from mergekit_monosoup.check.finding import Finding, checks, nearest
+from mergekit_monosoup.check.context import Document
+from mergekit_monosoup.check.document import leaves, mapping
+from mergekit_monosoup.check.finding import Finding, define_check, nearest
 
 FILTER_KEYS = tuple(ConditionalParameter.model_fields)
 
@@ -31,7 +32,7 @@ def _known(document: Document) -> Iterator[tuple[str, Any, Any, str | None]]:
                 yield f"{place}.{name}", declared[name], value, model
 
 
-@checks(
+@define_check(
     "PAR201",
     "error",
     title="parameter that the method does not have",
@@ -51,7 +52,7 @@ def unknown_parameter(document: Document) -> Iterator[Finding]:
                 )
 
 
-@checks(
+@define_check(
     "PAR202",
     "error",
     title="merge-wide parameter under a model",
@@ -65,7 +66,7 @@ def shared_under_model(document: Document) -> Iterator[Finding]:
             )
 
 
-@checks(
+@define_check(
     "PAR203",
     "error",
     title="parameter of fine-tuned models under the base model",
@@ -80,7 +81,7 @@ def under_base(document: Document) -> Iterator[Finding]:
             )
 
 
-@checks(
+@define_check(
     "PAR204",
     "error",
     title="parameter without a value",
@@ -97,7 +98,7 @@ def _filters(value: Any) -> list[dict[Any, Any]]:
     return [c for c in (value if isinstance(value, list) else [value]) if isinstance(c, dict)]
 
 
-@checks(
+@define_check(
     "PAR205",
     "error",
     title="unknown key in a filter",
@@ -111,7 +112,7 @@ def unknown_filter_key(document: Document) -> Iterator[Finding]:
                 yield document.error(place, f"unknown key `{key}` in a filter{near}")
 
 
-@checks(
+@define_check(
     "PAR206",
     "error",
     title="entry without `filter` before others",
@@ -128,7 +129,7 @@ def unreached_filter(document: Document) -> Iterator[Finding]:
                 )
 
 
-@checks(
+@define_check(
     "PAR207",
     "error",
     title="wrong value of a parameter",
@@ -161,7 +162,7 @@ def _violations(document: Document, violations: Iterator[rules.Violation]) -> It
         yield document.error(violation.parameter, violation.message)
 
 
-@checks(
+@define_check(
     "PAR208",
     "error",
     title="models that disagree about a merge-wide parameter",
@@ -179,7 +180,7 @@ def disagreement(document: Document) -> Iterator[Finding]:
             )
 
 
-@checks(
+@define_check(
     "PAR209",
     "error",
     title="weight 0 for every model",
@@ -198,7 +199,7 @@ def _merged(document: Document) -> tuple[list[str], list[str]]:
     return [name for name, flag in flags if flag], [name for name, flag in flags if not flag]
 
 
-@checks(
+@define_check(
     "PAR210",
     "error",
     title="`merged` for several models, or for one beside fewer than two others",
@@ -209,7 +210,7 @@ def merged_models(document: Document) -> Iterator[Finding]:
         yield from _violations(document, rules.merged_violations(*_merged(document)))
 
 
-@checks(
+@define_check(
     "PAR211",
     "error",
     title="parameter that has no effect on a model that is `merged`",
@@ -229,7 +230,7 @@ def unused_beside_merged(document: Document) -> Iterator[Finding]:
             )
 
 
-@checks(
+@define_check(
     "PAR212",
     "warning",
     title="`R` without the mode that reads it",

@@ -8,8 +8,9 @@ from typing import Any
 
 from mergekit.common import ModelReference
 
-from mergekit_monosoup.check.context import Document, mapping
-from mergekit_monosoup.check.finding import Finding, Level, checks
+from mergekit_monosoup.check.context import Document
+from mergekit_monosoup.check.document import mapping
+from mergekit_monosoup.check.finding import Finding, Level, define_check
 from mergekit_monosoup.check.keys import named_dtype
 from mergekit_monosoup.checkpoints.headers import LackingError, Stored
 from mergekit_monosoup.checkpoints.reader import SHOWN
@@ -34,7 +35,7 @@ def _unreadable(document: Document, *, local: bool) -> Iterator[tuple[str, str]]
             yield name, f"{kind}{error}"
 
 
-@checks(
+@define_check(
     "TEN501",
     "error",
     title="model that cannot be read",
@@ -45,7 +46,7 @@ def unreadable(document: Document) -> Iterator[Finding]:
         yield document.error(name, f"cannot be read: {error}")
 
 
-@checks(
+@define_check(
     "TEN502",
     "warning",
     title="hub repository that could not be asked",
@@ -56,7 +57,7 @@ def unreachable(document: Document) -> Iterator[Finding]:
         yield document.warning(name, f"shapes not checked: {error}")
 
 
-@checks(
+@define_check(
     "TEN503",
     "warning",
     title="adapter",
@@ -72,7 +73,7 @@ def adapter(document: Document) -> Iterator[Finding]:
 # -- dtypes ----------------------------------------------------------------------------------------
 
 
-@checks(
+@define_check(
     "TEN504",
     "error",
     title="quantised model",
@@ -97,7 +98,7 @@ def _is_code(tensor: Stored) -> bool:
     return len(tensor.shape) > 1 and tensor.bits <= 8 and (floating or weight)
 
 
-@checks(
+@define_check(
     "TEN505",
     "warning",
     title="`out_dtype` without `dtype`, unlike what the models are stored in",
@@ -128,7 +129,7 @@ def working_dtype(document: Document) -> Iterator[Finding]:
 # -- what the merge reads --------------------------------------------------------------------------
 
 
-@checks(
+@define_check(
     "TEN506",
     "warning",
     title="filter that matches no tensor",
@@ -138,7 +139,7 @@ def unmatched_filter(document: Document) -> Iterator[Finding]:
     if not document.tensors:
         return
     stored = {name for tensors in document.tensors.values() for name in tensors}
-    merged = {task.tensor_name for task in document.plan} or stored
+    merged = {task.tensor_name for task in document.planning.tasks} or stored
     for place, text in _filters(document):
         if any(text in name for name in merged):
             continue
@@ -164,7 +165,7 @@ def _sliced(document: Document) -> bool:
     return any(section.get("slices") for section in sections)
 
 
-@checks(
+@define_check(
     "TEN507",
     "warning",
     title="tensors that mergekit does not read",
@@ -187,7 +188,7 @@ def _in_order(document: Document, by_model: Any) -> list[tuple[str, set[str]]]:
     return sorted(by_model.items(), key=lambda item: order.index(item[0]))
 
 
-@checks(
+@define_check(
     "TEN508",
     "error",
     title="tensors that the merge needs and a model lacks",
@@ -212,7 +213,7 @@ def _others(document: Document) -> Iterator[tuple[str, Tensors, str, Tensors]]:
         yield *models[0], other, tensors
 
 
-@checks(
+@define_check(
     "TEN509",
     "error",
     "warning",
@@ -251,7 +252,7 @@ def _only_vocabulary(ours: Stored, theirs: Stored) -> bool:
     return by_token and ours.shape[1:] == theirs.shape[1:]
 
 
-@checks(
+@define_check(
     "TEN510",
     "error",
     title="models without a tensor name in common",
@@ -269,7 +270,7 @@ def _unrelated(ours: Tensors, theirs: Tensors) -> bool:
     return bool(ours and theirs) and ours.keys().isdisjoint(theirs)
 
 
-@checks(
+@define_check(
     "TEN511",
     "warning",
     title="tensors that only some models have",

@@ -11,7 +11,7 @@ import math
 import os
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 from zipfile import is_zipfile
@@ -152,13 +152,23 @@ def _of_hub(repository: str, revision: str | None) -> dict[str, Stored]:
 class Headers:
     """Headers of files and hub repositories, each read once and kept."""
 
-    _files: dict[str, dict[str, Stored]] = field(default_factory=dict)
+    _read: dict[str, dict[str, Stored] | Exception] = field(default_factory=dict)
 
     def of_file(self, file: str) -> dict[str, Stored]:
         """Return the tensors of one file by name; raises what :func:`read_header` does."""
-        if file not in self._files:
-            self._files[file] = read_header(file)
-        return self._files[file]
+        return self._once(file, lambda: read_header(file))
+
+    def _once(self, place: str, read: Callable[[], dict[str, Stored]]) -> dict[str, Stored]:
+        """Read a place, or return or raise what came of it before."""
+        if place not in self._read:
+            try:
+                self._read[place] = read()
+            except Exception as error:
+                self._read[place] = error
+        outcome = self._read[place]
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
 
     def of_model(self, path: str, revision: str | None = None) -> dict[str, Stored]:
         """Return the tensors of a model by name: of a file, a folder or a hub repository.
@@ -167,7 +177,7 @@ class Headers:
         the hub's client raises.
         """
         if not os.path.exists(path):
-            return _of_hub(path, revision)
+            return self._once(f"{path}@{revision}", lambda: _of_hub(path, revision))
         index = self.index(path)
         files = [os.path.join(index.base_path, shard.filename) for shard in index.shards]
         return {name: stored for file in files for name, stored in self.of_file(file).items()}
