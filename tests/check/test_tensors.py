@@ -246,8 +246,22 @@ def test_shapes_on_the_hub(write, models, monkeypatch):
     assert message == f"model.norm.weight: (32,) in {models[0]} but (3, 5) in org/model@v1"
 
 
+@pytest.fixture
+def reads(monkeypatch):
+    """How often each header is read, from now on."""
+    counter = Counter()
+    read_header = headers.read_header
+
+    def counting(file):
+        counter[file] += 1
+        return read_header(file)
+
+    monkeypatch.setattr(headers, "read_header", counting)
+    return counter
+
+
 @pytest.mark.parametrize("kind", ["single", "sharded", "bin"])
-def test_each_header_is_read_once(write, tmp_path, monkeypatch, kind):
+def test_each_header_is_read_once(write, tmp_path, monkeypatch, reads, kind):
     """Also where the shapes, the plan's reads and several stages need it."""
     base, tuned = checkpoints.pair(tmp_path, tuned=2, sharded=kind == "sharded")
     if kind == "bin":
@@ -255,14 +269,6 @@ def test_each_header_is_read_once(write, tmp_path, monkeypatch, kind):
             torch.save(checkpoints.state_dict(folder), folder / "pytorch_model.bin")
             (folder / "model.safetensors").unlink()
     monkeypatch.setattr(ShardedTensorIndex, "from_file", None)  # mergekit's reader
-    reads = Counter()
-    read_header = headers.read_header
-
-    def counting(file):
-        reads[file] += 1
-        return read_header(file)
-
-    monkeypatch.setattr(headers, "read_header", counting)
     stage = {
         "merge_method": "task_arithmetic",
         "base_model": str(base),
@@ -275,3 +281,20 @@ def test_each_header_is_read_once(write, tmp_path, monkeypatch, kind):
     pattern = "*.bin" if kind == "bin" else "*.safetensors"
     files = {str(file) for folder in (base, *tuned) for file in folder.glob(pattern)}
     assert reads == dict.fromkeys(files, 1) and (len(files) > 3) == (kind == "sharded")
+
+
+@finds("TEN501")
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_damaged_file_is_read_once_too(write, tmp_path, reads, sharded):
+    base, (tuned,) = checkpoints.pair(tmp_path, sharded=sharded)
+    damaged = sorted(tuned.glob("*.safetensors"))[0]
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    stage = {"merge_method": "monosoup", "base_model": str(base), "models": [{"model": str(tuned)}]}
+    found = messages(write(yaml.safe_dump_all([{"name": "first"} | stage, stage])))
+    size = damaged.stat().st_size
+    for label in ("stage first", "document 2"):
+        assert (
+            f"{label}: {tuned}: cannot be read: {damaged} is cut off: {size} of {size + 1} bytes"
+            " are there; download it again" in found
+        )
+    assert reads[str(damaged)] == 1 and set(reads.values()) == {1}
