@@ -220,14 +220,12 @@ def unused_beside_merged(document: Document) -> Iterator[Finding]:
     merged, _ = _merged(document)
     if document.own_method is not rules.SVC or len(merged) != 1:
         return
-    written = [_written(document.data), *map(_written, document.tuned)]
+    values = {}
     for name in ("weight", "scaling", "normalize"):
-        values = [p[name] for p in written if isinstance(p.get(name), int | float)]
-        different = [value for value in values if value != rules.SVC[name].default]
-        if different:
-            yield from _violations(
-                document, rules.unused_violations(merged[0], {name: different[0]})
-            )
+        shared = _written(document.data).get(name)
+        by_model = _of_models(document, name, shared).values()
+        values[name] = [value for value in by_model if isinstance(value, int | float)]
+    yield from _violations(document, rules.unused_violations(merged[0], values))
 
 
 @define_check(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from helpers.hub import local
 
 from mergekit_monosoup import check as package
 from mergekit_monosoup.check import CHECKS, Finding, check, table
@@ -64,6 +66,13 @@ def test_list_and_docs_show_the_same_table():
     for entry in CHECKS:
         assert entry.title and entry.advice and entry.levels
         assert "|" not in entry.title + entry.advice
+
+
+def test_the_commands_of_the_docs_run(hub, tmp_path):
+    (block,) = re.findall(r"^```bash\n(.*?)^```", DOCS, flags=re.M | re.S)
+    program, name, config = shlex.split(block)
+    assert (program, name) == ("mergekit-monosoup", "check")
+    assert command(local(HERE.parents[1] / config, hub, tmp_path)).exit_code == 0
 
 
 # -- the command -----------------------------------------------------------------------------------

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import yaml
 from click.testing import CliRunner
+from helpers import checkpoints
 from helpers.findings import messages
+from mergekit.config import MergeConfiguration
+from mergekit.merge import run_merge
+from mergekit.options import MergeOptions
 
 from mergekit_monosoup.check import check
 from mergekit_monosoup.cli import main
@@ -96,49 +101,64 @@ def test_weights_of_zero(write, models):
     assert messages(write(models=none)) == []
 
 
-@pytest.fixture
-def write_svc(write, models, tmp_path):
-    """Writes a merge by `svc` of three task models, given their parameters."""
-    third = tmp_path / "third"
-    third.symlink_to(models[0])
-    tasks = [*models[1], str(third)]
+@pytest.fixture(scope="session")
+def three_tasks(tmp_path_factory):
+    """A base model and three fine-tunes."""
+    return checkpoints.pair(tmp_path_factory.mktemp("svc"), tuned=3)
 
-    def make(*under, **parameters):
-        entries = [
-            {"model": name, "parameters": given} for name, given in zip(tasks, under, strict=False)
+
+@pytest.fixture
+def write_svc(write, three_tasks):
+    """Writes a merge by `svc`, given the parameters of its models, up to three, and of all."""
+    base, tuned = three_tasks
+
+    def make(*of_models, **parameters):
+        models = [
+            {"model": str(name), "parameters": given}
+            for name, given in zip(tuned, of_models, strict=False)
         ]
-        return write(merge_method="svc", models=entries, parameters=parameters)
+        return write(merge_method="svc", base_model=str(base), models=models, parameters=parameters)
 
     return make
 
 
-@finds("PAR208", "PAR210")
+def test_a_good_file_of_svc(write_svc):
+    assert check(write_svc({}, {"weight": 2}, normalize=True, alpha=0.5)) == []
+    assert check(write_svc({}, {}, {"merged": True})) == [], "it may differ between models"
+
+
+@finds("PAR207", "PAR208")
+def test_values_and_agreement_of_svc(write_svc):
+    assert any("`alpha` must be a number > 0" in m for m in messages(write_svc({}, {}, alpha=0)))
+    found = messages(write_svc({"alpha": 0.5}, {}))
+    assert any(m.startswith("alpha: holds for the whole merge") for m in found)
+
+
+@finds("PAR210")
 def test_which_model_of_svc_is_the_merge(write_svc):
-    apart = [{"weight": 1, "merged": False}] * 2
-    # The third is a copy of the base, which is a finding of its own.
-    told = [m for m in messages(write_svc(*apart, {"merged": True})) if "same model" not in m]
-    assert told == [], "weight and merged may differ between models"
-    assert any(
-        m.startswith("alpha: holds for the whole merge")
-        for m in messages(write_svc({"alpha": 0.5}, {}))
-    )
-    several = messages(write_svc({"merged": True}, {"merged": True}, {}))
-    assert any(
-        "merged: is true for" in m and "at most one model is the merge" in m for m in several
-    )
-    alone = messages(write_svc({"merged": True}, {}))
-    assert any("beside which at least two task models are needed" in m for m in alone)
+    (several,) = messages(write_svc({"merged": True}, {"merged": True}, {}))
+    assert "merged: is true for" in several and "at most one model is the merge" in several
+    (alone,) = messages(write_svc({"merged": True}, {}))
+    assert "beside which at least two task models are needed" in alone
 
 
 @finds("PAR211")
-@pytest.mark.parametrize("name", ["weight", "scaling", "normalize"])
-def test_what_nothing_reads_beside_a_merged_model(write_svc, name):
-    value = {"weight": 2, "scaling": 0.5, "normalize": True}[name]
-    found = messages(write_svc({}, {}, {"merged": True}, **{name: value}))
-    assert any(m.startswith(f"{name}: would have no effect, for") for m in found)
-    default = {"weight": 1, "scaling": 1.0, "normalize": False}[name]
-    found = messages(write_svc({}, {}, {"merged": True}, **{name: default}))
-    assert not any("no effect" in m for m in found)
+@pytest.mark.parametrize(
+    ("name", "value", "default"),
+    [("weight", 2, 1), ("scaling", 0.5, 1.0), ("normalize", True, False)],
+)
+def test_what_nothing_reads_beside_a_merged_model(write_svc, tmp_path, name, value, default):
+    merged = {"merged": True}
+    path = write_svc({}, {}, merged, **{name: value})
+    (found,) = messages(path)
+    assert found.startswith(f"{name}: would have no effect, for")
+    config = MergeConfiguration.model_validate(yaml.safe_load(path.read_text()))
+    with pytest.raises(ValueError, match="would have no effect"):
+        run_merge(config, str(tmp_path / "out"), MergeOptions(quiet=True))
+    assert messages(write_svc({}, {}, merged, **{name: default})) == []
+    own = {name: default}
+    overridden = write_svc(own, own, merged | own, **{name: value})
+    assert messages(overridden) == [], "no model takes the shared value"
 
 
 @finds("PAR212")
