@@ -19,8 +19,7 @@ To add a check, write one function in the file of its subject, for example::
 then name it below (``models.alone``), and in the test file of the subject write a test that
 produces it. ``mergekit-monosoup check --list`` shows it then; ``tests/check/test_list.py`` fails
 until docs/check.md does, and a test produces the code. What several checks need, or takes time,
-is a property of ``Document`` in
-context.py, or of ``Planning`` in planning.py.
+is a property of ``Document`` (context.py) or ``Planning`` (planning.py).
 """
 
 from __future__ import annotations

@@ -19,12 +19,12 @@ Section = tuple[str, dict[str, Any], str | None]
 
 
 def mapping(value: Any) -> dict[Any, Any]:
-    """Return what is written where a mapping belongs; of anything else, which pydantic names, {}."""
+    """Return what stands where a mapping belongs; {} of anything else, which pydantic names."""
     return value if isinstance(value, dict) else {}
 
 
 def entries(value: Any) -> list[Any]:
-    """Return what is written where a list belongs; of anything else, which pydantic names, []."""
+    """Return what stands where a list belongs; [] of anything else, which pydantic names."""
     return value if isinstance(value, list) else []
 
 

@@ -1,4 +1,4 @@
-"""Checks of keys and their values, but for parameters: what mergekit's own models of a file know."""
+"""Checks of keys and their values, but for parameters, against mergekit's own schema of a file."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ class Planning:
         """mergekit's loaders of the local models that can be read, made from our headers."""
         loaders = {}
         for reference in self.models:
-            with suppress(Exception):  # which `opened` holds
+            with suppress(Exception):  # which check TEN501 reports
                 loaders[reference] = LazyTensorLoader(self.headers.index(reference.model.path))
         return loaders
 

@@ -160,7 +160,10 @@ def _filters(document: Document) -> Iterator[tuple[str, str]]:
 
 
 def _sliced(document: Document) -> bool:
-    """Whether models are cut into slices: then not every tensor is merged, nor with its namesake."""
+    """Whether models are cut into slices.
+
+    Then not every tensor is merged, nor with that of the same name.
+    """
     sections = (document.data, *map(mapping, mapping(document.data.get("modules")).values()))
     return any(section.get("slices") for section in sections)
 

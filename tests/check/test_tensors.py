@@ -70,7 +70,8 @@ def test_filters_that_match_nothing(write):
         }
     )
     assert [m for m in messages(path, "warning") if "filter" in m] == [
-        "parameters.alpha: filter 'selfattn' is part of no tensor's name (it is plain text, not a pattern)"
+        "parameters.alpha: filter 'selfattn' is part of no tensor's name "
+        "(it is plain text, not a pattern)"
     ]
 
 
@@ -107,7 +108,7 @@ def test_tensors_that_a_model_lacks_and_damaged_files(write, models, tmp_path):
 
 @finds("TEN508")
 def test_tensors_that_the_merge_needs(write, tmp_path, monkeypatch):
-    """Tied heads and stacks of experts that are stored one by one are not missing, a part of such a stack is."""
+    """A part of a stack of experts is missing; tied heads and experts stored one by one are not."""
     monkeypatch.chdir(tmp_path)
     base, (tuned,) = checkpoints.pair(tmp_path, "qwen3_moe", tied=True)
     path = write(base_model=str(base), models=[{"model": str(tuned)}])
