@@ -27,7 +27,6 @@ from mergekit.options import MergeOptions
 from safetensors.torch import load_file, save_file
 
 from mergekit_monosoup import calibrate, report
-from mergekit_monosoup.check import check
 from mergekit_monosoup.cli import main
 from mergekit_monosoup.kernel import eigen, spectrum, task_vector
 from mergekit_monosoup.kernel.eigen import SolverError
@@ -591,40 +590,6 @@ def test_lost_calibration_warns_with_the_right_name(tmp_path, caplog):
 
 
 # -- around it -------------------------------------------------------------------------------------
-
-
-def test_check_knows_the_method(tmp_path, qwen3):
-    base, tuned = str(qwen3[0]), [str(path) for path in qwen3[1]]
-    config = {
-        "merge_method": "svc",
-        "base_model": base,
-        "out_dtype": "bfloat16",
-        "dtype": "float32",
-    }
-
-    def found(models, **parameters):
-        path = tmp_path / "merge.yml"
-        path.write_text(str(config | {"models": models, "parameters": parameters}))
-        return [f"{f.level} {f.where}: {f.message}" for f in check(path)]
-
-    models = [{"model": path} for path in tuned]
-    (only,) = found(models, normalize=True, alpha=0.5)
-    assert only.startswith("warning out_dtype") and "realised" in only
-    apart = [
-        dict(m, parameters={"weight": w, "merged": w == 3})
-        for w, m in zip((1, 2, 3), models, strict=True)
-    ]
-    assert all("warning" in line for line in found(apart)), (
-        "weight and merged may differ between models"
-    )
-    apart[0]["parameters"] = {"alpha": 0.5}
-    assert any("error alpha: holds for the whole merge" in line for line in found(apart))
-    flagged = [dict(m, parameters={"merged": True}) for m in models]
-    assert any("at most one can be the merge" in line for line in found(flagged))
-    assert any(
-        "svc needs two task models beside" in line for line in found(flagged[:1] + models[1:2])
-    )
-    assert any("`alpha` must be a number > 0" in line for line in found(models, alpha=0))
 
 
 def test_table_of_a_report(tmp_path):
