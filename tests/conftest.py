@@ -4,12 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import peft
 import pytest
-import torch
-from helpers import checkpoints
-from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
 
 
 @pytest.fixture(scope="session")
@@ -18,6 +13,14 @@ def hub(tmp_path_factory) -> Path:
 
     A base, two fine-tunes, a LoRA adapter, a ConvNeXt-like pair of state dicts.
     """
+    # Here, because pytest-xdist's first process, which only hands out tests, reads this file, too:
+    # six seconds of a core that the others need.
+    import peft
+    import torch
+    from helpers import checkpoints
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM
+
     folder = tmp_path_factory.mktemp("hub")
     checkpoints.pair(folder, tuned=2, dtype=torch.bfloat16)
     torch.manual_seed(7)

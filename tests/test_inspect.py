@@ -422,6 +422,7 @@ def test_table_by_type_and_by_layer():
     assert "P_k" in printed(records, 120)
 
 
+@pytest.mark.slow
 def test_command(world, tmp_path):
     """The installed script: a table, a reading, and records that `report` and `plot` read."""
     out = tmp_path / "r.jsonl"

@@ -156,6 +156,7 @@ def test_styles_differ_in_grey_too():
     )
 
 
+@pytest.mark.slow
 def test_command_writes_real_files(inspected, tmp_path):
     report = write(tmp_path / "r.jsonl", inspected)
     for suffix in ("png", "svg", "pdf"):

@@ -23,6 +23,7 @@ ROOT = HERE.parents[1]
     and not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
     reason="this torch has no devices written in Python",
 )
+@pytest.mark.slow
 def test_on_an_accelerator():
     checks = [
         sys.executable,

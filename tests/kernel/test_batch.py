@@ -295,6 +295,7 @@ def test_zero_rows_are_looked_for_where_they_pay():
 # -- the benchmarks --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_gpu_benchmark_runs_without_one():
     command = [
         sys.executable,
@@ -324,6 +325,7 @@ def test_gpu_benchmark_runs_without_one():
     assert {row["matrices"] for row in result["rows"]} == {1, 2}
 
 
+@pytest.mark.slow
 def test_stack_benchmark_runs():
     command = [
         sys.executable,
@@ -341,6 +343,7 @@ def test_stack_benchmark_runs():
     assert json.loads(done.stdout.splitlines()[-1])["same_bits"] is True
 
 
+@pytest.mark.slow
 def test_experiments_reach_the_oracle_too():
     """Slower ways are worth keeping only while they are right.
 
