@@ -94,7 +94,7 @@ def test_every_tensor_of_a_checkpoint(tmp_path, family, dtype, tied, sharded):
 
 @contextmanager
 def one_thread():
-    """A stack has the bits of one thread (docs/method.md).
+    """A stack has the bits of one thread (docs/methods.md).
 
     A single matrix has those of as many as there are.
     """

@@ -1,0 +1,243 @@
+"""Every code block of the pages runs as printed, with small checkpoints in place of the hub's.
+
+Commands run in this process where that is possible: a new one spends ten seconds on imports.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import io
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from helpers import checkpoints, pages
+from helpers.hub import HUB, local, run
+from mergekit.scripts import run_yaml
+from rich.console import Console
+
+from demo import merge
+from evaluation.suite import load as load_suite
+from evaluation.worlds import training as train
+from mergekit_monosoup import report
+from mergekit_monosoup.cli import main
+
+BASH = pages.blocks("bash")
+(MERGE_YML,) = (block for block in pages.blocks("yaml") if block.page == "README.md")
+# What each of our commands must print, at least. A command that is not here has no test.
+PRINTS = {
+    "check merge.yml": "merge.yml: fine",
+    "check configs/monosoup.yml": "monosoup.yml: fine",
+    "report report.jsonl": "layers.*.mlp.up_proj",
+    "report monosoup-report.jsonl": "layers.*.mlp.up_proj",
+    "parameters": "| `min_rel_update` |",
+    "inspect": "freevariance: in all matrices",
+    "plot inspect.jsonl --out inspect.png": "inspect.png: 5 panels",
+    "soup": "mergekit-yaml soup.yml",
+}
+# Lines that are not executed here, and why.
+NOT_RUN = {
+    "pip install .": "needs a clean environment: test_install.py installs the wheel into one",
+    "make demo": "trains for minutes: the demo's parts have tests of their own",
+    "make evidence": "trains for half an hour: tests/evaluation/test_evidence.py has its parts",
+    "python -m evaluation": "asks real models: tests/evaluation runs each program on small ones",
+}
+
+
+@pytest.fixture
+def workplace(hub, tmp_path, monkeypatch) -> Path:
+    """The current folder: configs/ and README's merge.yml, with small checkpoints."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").mkdir()
+    for config in (pages.ROOT / "configs").glob("*.yml"):
+        (tmp_path / "configs" / config.name).write_text(with_local_models(config.read_text(), hub))
+    (tmp_path / "merge.yml").write_text(with_local_models(MERGE_YML.text, hub))
+    return tmp_path
+
+
+def with_local_models(words: str, hub: Path) -> str:
+    for name, place in HUB.items():
+        words = re.sub(rf"{re.escape(name)}(?![-\w])", str(hub / place), words)
+    return words
+
+
+def test_every_block_has_a_language_that_is_tested():
+    assert {block.language for block in pages.blocks()} == {
+        "bash",
+        "yaml",
+        "python",
+        "text",
+        "bibtex",
+    }
+
+
+# -- bash ------------------------------------------------------------------------------------------
+
+
+def starts_processes(block: pages.Block) -> bool:
+    """Whether a line starts Ray, or a Python that imports mergekit."""
+    slow = ("mergekit-monosoup run", "python -c", "export ")
+    return any(line.startswith(slow) for line in block.lines)
+
+
+@pytest.mark.parametrize(
+    "block",
+    [pytest.param(b, marks=[pytest.mark.slow] * starts_processes(b), id=str(b)) for b in BASH],
+)
+def test_commands(block, hub, workplace, monkeypatch):
+    for line in block.lines:
+        execute(line, hub, monkeypatch)
+
+
+def execute(line: str, hub: Path, monkeypatch) -> None:
+    """Run one line of a bash block in the current folder, and look at what came of it."""
+    words = shlex.split(with_local_models(line, hub))
+    if words[0] == "export":
+        monkeypatch.setenv(*words[1].split("="))
+        ask = [sys.executable, "-c", "from mergekit.merge_methods import get; get('monosoup')"]
+        assert subprocess.run(ask, capture_output=True).returncode, "mergekit knows the method"
+        return
+    if words[:2] == ["python", "-c"]:
+        done = subprocess.run([sys.executable, *words[1:]], capture_output=True, text=True)
+        assert done.stdout == "MonoSoup\n", done.stderr
+        return
+    for start, stands_in in STANDS_IN.items():
+        if line.startswith(start):
+            stands_in(shlex.split(line), monkeypatch)
+            return
+    command = {"mergekit-monosoup": main, "mergekit-yaml": run_yaml.main}[words[0]]
+    if words[1] == "run":
+        pytest.importorskip("ray", reason="the extra `ray` is not installed")
+    done = CliRunner().invoke(command, words[1:])
+    assert done.exit_code == 0, done.output
+    if words[1] == "run" or command is run_yaml.main:
+        folder = words[3] if words[1] == "run" else words[2]
+        assert Path(folder, "config.json").exists()
+    else:
+        assert expected(line) in done.output
+
+
+def expected(line: str) -> str:
+    """What a command of ours must print: by the whole line, or by its first word."""
+    rest = line.removeprefix("mergekit-monosoup ")
+    return PRINTS[rest] if rest in PRINTS else PRINTS[rest.split()[0]]
+
+
+def dry_make(words: list[str], monkeypatch) -> None:
+    started = {"demo": "-m demo", "evidence": "-m evaluation.evidence"}
+    done = subprocess.run(
+        ["make", "--dry-run", *words[1:]], cwd=pages.ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and started[words[1]] in done.stdout, done.stderr
+
+
+def installed_elsewhere(words: list[str], monkeypatch) -> None:
+    assert (pages.ROOT / "tests" / "test_install.py").exists()
+
+
+class ParsedError(Exception):
+    """Carries the options out of a program that goes no further."""
+
+
+def parsed(words: list[str], monkeypatch) -> None:
+    """A program of evaluation/ takes these options, and the models that they name are there."""
+    parse = argparse.ArgumentParser.parse_args
+
+    def stop(self, *arguments):
+        raise ParsedError(parse(self, *arguments))
+
+    program = importlib.import_module(words[2])
+    with monkeypatch.context() as patch:
+        patch.setattr(argparse.ArgumentParser, "parse_args", stop)
+        with pytest.raises(ParsedError) as stopped:
+            program.main(words[3:])
+    options = stopped.value.args[0]
+    if hasattr(options, "suite"):
+        assert load_suite(options.suite).tasks
+    places = [place for _, place in getattr(options, "model", [])]
+    places += [options.pretrained, options.finetuned] if words[2] == "evaluation.sweep" else []
+    by_demo = {train.PRETRAINED, train.FINETUNED, merge.FREE.merged.as_posix()}
+    for place in places:
+        assert (
+            place in HUB
+            or (pages.ROOT / place).is_file()
+            or place.removeprefix("demo-out/") in by_demo
+            or re.fullmatch("[A-Z]", place)
+        ), place
+
+
+STANDS_IN = dict(zip(NOT_RUN, [installed_elsewhere, dry_make, dry_make, parsed], strict=True))
+
+
+def test_nothing_is_excused_in_vain():
+    lines = [line for block in BASH for line in block.lines]
+    assert all(any(line.startswith(start) for line in lines) for start in NOT_RUN)
+    assert all(any(start in line for line in lines) for start in PRINTS)
+
+
+# -- yaml and python -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block", pages.blocks("yaml"), ids=str)
+def test_yaml_blocks_merge(block, hub, workplace):
+    Path("block.yml").write_text(block.text)
+    config = local(workplace / "block.yml", hub, workplace)
+    assert CliRunner().invoke(main, ["check", str(config)]).exit_code == 0
+    merged = run(config, workplace)
+    tuned = checkpoints.state_dict(hub / "tuned0")
+    assert any(not torch.equal(weight, tuned[name]) for name, weight in merged.items())
+    assert any(record.action == "edited" for record in report.read("report.jsonl"))
+
+
+@pytest.mark.parametrize("block", pages.blocks("python"), ids=str)
+def test_python_blocks_run(block, hub, workplace, capsys):
+    run(workplace / "merge.yml", workplace)
+    exec(compile(block.text, block.page, "exec"), {})
+    printed = capsys.readouterr().out
+    if "edit(" in block.text:
+        k, high, low = printed.split()
+        assert int(k) > 1 and float(high) + float(low) == pytest.approx(1)
+    elif "summarise" in block.text:
+        assert printed.splitlines()[-1].startswith("total ")
+    else:
+        assert printed == "MonoSoup\n"
+
+
+# -- what the pages say is printed -----------------------------------------------------------------
+
+
+def without_digits(printed: str) -> list[str]:
+    """The lines, with every number replaced: its last digit may differ between machines."""
+    lines = (re.sub(r"[\d.]*\d", "#", line.rstrip()) for line in printed.splitlines())
+    return [re.sub(r" +", " ", line) for line in lines if line.strip()]
+
+
+def printed_by_readme() -> str:
+    for command in (["check", "merge.yml"], ["report", "report.jsonl"]):
+        if command[0] == "report":
+            run(Path("merge.yml"), Path("."))
+        done = CliRunner().invoke(main, command)
+        assert done.exit_code == 0, done.output
+    console = Console(width=80, record=True, file=io.StringIO())  # a narrow terminal
+    console.print(report.table(report.read("report.jsonl"), 80))
+    return "merge.yml: fine\n" + console.export_text()
+
+
+def printed_by_inspect(hub: Path) -> str:
+    done = CliRunner().invoke(main, ["inspect", str(hub / "base"), str(hub / "tuned0")])
+    return done.output
+
+
+@pytest.mark.parametrize(
+    "block", [b for b in pages.blocks("text") if b.page != "docs/evaluation.md"], ids=str
+)
+def test_quoted_output_is_real(block, hub, workplace):
+    printed = printed_by_readme() if block.page == "README.md" else printed_by_inspect(hub)
+    quoted = [line for line in without_digits(block.text) if line != "…"]
+    assert quoted and [line for line in quoted if line not in without_digits(printed)] == []

@@ -1,0 +1,73 @@
+"""The tables of the pages say what the code and the evidence say."""
+
+from __future__ import annotations
+
+import re
+from importlib import import_module
+
+import pytest
+from helpers import pages
+from helpers.pages import ROOT
+
+from mergekit_monosoup import report
+from mergekit_monosoup.parameters import parameter_table
+
+
+@pytest.mark.parametrize("method", ["monosoup", "svc"])
+def test_parameter_table_is_the_one_that_the_code_prints(method):
+    assert f"test -->\n{parameter_table(method)}\n<!--" in pages.text("docs/guide.md")
+
+
+def test_report_fields_are_all_explained():
+    table = pages.between("docs/guide.md", "<!-- fields", "<!-- end of fields -->")
+    named = [name for first, _ in pages.rows(table) for name in re.findall(r"`(\w+)`", first)]
+    assert sorted(named) == sorted(report.Record.__dataclass_fields__)
+
+
+def test_every_config_is_in_the_guide():
+    names = {path.name for path in (ROOT / "configs").glob("*.yml")}
+    assert set(re.findall(r"\]\(\.\./configs/(\w+\.yml)\)", pages.text("docs/guide.md"))) == names
+
+
+def test_every_suite_is_in_the_table():
+    table = pages.between("docs/evaluation.md", "| suite |", "A suite is")
+    named = re.findall(r"^\| `([\w-]+)`", table, flags=re.M)
+    assert sorted(named) == sorted(path.stem for path in ROOT.glob("evaluation/suites/*.yml"))
+
+
+def test_symbols_are_where_the_methods_page_says():
+    places = re.findall(r"`([\w/]+)\.py: ([\w.]+)`", pages.text("docs/methods.md"))
+    assert len(places) > 15
+    for module, name in places:
+        value = import_module(f"mergekit_monosoup.{module.replace('/', '.')}")
+        for part in name.split("."):
+            assert hasattr(value, part), f"{module}.py has no {name}"
+            value = getattr(value, part)
+
+
+def evidence() -> dict[str, list[str]]:
+    """The rows of docs/evidence.md: those of claims by what was measured, others by their first cell."""
+    rows = pages.rows("| | |\n|---|---|\n" + pages.text("docs/evidence.md"))
+    return {row[1] if row[1:] and " − " in row[1] else row[0]: row for row in reversed(rows)}
+
+
+def test_readme_quotes_the_evidence():
+    known, table = evidence(), pages.between("README.md", "## Does it help?", "## Which mode")
+    free, R90, R80, wise = (row[1:] for row in pages.rows(table))
+    claims = ("fine-tuned, ID", "fine-tuned, OOD", "its norm-matched scalar, OOD")
+    for mode, quoted in (("freevariance", free), ("variance", R80)):
+        assert quoted == [known[f"{mode} − {claim}"][2] for claim in claims]
+    assert [known["0.9"][column] for column in (1, 2, 4)] == R90
+    assert wise == [*known["Wise-FT 0.5"][3:], ""]
+
+
+def test_readme_numbers_in_prose():
+    known, readme = evidence(), pages.text("README.md")
+    assert "costs it 25.6 points" in readme and known["pretrained"][4].startswith("+25.6 ")
+    assert "eight seeds" in readme and "8 seeds" in pages.text("docs/evidence.md")
+    assert "(10 points at 0.7)" in readme and known["0.7"][1].startswith("−10.0 ")
+    gain = [float(known[row][column].split()[0]) for row, column in (("0.9", 2), ("0.8", 2))]
+    free = float(known["freevariance − fine-tuned, OOD"][2].split()[0])
+    assert "three times the gain" in readme and 3 < gain[0] / free < 3.5
+    best = max(float(known[R][2].split()[0]) for R in ("0.5", "0.55", "0.6", "0.65", "0.7"))
+    assert best - gain[1] < 2, "below R = 0.8 the gain hardly rises"
