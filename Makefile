@@ -1,4 +1,5 @@
-# Each target sets itself up in .venv; all it needs is make and Python >= 3.10. Another interpreter: make PYTHON=python3.12 test
+# Each target sets itself up in .venv; all it needs is make and Python >= 3.10.
+# Another interpreter: make PYTHON=python3.12 test
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # two targets at once would set up one environment twice
 .PHONY: fast test lint demo evidence clean
@@ -7,20 +8,24 @@ VENV := .venv
 NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 10))'
 CANDIDATES := python3 python3.14 python3.13 python3.12 python3.11 python3.10
 # Each is run, not looked up: a shim on the PATH may stand for a version that is not installed.
-PYTHON ?= $(shell for p in $(CANDIDATES); do if $$p $(NEW_ENOUGH) 2>/dev/null; then echo $$p; break; fi; done)
+PYTHON ?= $(shell for p in $(CANDIDATES); do \
+	if $$p $(NEW_ENOUGH) 2>/dev/null; then echo $$p; break; fi; done)
+NAME_ONE := name one: make PYTHON=/path/to/python3
 
 # Processes that run tests; each has torch and mergekit in memory, about 1 GiB.
 WORKERS ?= 2
 # The versions to install; /dev/null: the newest of everything.
 CONSTRAINTS ?= constraints.txt
 
-# Editable installs see changes to the package at once, but for what is copied to site-packages or recorded at install time.
+# Editable installs see changes to the package at once, but for what is copied to site-packages or
+# recorded at install time.
 COPIED := pyproject.toml constraints.txt Makefile mergekit_monosoup/__init__.py \
 	$(wildcard _mergekit_monosoup_autoload/*.*)
-INSTALL := $(VENV)/bin/python -m pip install --disable-pip-version-check --constraint $(CONSTRAINTS)
+INSTALL := $(VENV)/bin/python -m pip install --disable-pip-version-check \
+	--constraint $(CONSTRAINTS)
 
-# The tests of a file stay in one process, with what they share. One thread each: two processes of two threads on two cores
-# wait for each other.
+# The tests of a file stay in one process, with what they share. One thread each: two processes of
+# two threads on two cores wait for each other.
 PYTEST := $(VENV)/bin/python -m pytest
 TOGETHER := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1 \
 	$(PYTEST) --numprocesses $(WORKERS) --dist loadfile
@@ -29,8 +34,8 @@ TOGETHER := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1 \
 fast: $(VENV)/ready-test
 	$(TOGETHER) -m "not slow and not alone" $(ARGS)
 
-# Everything: first what may run together, then what needs the machine to itself, whatever became of the first.
-# ARGS may select tests of one part only: pytest exits with 5 where there are none.
+# Everything: first what may run together, then what needs the machine to itself, whatever became
+# of the first. ARGS may select tests of one part only: pytest exits with 5 where there are none.
 test: $(VENV)/ready-test
 	@together=0; alone=0; \
 	$(TOGETHER) -m "not alone" $(ARGS) || together=$$?; \
@@ -48,14 +53,17 @@ demo: $(VENV)/ready-plots
 evidence: $(VENV)/ready-eval,plots
 	$(VENV)/bin/python -m evaluation.evidence $(ARGS)
 
-# setuptools: some dependencies (rouge-score, sqlitedict, word2number) come as source only, and a new environment's own
-# setuptools is too old to build them without isolation, or not there (Python >= 3.12).
-# ready-X: the extra X is installed. `unfinished` lies in the environment while pip works, so that one interrupted half-way
-# is thrown away instead of being trusted.
+# setuptools: some dependencies (rouge-score, sqlitedict, word2number) come as source only, and a
+# new environment's own setuptools is too old to build them without isolation, or not there
+# (Python >= 3.12).
+# ready-X: the extra X is installed. `unfinished` lies in the environment while pip works, so that
+# one interrupted half-way is thrown away instead of being trusted.
 $(VENV)/ready-%: $(COPIED)
-	@test -n "$(PYTHON)" || { echo "make: no Python >= 3.10 found; name one: make PYTHON=/path/to/python3" >&2; exit 1; }
-	@$(PYTHON) $(NEW_ENOUGH) || { echo "make: $(PYTHON) is not Python >= 3.10; name one: make PYTHON=/path/to/python3" >&2; exit 1; }
-	@if test -e $(VENV)/unfinished; then echo "An earlier set-up did not finish: starting over."; rm -rf $(VENV); fi
+	@test -n "$(PYTHON)" || { echo "make: no Python >= 3.10 found; $(NAME_ONE)" >&2; exit 1; }
+	@$(PYTHON) $(NEW_ENOUGH) \
+		|| { echo "make: $(PYTHON) is not Python >= 3.10; $(NAME_ONE)" >&2; exit 1; }
+	@if test -e $(VENV)/unfinished; then \
+		echo "An earlier set-up did not finish: starting over."; rm -rf $(VENV); fi
 	$(PYTHON) -m venv $(VENV)
 	@touch $(VENV)/unfinished
 	$(INSTALL) hatchling setuptools
