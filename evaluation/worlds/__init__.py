@@ -1,1 +1,1 @@
-"""Small offline worlds: their questions, the models trained on them, and their tasks for lm-eval."""
+"""Small offline worlds: items with one right answer, models trained on them, tasks of them."""

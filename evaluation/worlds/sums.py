@@ -1,9 +1,10 @@
-"""A world small enough to learn in two minutes: seven skills as short prompts with one right answer each.
+"""Items of a world that is learned in two minutes: seven skills, prompts with one right answer.
 
-Four skills ask for the sum of two numbers, each in its own language; one asks for the larger of two numbers; two are
-facts about made-up names. Pairs of numbers are split into training and test pairs *as sets*: if 7 + 12 is tested, then
-12 + 7 is not trained either, and in none of the languages. A fact cannot be deduced, so facts are tested on what was
-trained: they measure what the model still remembers.
+Four skills ask for the sum of two numbers, each in its own language; one asks for the larger of two
+numbers; two are facts about made-up names. Pairs of numbers are split into training and test pairs
+*as sets*: if 7 + 12 is tested, then 12 + 7 is not trained either, and in none of the languages. A
+fact cannot be deduced, so facts are tested on what was trained: they measure what the model still
+remembers.
 """
 
 import itertools
@@ -21,34 +22,16 @@ SUMS = {
     "sum_es": "¿Cuánto es {a} más {b}?",
 }
 LARGER = "Larger of {a} or {b}:"
+# fmt: off
 COLOURS = (
-    "red",
-    "blue",
-    "green",
-    "yellow",
-    "black",
-    "white",
-    "pink",
-    "grey",
-    "brown",
-    "purple",
-    "orange",
-    "gold",
+    "red", "blue", "green", "yellow", "black", "white", "pink", "grey", "brown", "purple",
+    "orange", "gold",
 )
 CITIES = (
-    "Paris",
-    "Rome",
-    "Oslo",
-    "Cairo",
-    "Lima",
-    "Delhi",
-    "Tokyo",
-    "Quito",
-    "Accra",
-    "Dublin",
-    "Vienna",
-    "Lagos",
+    "Paris", "Rome", "Oslo", "Cairo", "Lima", "Delhi", "Tokyo", "Quito", "Accra", "Dublin",
+    "Vienna", "Lagos",
 )
+# fmt: on
 FACTS = {"colour": ("The colour of {name} is", COLOURS), "home": ("{name} lives in", CITIES)}
 SKILLS = (*SUMS, "larger", *FACTS)
 
@@ -66,7 +49,10 @@ VOCABULARY = 512
 
 @dataclass(frozen=True)
 class Item:
-    """One question. `cluster` names what it is about: items about the same pair or name are not independent."""
+    """One question with its answer.
+
+    `cluster` names what it is about: items about the same pair or name are not independent.
+    """
 
     skill: str
     prompt: str
@@ -76,14 +62,17 @@ class Item:
 
 @dataclass(frozen=True)
 class World:
-    """Items by skill. `test` has both orders of TEST_PAIRS pairs for each arithmetic skill, NAMES items per fact."""
+    """Items to learn and items to test, by skill.
+
+    `test` has both orders of TEST_PAIRS pairs for each arithmetic skill, NAMES items per fact.
+    """
 
     train: dict[str, list[Item]]
     test: dict[str, list[Item]]
 
 
 def build_world(seed: int) -> World:
-    """The world of this seed: which pairs are held out, what the names are, and what is true of them."""
+    """Return the world of this seed: the pairs held out, the names, and what is true of them."""
     rng = random.Random(seed)
     train: dict[str, list[Item]] = {}
     test: dict[str, list[Item]] = {}
@@ -120,7 +109,10 @@ def build_world(seed: int) -> World:
 
 
 def italian(english: Iterable[Item]) -> list[Item]:
-    """An eighth skill that no pretraining teaches, for a second fine-tune: the items of `sum_en`, asked in Italian."""
+    """Return the items of `sum_en`, asked in Italian.
+
+    An eighth skill, `sum_it`, which no pretraining teaches: for a second fine-tune.
+    """
     return [
         Item(
             "sum_it",
@@ -133,7 +125,10 @@ def italian(english: Iterable[Item]) -> list[Item]:
 
 
 def build_tokenizer(items: Iterable[Item]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer learned from the items. Every digit is its own token, so numbers share their parts."""
+    """Return a byte-level BPE tokenizer learned from the items.
+
+    Every digit is its own token, so numbers share their parts.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -149,7 +144,8 @@ def build_tokenizer(items: Iterable[Item]) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     tokenizer.train_from_iterator((f"{item.prompt} {item.answer}" for item in items), trainer)
-    # Left padding: generation continues from the last position of a row, which has to be the end of its prompt.
+    # Left padding: generation continues from the last position of a row, which has to be the end
+    # of its prompt.
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",
@@ -162,7 +158,10 @@ def build_tokenizer(items: Iterable[Item]) -> PreTrainedTokenizerFast:
 def _split_pairs(
     pairs: Iterable[tuple[int, int]], rng: random.Random
 ) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """Unordered pairs into (training, test) pairs, both orders of each: the mirrored sum would give the answer away."""
+    """Split unordered pairs into (training, test) pairs, both orders of each.
+
+    A mirrored sum in training would give the answer of its twin away.
+    """
     shuffled = list(pairs)
     rng.shuffle(shuffled)
     return _both_orders(shuffled[TEST_PAIRS:]), _both_orders(shuffled[:TEST_PAIRS])
@@ -173,7 +172,7 @@ def _both_orders(pairs: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def _names(rng: random.Random) -> list[str]:
-    """Three-syllable names such as "Bakilo", all different."""
+    """Return three-syllable names such as "Bakilo", all different."""
     syllables = [consonant + vowel for consonant in "bdfgklmnprstvz" for vowel in "aeiou"]
     names: set[str] = set()
     while len(names) < NAMES:

@@ -1,4 +1,4 @@
-"""The demo's test items as lm-eval tasks: JSON lines and task files, written where a run wants them."""
+"""The test items of a world as lm-eval tasks: JSON lines and task files in a folder of a run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ ANSWER_TOKENS = 8  # longest answer seen, with its end token: 4
 
 
 def write_tasks(seed: int, folder: Path) -> None:
-    """One task per skill of the world of this seed, `tiny_<skill>`, scored by the exact answer; and `tiny_sum_it`."""
+    """Write one task per skill of the world of this seed, and one for the skill `sum_it`.
+
+    Tasks are called `tiny_<skill>` and scored by the exact answer.
+    """
     from evaluation.worlds.sums import build_world, italian
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -28,7 +31,8 @@ def write_tasks(seed: int, folder: Path) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    # The data sets library tells files by their times: rewriting an unchanged one would make it build its cache again.
+    # The data sets library tells files by their times: rewriting an unchanged one would make it
+    # build its cache again.
     if not path.exists() or path.read_text(encoding="utf-8") != text:
         path.write_text(text, encoding="utf-8")
 
@@ -43,7 +47,8 @@ def _task(skill: str, data: Path) -> dict[str, Any]:
         "doc_to_text": "prompt",  # fields by name: lm-eval compiles a template anew for every item
         "doc_to_target": "answer",
         "generation_kwargs": {"until": ["\n"], "do_sample": False, "max_gen_toks": ANSWER_TOKENS},
-        # The whole output has to be the answer, but for blanks around it; anything else fails to match and is wrong.
+        # The whole output has to be the answer, but for blanks around it; anything else fails to
+        # match and is wrong.
         "filter_list": [
             {
                 "name": "answer",

@@ -1,4 +1,4 @@
-"""Train the pair of checkpoints that MonoSoup needs: a pretrained model and one fine-tuned from it on one skill."""
+"""Training of the checkpoints that MonoSoup needs: a pretrained model, and fine-tunes of it."""
 
 import dataclasses
 import hashlib
@@ -36,10 +36,11 @@ class Phase:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides what is learned, besides the world itself. The defaults train in about two minutes.
+    """Everything that decides what is learned, besides the world itself.
 
-    The fine-tuning rate is high on purpose: the tuned model then forgets part of what it knew, the case that a soup is
-    for. Embeddings are untied because a rate this high destroys a tied model altogether.
+    The defaults train in about two minutes. The fine-tuning rate is high on purpose: the tuned
+    model then forgets part of what it knew, the case that a soup is for. Embeddings are untied
+    because a rate this high destroys a tied model altogether.
     """
 
     seed: int = 0
@@ -54,7 +55,7 @@ class Recipe:
 
 
 def fingerprint(recipe: Recipe, world: World) -> str:
-    """A digest of all that the trained weights depend on: settings, items, this file, library versions."""
+    """Return a digest of what weights depend on: settings, items, this file, library versions."""
     digest = hashlib.sha256(json.dumps(dataclasses.asdict(recipe), sort_keys=True).encode())
     for skill, items in sorted(world.train.items()):
         digest.update(json.dumps([skill, [(item.prompt, item.answer) for item in items]]).encode())
@@ -64,7 +65,11 @@ def fingerprint(recipe: Recipe, world: World) -> str:
 
 
 def train_pair(recipe: Recipe, world: World, folder: Path, *, fresh: bool = False) -> bool:
-    """Make the checkpoints `folder`/pretrained and `folder`/finetuned; True if trained, False if already there."""
+    """Train the checkpoints `folder`/pretrained and `folder`/finetuned, unless they are there.
+
+    Returns:
+        True if they were trained, False if the folder had them, made with the same settings.
+    """
     pretrained, finetuned = folder / PRETRAINED, folder / FINETUNED
     mark = fingerprint(recipe, world)
     if not fresh and _finished(pretrained, mark) and _finished(finetuned, mark):
@@ -107,19 +112,23 @@ def fine_tune(
     *,
     rank: int | None = None,
 ) -> bool:
-    """Fine-tune the checkpoint `source` on `items` into `target`; True if trained, False if already there.
+    """Fine-tune the checkpoint `source` on `items` into `target`, unless it is there.
 
-    `rank` trains a LoRA adapter of that rank on every linear layer but the head (peft; alpha = 2·rank) and merges it.
+    `rank` trains a LoRA adapter of that rank on every linear layer but the head (peft; alpha =
+    2·rank) and merges it.
+
+    Returns:
+        True if it was trained, False if `target` was there, made with the same settings.
     """
     parent = json.loads((source / RECIPE_FILE).read_text(encoding="utf-8"))
-    asked = [(item.prompt, item.answer) for item in items]
+    questions = [(item.prompt, item.answer) for item in items]
     settings = {
         "source": parent["fingerprint"],
         "phase": dataclasses.asdict(phase),
         "seed": seed,
         "rank": rank,
     }
-    mark = hashlib.sha256(json.dumps([settings, asked], sort_keys=True).encode()).hexdigest()
+    mark = hashlib.sha256(json.dumps([settings, questions], sort_keys=True).encode()).hexdigest()
     if _finished(target, mark):
         return False
     tokenizer = AutoTokenizer.from_pretrained(source)
@@ -179,7 +188,10 @@ def _train(
 def _encode(
     items: Sequence[Item], tokenizer: PreTrainedTokenizerBase
 ) -> list[tuple[list[int], list[int]]]:
-    """Token ids of each prompt and answer. They are encoded apart, as at test time, where the prompt stands alone."""
+    """Return the token ids of each prompt and each answer.
+
+    They are encoded apart, as at test time, where the prompt stands alone.
+    """
     prompts = tokenizer([item.prompt for item in items])["input_ids"]
     answers = tokenizer([f" {item.answer}<end>" for item in items])["input_ids"]
     return list(zip(prompts, answers, strict=True))
@@ -191,9 +203,10 @@ def _batches(
     seed: int,
     tokenizer: PreTrainedTokenizerBase,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """`phase.steps` pairs of inputs and next-token targets, both (batch, length), int64; only answers are targets.
+    """Yield `phase.steps` pairs of inputs and next-token targets, both (batch, length), int64.
 
-    Rows are padded on the right: attention is causal, so no real token sees the padding and no mask is needed.
+    Only answers are targets. Rows are padded on the right: attention is causal, so no real token
+    sees the padding and no mask is needed.
     """
     rng = random.Random(seed)
     for _ in range(phase.steps):
@@ -215,7 +228,10 @@ def _save(
     recipe: dict[str, Any],
     mark: str,
 ) -> None:
-    """Write under another name, rename last: an interrupted run must not leave something that looks finished."""
+    """Write the checkpoint under another name and rename it last.
+
+    An interrupted run must not leave something that looks finished.
+    """
     unfinished = checkpoint.with_name(f"{checkpoint.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     model.save_pretrained(unfinished)
