@@ -1,1 +1,1 @@
-"""Did the edit help, and more than plain shrinkage would? Compares checkpoints on ID and OOD tasks with lm-eval."""
+"""Comparison of checkpoints on ID and OOD tasks: does the edit help more than shrinkage does?"""

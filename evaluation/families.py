@@ -1,23 +1,33 @@
-"""Which curve a merged model lies on, read off its configuration: methods with one number that somebody can vary."""
+"""Curves of merged models: methods with one number to vary, read off their configurations."""
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
 
-WISE_FT, LINES, MONOSOUP, MONOSOUP_WISE, SCALAR = (
-    "Wise-FT",
-    "LiNeS",
-    "MonoSoup, R",
-    "MonoSoup + Wise-FT",
-    "scalar control, R",
-)
+from evaluation.comparison import Comparison
+from evaluation.sources import FINETUNED, PRETRAINED, Merge
+
+WISE_FT = "Wise-FT"
+LINES = "LiNeS"
+MONOSOUP = "MonoSoup, R"
+MONOSOUP_WISE = "MonoSoup + Wise-FT"
+SCALAR = "scalar control, R"
+
+# W0 and W1 are the ends of Wise-FT, W1 is the end of LiNeS and W0 that of MonoSoup + Wise-FT.
+ENDS = {
+    WISE_FT: [(0.0, PRETRAINED), (1.0, FINETUNED)],
+    LINES: [(1.0, FINETUNED)],
+    MONOSOUP_WISE: [(0.0, PRETRAINED)],
+}
 
 
-def family(merge: dict[str, Any] | None) -> tuple[str, float] | None:
-    """(curve, the number) of a merge of one fine-tuned model; None for anything with more than one number."""
-    config = (merge or {}).get("config")
-    if not isinstance(config, dict) or (tuned := _tuned(config)) is None:
+def family(merge: Merge | None) -> tuple[str, float] | None:
+    """Return (curve, number) of a merge of one fine-tuned model; None if it has several numbers."""
+    if merge is None or (tuned := _tuned(merge.config)) is None:
         return None
+    config = merge.config
     parameters = {**(config.get("parameters") or {}), **(tuned.get("parameters") or {})}
     parameters.pop("report", None)
     if config.get("merge_method") == "task_arithmetic":
@@ -27,13 +37,13 @@ def family(merge: dict[str, Any] | None) -> tuple[str, float] | None:
     return None
 
 
-def inputs(merge: dict[str, Any]) -> tuple[str, str]:
-    """(base model, fine-tuned model) of a merge that has a family, as its configuration calls them."""
-    return str(merge["config"].get("base_model")), str(_tuned(merge["config"])["model"])
+def inputs(merge: Merge) -> tuple[str, str]:
+    """Return (base, fine-tuned) model of a merge with a family, as its configuration names them."""
+    return str(merge.config.get("base_model")), str(_tuned(merge.config)["model"])
 
 
 def _tuned(config: dict[str, Any]) -> Any:
-    """The entry of the only fine-tuned model; None if there are several."""
+    """Return the entry of the only fine-tuned model; None if there are several."""
     models = config.get("models") or []
     tuned = [
         m for m in models if isinstance(m, dict) and m.get("model") != config.get("base_model")
@@ -71,3 +81,72 @@ def _monosoup(parameters: dict[str, Any]) -> tuple[str, float] | None:
         case {} if parameters in ({}, {"mode": "freevariance"}):
             return MONOSOUP_WISE, 1.0
     return None
+
+
+class Point(NamedTuple):
+    """A model on a curve, and the number that places it there."""
+
+    number: float
+    model: str
+
+
+@dataclass
+class _Curve:
+    """The models of one family that were made from one W0 and one W1."""
+
+    name: str
+    base: str  # as the configurations call them
+    tuned: str
+    digests: dict[str, str | None]  # of W0 and W1, by their names in results; None: not known
+    points: list[Point] = field(default_factory=list)
+
+    def labels(self, key: tuple[str, str, str]) -> list[str]:
+        """Return names from the shortest to the one that no other curve has."""
+        return [
+            self.name,
+            f"{self.name} of {Path(self.tuned).name}",
+            f"{self.name} of {self.tuned} from {self.base}",
+            " ".join(key),
+        ]
+
+
+def curves(comparison: Comparison) -> dict[str, list[Point]]:
+    """Return the points of each curve, by its name; fewer than three points are no curve.
+
+    A curve belongs to one W0 and one W1. Where there are several of a family, their names say of
+    which fine-tuned model.
+    """
+    grouped = _grouped(comparison)
+    for curve in grouped.values():
+        for number, end in ENDS.get(curve.name, []):
+            # Where the weights are not known (a folder that somebody merged elsewhere) the names
+            # are believed.
+            if end in comparison.cells and curve.digests[end] in (None, comparison.weights[end]):
+                curve.points.append(Point(number, end))
+    labels = {key: curve.labels(key) for key, curve in grouped.items() if len(curve.points) >= 3}
+    return {_shortest(key, labels): sorted(grouped[key].points) for key in labels}
+
+
+def _grouped(comparison: Comparison) -> dict[tuple[str, str, str], _Curve]:
+    """Return the curves without their ends, by family and digests of W0 and W1."""
+    grouped: dict[tuple[str, str, str], _Curve] = {}
+    for model in comparison.cells:
+        merge = comparison.merges.get(model)
+        if merge is None or (place := family(merge)) is None:
+            continue
+        base, tuned = inputs(merge)
+        key = place[0], merge.inputs.get(base, base), merge.inputs.get(tuned, tuned)
+        digests = {PRETRAINED: merge.inputs.get(base), FINETUNED: merge.inputs.get(tuned)}
+        curve = grouped.setdefault(key, _Curve(place[0], base, tuned, digests))
+        curve.base, curve.tuned, curve.digests = base, tuned, digests
+        curve.points.append(Point(place[1], model))
+    return grouped
+
+
+def _shortest(key: tuple[str, str, str], labels: dict[tuple[str, str, str], list[str]]) -> str:
+    """Return the shortest label of a curve that no other curve has."""
+    return next(
+        label
+        for place, label in enumerate(labels[key])
+        if [other[place] for other in labels.values()].count(label) == 1
+    )

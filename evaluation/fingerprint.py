@@ -1,4 +1,4 @@
-"""What a result depends on, as digests: model files, this repository, library versions."""
+"""Digests of what a result depends on: model files, this repository, library versions."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import json
 import platform
 import subprocess
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,27 +22,33 @@ TOKENIZER = (
     "special_tokens_map.json",
     "chat_template*",
 )
+# fmt: off
 PACKAGES = (
-    "lm-eval",
-    "transformers",
-    "torch",
-    "tokenizers",
-    "datasets",
-    "numpy",
-    "mergekit",
+    "lm-eval", "transformers", "torch", "tokenizers", "datasets", "numpy", "mergekit",
     "mergekit-monosoup",
 )
+# fmt: on
 ROOT = Path(__file__).parents[1]
 
 
+@dataclass(frozen=True)
+class ModelDigests:
+    """What identifies a checkpoint: digests of its weights, its configuration and its tokenizer."""
+
+    weights: str
+    config: str
+    tokenizer: str
+
+
 def digest(value: Any) -> str:
-    """Of anything that JSON can hold."""
+    """Return the digest of anything that JSON can hold."""
     return hashlib.sha256(
         json.dumps(value, sort_keys=True, ensure_ascii=False).encode()
     ).hexdigest()
 
 
 def of_file(path: Path) -> str:
+    """Return the digest of a file's content."""
     with path.open("rb") as file:
         return (
             hashlib.file_digest(file, "sha256").hexdigest()
@@ -58,7 +65,10 @@ def _chunked(file: Any) -> str:  # Python 3.10 has no hashlib.file_digest
 
 
 def of_files(folder: Path, patterns: tuple[str, ...]) -> str:
-    """Of names and contents. Contents are read in full: equal headers and sizes are what two merges have in common."""
+    """Return a digest of the names and contents of the files in `folder` that match.
+
+    Contents are read in full: equal headers and sizes are what two merges have in common.
+    """
     names = sorted(
         {path.name for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
     )
@@ -66,28 +76,34 @@ def of_files(folder: Path, patterns: tuple[str, ...]) -> str:
 
 
 def of_tree(folder: Path, pattern: str) -> str:
-    """Of the files that match at any depth: their paths relative to ``folder``, and their contents."""
+    """Return a digest of the files that match at any depth: their relative paths and contents."""
     return digest(
         {path.relative_to(folder).as_posix(): of_file(path) for path in folder.rglob(pattern)}
     )
 
 
-def of_model(folder: Path) -> dict[str, str]:
-    """Digests of weights, configuration and tokenizer of a checkpoint.
+def of_model(folder: Path) -> ModelDigests:
+    """Return the digests of a checkpoint.
 
-    generation_config.json is left out on purpose: no run uses it, see `engine`.
+    generation_config.json is left out on purpose: no run uses it, see `engines.language.Model`.
+
+    Raises:
+        FileNotFoundError: the folder has no config.json or no weights.
     """
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} is not a checkpoint: it has no config.json")
-    return {
-        "weights": of_weights(folder),
-        "config": of_files(folder, ("config.json",)),
-        "tokenizer": of_files(folder, TOKENIZER),
-    }
+    return ModelDigests(
+        weights=of_weights(folder),
+        config=of_files(folder, ("config.json",)),
+        tokenizer=of_files(folder, TOKENIZER),
+    )
 
 
 def of_weights(folder: Path) -> str:
-    """Of the first format that is there, as transformers and mergekit look for them: a trainer leaves its own .bin beside."""
+    """Return the digest of the weights, in the first format that the folder has.
+
+    That is how transformers and mergekit look for them: a trainer leaves its own .bin beside.
+    """
     for pattern in WEIGHTS:
         if any(folder.glob(pattern)):
             return of_files(folder, (pattern,))
@@ -95,22 +111,26 @@ def of_weights(folder: Path) -> str:
 
 
 def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
+    """Return the versions of Python and of the packages that answers may depend on."""
+    installed = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
-            found[package] = importlib.metadata.version(package)
+            installed[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+            installed[package] = "not installed"
+    return installed
 
 
-def that_matter(found: Mapping[str, str]) -> dict[str, str]:
-    """The versions that decide what a model is asked and answers: a result of others is not reused."""
-    return {package: found[package] for package in ("lm-eval", "transformers", "torch")}
+def deciding(installed: Mapping[str, str]) -> dict[str, str]:
+    """Return the versions that decide what a model is asked and answers.
+
+    A result of other ones is not reused.
+    """
+    return {package: installed[package] for package in ("lm-eval", "transformers", "torch")}
 
 
 def git_hash() -> str | None:
-    """The commit of this repository, with `-dirty` if files differ from it; None outside of git."""
+    """Return the commit of this repository, with `-dirty` if files differ; None outside of git."""
     try:
         head, changes = (
             subprocess.run(

@@ -7,13 +7,17 @@ import os
 import shutil
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from evaluation import fingerprint
+from evaluation.fingerprint import ModelDigests
+
+PRETRAINED, FINETUNED = "pretrained", "finetuned"  # models of these names are W0 and W1
 
 
 class SourceError(ValueError):
@@ -21,43 +25,50 @@ class SourceError(ValueError):
 
 
 @dataclass(frozen=True)
+class Merge:
+    """The merge that made a model: its configuration as data, and the digests of what went in."""
+
+    config: dict[str, Any]
+    inputs: dict[str, str] = field(default_factory=dict)  # weights' digest by path; {}: not known
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a result says of where its model came from."""
+
+    given: str  # as on the command line
+    fingerprint: ModelDigests
+    merge: Merge | None = None
+
+
+@dataclass(frozen=True)
 class Source:
     """One model, ready to be loaded from `folder`."""
 
     name: str
-    given: str  # as on the command line
     folder: Path
-    fingerprint: dict[str, str]
-    merge: (
-        dict[str, Any] | None
-    )  # the merge that made it: {"config": YAML as data, "inputs": {path: weights digest}}
-
-    def record(self) -> dict[str, Any]:
-        return {"given": self.given, "fingerprint": self.fingerprint, "merge": self.merge}
+    origin: Origin
 
 
 def find(name: str, given: str, cache: Path) -> Source:
-    """The source called `name`; a `.yml` is merged into `cache` first, unless that was done before."""
+    """Return the model called `name`; a `.yml` is merged into `cache` unless that was done before.
+
+    Raises:
+        SourceError: there is no such checkpoint, or the configuration cannot be merged.
+    """
     if given.lower().endswith((".yml", ".yaml")):
-        folder, content = _merged(Path(given), cache)
-        merge: dict[str, Any] | None = content
-    else:
-        folder = local(given)
-        made_by = folder / "mergekit_config.yml"  # mergekit leaves it beside what it made
-        try:
-            config = (
-                yaml.safe_load(made_by.read_text(encoding="utf-8")) if made_by.is_file() else None
-            )
-        except (UnicodeDecodeError, yaml.YAMLError) as error:
-            raise SourceError(
-                f"{made_by}: not YAML, though mergekit writes it ({error}); delete it if it is none"
-            ) from error
-        merge = {"config": config, "inputs": {}} if isinstance(config, dict) else None
-    return Source(name, given, folder, _fingerprint(folder), merge)
+        folder, merge = _merged(Path(given), cache)
+        return Source(name, folder, Origin(given, _fingerprint(folder), merge))
+    folder = local(given)
+    return Source(name, folder, Origin(given, _fingerprint(folder), _recorded_merge(folder)))
 
 
 def local(given: str) -> Path:
-    """A folder as it is; a hub name as its snapshot on this machine, downloaded if there is a network."""
+    """Return a folder as it is; of a hub name the snapshot here, downloaded if there is a network.
+
+    Raises:
+        SourceError: there is neither.
+    """
     if Path(given).is_dir():
         return Path(given)
     if given.startswith((".", "/", "~")) or given.count("/") != 1:
@@ -69,26 +80,67 @@ def local(given: str) -> Path:
         return Path(snapshot_download(given))
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         raise SourceError(
-            f"{given}: neither a folder here nor a model that can be had from the hub. Offline, download it elsewhere with "
-            f"`hf download {given} --local-dir FOLDER`, copy the folder and give its path."
+            f"{given}: neither a folder here nor a model that can be had from the hub. "
+            f"Offline, download it elsewhere with `hf download {given} --local-dir FOLDER`, "
+            "copy the folder and give its path."
         ) from error
 
 
-def _fingerprint(folder: Path) -> dict[str, str]:
+def _recorded_merge(folder: Path) -> Merge | None:
+    """Return the merge that mergekit says made this folder; it leaves its configuration there."""
+    file = folder / "mergekit_config.yml"
+    try:
+        config = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise SourceError(
+            f"{file}: not YAML, though mergekit writes it ({error}); delete it if it is none"
+        ) from error
+    return Merge(config) if isinstance(config, dict) else None
+
+
+def _fingerprint(folder: Path) -> ModelDigests:
     try:
         return fingerprint.of_model(folder)
     except FileNotFoundError as error:
         raise SourceError(str(error)) from error
 
 
-def _merged(path: Path, cache: Path) -> tuple[Path, dict[str, Any]]:
-    """Run mergekit in this process. The cache is keyed by the configuration's content, by the weights that go in, and by
-    the code that merges, so no edit of any of them can hand out a stale model."""
-    from mergekit.config import MergeConfiguration
-    from mergekit.io.tasks import LoaderCache
-    from mergekit.merge import run_merge
-    from mergekit.options import MergeOptions
+def _merged(path: Path, cache: Path) -> tuple[Path, Merge]:
+    """Return the folder of what a configuration merges to, made by mergekit in this process.
 
+    The cache is keyed by the configuration's content, by the weights that go in, and by the code
+    that merges, so no edit of any of them can hand out a stale model.
+    """
+    from mergekit.config import MergeConfiguration
+
+    data = _checked(path)
+    config = MergeConfiguration.model_validate(data)
+    parts = [
+        part
+        for reference in config.referenced_models()
+        for part in (reference.model, reference.lora)
+        if part
+    ]
+    merge = Merge(data, {part.path: fingerprint.of_weights(local(part.path)) for part in parts})
+    key = fingerprint.digest({**asdict(merge), "code": _merge_code()})[:32]
+    target, unfinished = cache / key, cache / f"{key}.unfinished-{os.getpid()}"
+    if not target.exists():
+        for folder in cache.glob("*.unfinished-*"):
+            if _abandoned(folder):
+                shutil.rmtree(folder, ignore_errors=True)  # a killed run's, as large as a model
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        print(f"merging {path}", flush=True)
+        _run_merge(config, unfinished)
+        (unfinished / "evaluation-merge.json").write_text(
+            json.dumps(asdict(merge), indent=1) + "\n", encoding="utf-8"
+        )
+        unfinished.rename(target)  # last: what is interrupted must not look finished
+    return target, merge
+
+
+def _checked(path: Path) -> dict[str, Any]:
+    """Return the only document of a merge configuration in which `check` finds no error."""
     from mergekit_monosoup.check import check
 
     if not path.is_file():
@@ -100,37 +152,31 @@ def _merged(path: Path, cache: Path) -> tuple[Path, dict[str, Any]]:
         raise SourceError(
             f"{path}: has several stages; run mergekit-multi and give the folder that it writes"
         )
-    config = MergeConfiguration.model_validate(documents[0])
-    inputs = {}
-    for reference in config.referenced_models():
-        for part in filter(None, (reference.model, reference.lora)):
-            inputs[part.path] = fingerprint.of_weights(local(part.path))
-    content = {"config": documents[0], "inputs": inputs}
-    key = fingerprint.digest({**content, "code": _merge_code()})[:32]
-    target, unfinished = cache / key, cache / f"{key}.unfinished-{os.getpid()}"
-    if not target.exists():
-        for left in cache.glob("*.unfinished-*"):
-            if _abandoned(left):
-                shutil.rmtree(left, ignore_errors=True)  # a killed run's, as large as a model
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        print(f"merging {path}", flush=True)
-        # mergekit names a merged adapter after its path: kept longer, it would stand for another adapter under that path.
-        with tempfile.TemporaryDirectory(
-            dir=cache, suffix=f".unfinished-{os.getpid()}"
-        ) as adapters:
-            LoaderCache.loaders.clear()  # of the whole process, by path: would hand out what an earlier merge read there
-            options = MergeOptions(quiet=True, copy_tokenizer=True, lora_merge_cache=adapters)
-            run_merge(config, str(unfinished), options)
-        (unfinished / "evaluation-merge.json").write_text(
-            json.dumps(content, indent=1) + "\n", encoding="utf-8"
-        )
-        unfinished.rename(target)  # last: what is interrupted must not look finished
-    return target, content
+    data: dict[str, Any] = documents[0]
+    return data
+
+
+def _run_merge(config: Any, folder: Path) -> None:
+    from mergekit.io.tasks import LoaderCache
+    from mergekit.merge import run_merge
+    from mergekit.options import MergeOptions
+
+    # mergekit names a merged adapter after its path: kept longer, it would stand for another
+    # adapter under that path.
+    suffix = f".unfinished-{os.getpid()}"
+    with tempfile.TemporaryDirectory(dir=folder.parent, suffix=suffix) as adapters:
+        # Of the whole process, by path: it would hand out what an earlier merge read there.
+        LoaderCache.loaders.clear()
+        options = MergeOptions(quiet=True, copy_tokenizer=True, lora_merge_cache=adapters)
+        run_merge(config, str(folder), options)
 
 
 def _abandoned(unfinished: Path) -> bool:
-    """No process of this machine has its number, nor, most likely, one of another that shares the folder."""
+    """Return whether nobody works on this folder any more.
+
+    That is so if it is a day old and no process of this machine has its number, nor, most likely,
+    one of another machine that shares the folder.
+    """
     if time.time() - unfinished.stat().st_mtime < 86400:
         return False
     try:
@@ -143,35 +189,43 @@ def _abandoned(unfinished: Path) -> bool:
 
 
 def _merge_code() -> dict[str, str]:
+    """Return the versions and the digest of the code that merges."""
     import mergekit_monosoup
 
-    found = fingerprint.versions()
+    installed = fingerprint.versions()
     own = fingerprint.of_tree(Path(mergekit_monosoup.__file__).parent, "*.py")
-    return {"mergekit": found["mergekit"], "torch": found["torch"], "mergekit_monosoup": own}
+    return {
+        "mergekit": installed["mergekit"],
+        "torch": installed["torch"],
+        "mergekit_monosoup": own,
+    }
 
 
-def knobs(merge: dict[str, Any] | None) -> tuple[str, str] | None:
-    """(method, its parameters as text) of a merge: what somebody chose. None for a model that is no merge."""
-    if not merge or not isinstance(merge.get("config"), dict):
+def chosen_settings(merge: Merge | None) -> tuple[str, str] | None:
+    """Return (method, parameters as text) of a merge; None for a model that is no merge."""
+    if merge is None:
         return None
-    config = merge["config"]
-    found = [config.get("parameters")] + [
-        m.get("parameters") for m in config.get("models") or [] if isinstance(m, dict)
-    ]
-    chosen = [{k: v for k, v in (p or {}).items() if k != "report"} for p in found]
-    return str(config.get("merge_method")), json.dumps([p for p in chosen if p], sort_keys=True)
+    entries = [merge.config, *(merge.config.get("models") or [])]
+    given = [e.get("parameters") or {} for e in entries if isinstance(e, dict)]
+    chosen = [{k: v for k, v in parameters.items() if k != "report"} for parameters in given]
+    method = str(merge.config.get("merge_method"))
+    return method, json.dumps([parameters for parameters in chosen if parameters], sort_keys=True)
 
 
-def tuning_warning(public: bool, merges: dict[str, dict[str, Any] | None]) -> str | None:
-    """Said when settings of one method are compared on a public test set: picking the best of them tunes on it."""
+def tuning_warning(public: bool, merges: Mapping[str, Merge | None]) -> str | None:
+    """Return a warning if settings of one method are compared on a public test set.
+
+    Picking the best of them tunes on the test set.
+    """
     by_method: dict[str, set[str]] = {}
     for merge in merges.values():
-        if found := knobs(merge):
-            by_method.setdefault(found[0], set()).add(found[1])
+        if choice := chosen_settings(merge):
+            by_method.setdefault(choice[0], set()).add(choice[1])
     several = sorted(method for method, settings in by_method.items() if len(settings) > 1)
     if not public or not several:
         return None
     return (
-        f"Several settings of {', '.join(several)} are compared on a public test set. Choosing the best of them by these "
-        "scores tunes on the test set: choose on other data, or report all of them."
+        f"Several settings of {', '.join(several)} are compared on a public test set. Choosing "
+        "the best of them by these scores tunes on the test set: choose on other data, or report "
+        "all of them."
     )

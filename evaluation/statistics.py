@@ -1,8 +1,9 @@
-"""Means with standard errors, and paired differences with intervals. Everything is per item; fractions of 1.
+"""Means with standard errors, and paired differences with intervals, from outcomes per item.
 
-`values` are the outcomes of one model by task, `clusters` the clusters of the same items: items about the same thing
-(one question in eight languages) are drawn together, since counting them as independent promises too much precision.
-A group's score is the unweighted mean of its tasks' means.
+All are fractions of 1. `values` are the outcomes of one model by task, `clusters` the clusters of
+the same items: items about the same thing (one question in eight languages) are drawn together,
+since counting them as independent promises too much precision. A group's score is the unweighted
+mean of its tasks' means.
 """
 
 from __future__ import annotations
@@ -17,21 +18,30 @@ from scipy import stats
 Values = Mapping[str, NDArray[np.float64]]
 Clusters = Mapping[str, Sequence[str]]
 
-RESAMPLES = (
-    4000  # the end points of a 95 % interval then vary by some 3 % of its width from seed to seed
-)
+# The end points of a 95 % interval then vary by some 3 % of its width from seed to seed.
+RESAMPLES = 4000
 CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
 class Estimate:
+    """A mean and its standard error, both as fractions of 1."""
+
     mean: float
     standard_error: float
+
+    def interval(self, confidence: float = CONFIDENCE) -> tuple[float, float]:
+        """Return the normal interval around the mean."""
+        reach = float(stats.norm.ppf(0.5 + confidence / 2)) * self.standard_error
+        return self.mean - reach, self.mean + reach
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A paired difference. `low` and `high` are None where no interval can be had; `identical`: equal on every item."""
+    """A paired difference with its 95 % interval, fractions of 1.
+
+    `low` and `high` are None where no interval can be had; `identical`: equal on every item.
+    """
 
     mean: float
     low: float | None
@@ -40,15 +50,18 @@ class Difference:
 
     @property
     def covers_zero(self) -> bool | None:
+        """Whether zero lies in the interval; None where there is none."""
         if self.identical:
             return True
         return None if self.low is None or self.high is None else self.low <= 0 <= self.high
 
 
 def estimate(values: Values, clusters: Clusters) -> Estimate:
-    """Item i of task k moves the mean by (v_i − mean_k) / (K n_k); moves are summed within clusters, then squared.
+    """Return the unweighted mean of the tasks' means, with its standard error over the items.
 
-    For one task without clusters this is √(variance/n), for 0/1 outcomes the binomial √(p(1−p)/n).
+    Item i of task k of K moves the mean by (v_i − mean_k) / (K n_k); moves are summed within
+    clusters, then squared. For one task without clusters this is √(variance/n), for 0/1 outcomes
+    the binomial √(p(1−p)/n).
     """
     moves: dict[str, float] = {}
     for task, outcomes in values.items():
@@ -60,12 +73,15 @@ def estimate(values: Values, clusters: Clusters) -> Estimate:
 
 
 def paired(model: Values, reference: Values) -> dict[str, NDArray[np.float64]]:
-    """Differences item by item."""
+    """Return the differences of two models' outcomes on the same items, by task."""
     return {task: model[task] - reference[task] for task in reference}
 
 
 def difference(differences: Values, clusters: Clusters, seed: int = 0) -> Difference:
-    """The mean paired difference with a percentile bootstrap interval: clusters are drawn, not items."""
+    """Return the mean paired difference with its percentile bootstrap interval.
+
+    Clusters are drawn, not items.
+    """
     mean = float(np.mean([d.mean() for d in differences.values()]))
     if not any(d.any() for d in differences.values()):
         # A bootstrap would answer [0, 0], a certainty that no finite test gives.
@@ -98,8 +114,9 @@ def difference(differences: Values, clusters: Clusters, seed: int = 0) -> Differ
 
 
 def _strata(differences: Values, clusters: Clusters) -> list[NDArray[np.float64]]:
-    """Clusters by which tasks they have items in, each as (clusters, sums and counts per task).
+    """Return the strata of clusters that have items in the same tasks, as arrays.
 
+    Each is (clusters, 2·tasks): sums of the outcomes per task, then numbers of items per task.
     Drawn within such strata, every resample has items of every task.
     """
     width = len(differences)
@@ -112,7 +129,8 @@ def _strata(differences: Values, clusters: Clusters) -> list[NDArray[np.float64]
     groups: dict[tuple[bool, ...], list[NDArray[np.float64]]] = {}
     for row in sums.values():
         groups.setdefault(tuple(row[width:] > 0), []).append(row)
-    # A single cluster cannot be resampled by itself; it joins the largest stratum that covers its tasks.
+    # A single cluster cannot be resampled by itself; it joins the largest stratum that covers its
+    # tasks.
     for signature in [signature for signature, rows in groups.items() if len(rows) < 2]:
         covering = [
             s
@@ -125,7 +143,10 @@ def _strata(differences: Values, clusters: Clusters) -> list[NDArray[np.float64]
 
 
 def mcnemar(model: NDArray[np.float64], reference: NDArray[np.float64]) -> float | None:
-    """The exact two-sided p-value for two models' 0/1 outcomes on the same independent items; None if not 0/1."""
+    """Return the exact two-sided p-value for 0/1 outcomes of two models on the same items.
+
+    Items have to be independent. None if outcomes are not 0 and 1.
+    """
     if not np.isin(np.concatenate([model, reference]), (0.0, 1.0)).all():
         return None
     gained, lost = int((model > reference).sum()), int((model < reference).sum())
@@ -133,11 +154,12 @@ def mcnemar(model: NDArray[np.float64], reference: NDArray[np.float64]) -> float
 
 
 def over_runs(means: Sequence[float], within: float) -> tuple[Estimate, float]:
-    """Several runs: their mean with its standard error, and the reach of its 95 % interval.
+    """Return the mean of several runs with its standard error, and half its 95 % interval.
 
-    The spread of the runs gives the variance s²/S, with Student's t on S − 1 degrees of freedom. `within` is the standard
-    error over items that all runs share, and is added in squares, since such runs do not sample items: that counts some
-    noise twice and is never too small (Owen & Eckles, 2012). For runs with items of their own it is 0.
+    The spread of the runs gives the variance s²/S, with Student's t on S − 1 degrees of freedom.
+    `within` is the standard error over items that all runs share, and is added in squares, since
+    such runs do not sample items: that counts some noise twice and is never too small (Owen &
+    Eckles, 2012). For runs with items of their own it is 0.
     """
     runs = np.asarray(means, dtype=np.float64)
     spread = float(np.sqrt(runs.var(ddof=1) / len(runs) + within**2))

@@ -1,10 +1,11 @@
-"""Results on disk: one JSON file per model and suite, its answers beside it, and what is finished of a run in progress.
+"""Results on disk: one JSON file per model and suite, its samples, and finished tasks of a run.
 
     NAME/<model>.<suite>.json              scores, settings, versions, fingerprints
     NAME/<model>.<suite>.samples.jsonl.gz  one line per item
-    NAME/<model>.<suite>.partial/KEY/      one file per finished task, until all are; KEY: of model, suite and settings
+    NAME/<model>.<suite>.partial/KEY/      one file per finished task, until all are
 
-Every file is written under another name and renamed: what has its name is whole.
+KEY is of model, suite and settings. Every file is written under another name and renamed: what has
+its name is whole.
 """
 
 from __future__ import annotations
@@ -18,13 +19,23 @@ import shutil
 from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-FORMAT = 1
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from evaluation.engines import Settings
+from evaluation.fingerprint import ModelDigests
+from evaluation.sources import Origin
+from evaluation.statistics import Estimate
+from evaluation.suite import GroupName, Suite
+
+
+class DamagedError(ValueError):
+    """A result file does not hold what was written."""
 
 
 @dataclass(frozen=True)
-class Row:
+class Sample:
     """One item of one task, and what a model made of it."""
 
     task: str  # as in the suite
@@ -38,35 +49,79 @@ class Row:
     answers: dict[str, Any]  # by filter
 
     def item(self) -> tuple[str, int, str, str, str]:
-        """What has to be the same for two models' answers to be answers to the same question."""
+        """Return what two models' samples have to share to be answers to the same question."""
         return self.leaf, self.doc_id, self.doc_hash, self.prompt_hash, self.target_hash
 
 
 @dataclass(frozen=True)
 class TaskResult:
-    """One finished task."""
+    """The samples of one finished task."""
 
     task: str
-    rows: list[Row]
-    info: dict[str, Any] = field(
-        default_factory=dict
-    )  # shots, version, generation settings as lm-eval used them
+    samples: list[Sample]
+    info: dict[str, Any] = field(default_factory=dict)  # shots, version, … as the engine used them
 
 
 @dataclass(frozen=True)
-class Result:
-    """A finished pair of model and suite, as read back."""
+class Pretrained:
+    """W0 of a run, as a result of any of its models names it."""
+
+    given: str
+    fingerprint: ModelDigests
+
+
+class TaskScores(BaseModel):
+    """Every metric and filter of a task, and what the engine says of how it was asked."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    items: int
+    scores: dict[str, Estimate]  # by "metric,filter"
+
+
+class SamplesFile(BaseModel):
+    """The file of the samples that a result was made from."""
+
+    model_config = ConfigDict(frozen=True)
+
+    file: str
+    rows: int
+    sha256: str
+
+
+class Result(BaseModel):
+    """The result of one model and suite: what its JSON file holds, field by field."""
+
+    model_config = ConfigDict(frozen=True)
+
+    format: Literal[1] = 1
+    key: str
+    model: str
+    source: Origin
+    w0: Pretrained | None
+    command: str
+    suite: Suite
+    suite_digest: str
+    settings: Settings
+    versions: dict[str, str]
+    git: str | None
+    date: str
+    seconds: float
+    groups: dict[GroupName, Estimate]
+    tasks: dict[str, TaskScores]
+    samples: SamplesFile
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A finished model and suite, read back: the result and the samples of each task."""
 
     path: Path
-    data: dict[str, Any]
-    rows: dict[str, list[Row]]  # by task
+    result: Result
+    samples: dict[str, list[Sample]]
 
 
-class DamagedError(ValueError):
-    """A result file does not hold what was written."""
-
-
-class Pair:
+class ResultFiles:
     """The files of one model and one suite in a results folder."""
 
     def __init__(self, folder: Path, model: str, suite: str) -> None:
@@ -74,29 +129,37 @@ class Pair:
         self.samples = folder / f"{model}.{suite}.samples.jsonl.gz"
         self.partial = folder / f"{model}.{suite}.partial"
 
-    def finished(self, key: str) -> dict[str, Any] | None:
-        """The result under this key; None if there is none, of an other key, or damaged."""
+    def finished(self, key: str) -> Result | None:
+        """Return the result under this key; None if it is missing, of another key, or damaged."""
         try:
-            data = json.loads(self.result.read_text(encoding="utf-8"))
-            whole = data["key"] == key and data["samples"]["sha256"] == _sha256(self.samples)
-        except (OSError, ValueError, KeyError, TypeError):
+            result = Result.model_validate(json.loads(self.result.read_text(encoding="utf-8")))
+            whole = result.key == key and result.samples.sha256 == _sha256(self.samples)
+        except (OSError, ValueError):
             return None
-        return data if whole else None
+        return result if whole else None
+
+    def read(self) -> Result:
+        """Return the result.
+
+        Raises:
+            DamagedError: it is not one.
+        """
+        return _read_result(self.result)
 
     def keep_old(self) -> bool:
-        """Puts a result that another one is about to replace aside, once, as ….old; whether there was one.
+        """Put a result that another one is about to replace aside, as ….old; whether there was one.
 
         It was made from other weights, settings or versions, and may have taken hours.
         """
-        there = self.result.exists()
+        existed = self.result.exists()
         for path in (self.result, self.samples):
             if path.exists():
                 os.replace(path, path.with_name(path.name + ".old"))
-        return there
+        return existed
 
     def resume(self, key: str) -> dict[str, TaskResult]:
-        """Tasks finished under this key by a run that was interrupted."""
-        found = {}
+        """Return the tasks finished under this key by a run that was interrupted."""
+        finished = {}
         for path in sorted(self._parts(key).glob("*.json.gz")):
             try:
                 with gzip.open(path, "rt", encoding="utf-8") as file:
@@ -104,70 +167,84 @@ class Pair:
             except (OSError, EOFError, ValueError):
                 continue
             if data.get("key") == key:
-                found[data["task"]] = TaskResult(
-                    data["task"], [Row(**row) for row in data["rows"]], data["info"]
-                )
-        return found
+                samples = [Sample(**sample) for sample in data["rows"]]
+                finished[data["task"]] = TaskResult(data["task"], samples, data["info"])
+        return finished
 
     def _parts(self, key: str) -> Path:
-        # A folder for each key: a quick look with --limit must not cost the tasks of the whole run that it came between.
+        # A folder for each key: a quick look with --limit must not cost the tasks of the whole run
+        # that it came between.
         return self.partial / key[:16]
 
     def keep(self, key: str, result: TaskResult) -> None:
         """Save one finished task."""
-        content = {
-            "key": key,
-            "task": result.task,
-            "rows": [asdict(row) for row in result.rows],
-            "info": result.info,
-        }
-        _write(
-            self._parts(key) / f"{result.task}.json.gz",
-            _zipped([json.dumps(content, ensure_ascii=False)]),
-        )
+        rows = [asdict(sample) for sample in result.samples]
+        content = {"key": key, "task": result.task, "rows": rows, "info": result.info}
+        zipped = _zipped([json.dumps(content, ensure_ascii=False)])
+        _write(self._parts(key) / f"{result.task}.json.gz", zipped)
 
-    def finish(self, data: dict[str, Any], results: Iterable[TaskResult]) -> None:
-        """Write the answers, then the result that names their digest, then drop the parts."""
-        rows = [row for result in results for row in result.rows]
-        _write(self.samples, _zipped(json.dumps(asdict(row), ensure_ascii=False) for row in rows))
-        samples = {"file": self.samples.name, "rows": len(rows), "sha256": _sha256(self.samples)}
-        self.rewrite({"format": FORMAT, **data, "samples": samples})
-        shutil.rmtree(self._parts(data["key"]), ignore_errors=True)
+    def write_samples(self, results: Iterable[TaskResult]) -> SamplesFile:
+        """Write the samples of all tasks, which the result then names by their digest."""
+        lines = [
+            json.dumps(asdict(sample), ensure_ascii=False)
+            for result in results
+            for sample in result.samples
+        ]
+        _write(self.samples, _zipped(lines))
+        return SamplesFile(file=self.samples.name, rows=len(lines), sha256=_sha256(self.samples))
+
+    def finish(self, result: Result) -> None:
+        """Write the result of samples that are written, then drop the parts."""
+        self.rewrite(result)
+        shutil.rmtree(self._parts(result.key), ignore_errors=True)
         with contextlib.suppress(OSError):  # not empty: parts of another run
             self.partial.rmdir()
 
-    def rewrite(self, data: dict[str, Any]) -> None:
-        _write(self.result, (json.dumps(data, indent=1, ensure_ascii=False) + "\n").encode())
+    def rewrite(self, result: Result) -> None:
+        """Write the result."""
+        text = json.dumps(result.model_dump(), indent=1, ensure_ascii=False)
+        _write(self.result, (text + "\n").encode())
 
     def forget(self) -> None:
-        """Drops what interrupted runs have finished, under any key."""
+        """Drop what interrupted runs have finished, under any key."""
         shutil.rmtree(self.partial, ignore_errors=True)
 
 
-def read(folder: Path, only: Collection[str] | None = None) -> list[Result]:
-    """The finished results of a folder, of all models or `only` some."""
-    found = []
+def read(folder: Path, only: Collection[str] | None = None) -> list[Evaluation]:
+    """Return what is finished in a folder, of all models or `only` some.
+
+    Raises:
+        DamagedError: a file does not hold what was written.
+    """
+    evaluations = []
     for path in sorted(folder.glob("*.json")):
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise DamagedError(f"{path}: {error}") from error
-        if not isinstance(data, dict) or "samples" not in data or data.get("format") != FORMAT:
-            raise DamagedError(f"{path}: not a result of this version of evaluation.run")
-        if only is not None and data["model"] not in only:
-            continue
-        samples = path.parent / data["samples"]["file"]
-        if not samples.is_file() or _sha256(samples) != data["samples"]["sha256"]:
-            raise DamagedError(
-                f"{samples}: missing, or not the answers that {path.name} was made from; run it again"
-            )
-        rows: dict[str, list[Row]] = {}
-        with gzip.open(samples, "rt", encoding="utf-8") as file:
-            for line in file:
-                row = Row(**json.loads(line))
-                rows.setdefault(row.task, []).append(row)
-        found.append(Result(path, data, rows))
-    return found
+        result = _read_result(path)
+        if only is None or result.model in only:
+            evaluations.append(Evaluation(path, result, _read_samples(path, result)))
+    return evaluations
+
+
+def _read_result(path: Path) -> Result:
+    try:
+        return Result.model_validate(json.loads(path.read_text(encoding="utf-8")))
+    except ValidationError as error:
+        raise DamagedError(f"{path}: not a result of this version of evaluation.run") from error
+    except ValueError as error:
+        raise DamagedError(f"{path}: {error}") from error
+
+
+def _read_samples(path: Path, result: Result) -> dict[str, list[Sample]]:
+    file = path.parent / result.samples.file
+    if not file.is_file() or _sha256(file) != result.samples.sha256:
+        raise DamagedError(
+            f"{file}: missing, or not the answers that {path.name} was made from; run it again"
+        )
+    by_task: dict[str, list[Sample]] = {}
+    with gzip.open(file, "rt", encoding="utf-8") as lines:
+        for line in lines:
+            sample = Sample(**json.loads(line))
+            by_task.setdefault(sample.task, []).append(sample)
+    return by_task
 
 
 def _zipped(lines: Iterable[str]) -> bytes:

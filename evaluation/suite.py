@@ -1,4 +1,4 @@
-"""What is asked, and how: a suite is a YAML file with two groups of lm-eval tasks, in and out of distribution."""
+"""Suites: YAML files with two groups of tasks, in and out of distribution, and how to ask them."""
 
 from __future__ import annotations
 
@@ -38,16 +38,20 @@ class Task(_Strict):
     num_fewshot: Annotated[int, Field(ge=0)] | None = None  # none: the task's own number
     generation: dict[str, Value] = {}
     cluster: str | None = None
-    """Which items are about the same thing and count together in standard errors: the name of a document field, or
-    `doc_id` for tasks that ask the same questions in the same order (MGSM's languages). None: each item by itself."""
+    """Which items are about the same thing and count together in standard errors.
+
+    The name of a document field, or `doc_id` for tasks that ask the same questions in the same
+    order (MGSM's languages). None: each item by itself.
+    """
 
     @property
     def header(self) -> str:
+        """The header of its column."""
         return self.label or self.task
 
     @property
     def key(self) -> str:
-        """The name of the score in lm-eval's results and in ours."""
+        """The name of its score in lm-eval's results and in ours."""
         return f"{self.metric},{self.filter}"
 
     @model_validator(mode="after")
@@ -60,17 +64,21 @@ class Task(_Strict):
 
 
 class Suite(_Strict):
-    """The whole comparison. Every field reaches the key of a result: a changed suite never reuses an old one."""
+    """Everything that is asked of every model.
+
+    Every field reaches the key of a result: a changed suite never reuses an old one.
+    """
 
     name: str  # the file's name, not a key of the file
     title: str
     version: int
-    public: bool  # its items are a public test set: choosing R or alpha by it would tune on that test set
+    # Its items are a public test set: choosing R or alpha by its scores would tune on that set.
+    public: bool
     seed: Annotated[int, Field(ge=0)] = 1234
     chat_template: bool = False
     enable_thinking: bool | None = None
     batch_size: Annotated[int, Field(ge=1)] = 16
-    world: int | None = None  # seed of the demo's world, whose test items become local tasks
+    world: int | None = None  # seed of a world of sums, whose test items become local tasks
     ID: Annotated[tuple[Task, ...], Field(min_length=1, strict=False)]
     OOD: Annotated[tuple[Task, ...], Field(min_length=1, strict=False)]
 
@@ -89,28 +97,37 @@ class Suite(_Strict):
 
     @property
     def tasks(self) -> tuple[Task, ...]:
+        """All tasks, ID first."""
         return self.ID + self.OOD
 
     def grouped(self) -> Iterator[tuple[GroupName, tuple[Task, ...]]]:
+        """Yield both groups with their tasks."""
         yield "ID", self.ID
         yield "OOD", self.OOD
 
     def digest(self) -> str:
+        """Return a digest of every field."""
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
 
 
 def shipped() -> list[str]:
+    """Return the names of the suites that come with this folder."""
     return sorted(path.stem for path in SHIPPED.glob("*.yml"))
 
 
 def load(name_or_path: str) -> Suite:
-    """The suite of that name, or of that YAML file."""
+    """Return the suite of that name, or of that YAML file.
+
+    Raises:
+        SuiteError: there is none, or the file cannot be used.
+    """
     path = SHIPPED / f"{name_or_path}.yml" if name_or_path in shipped() else Path(name_or_path)
     try:
         data: Any = yaml.load(path.read_text(encoding="utf-8"), UniqueKeyLoader)
     except OSError as error:
         raise SuiteError(
-            f"suite {name_or_path}: {error.strerror or error}; shipped suites: {', '.join(shipped())}"
+            f"suite {name_or_path}: {error.strerror or error}; "
+            f"shipped suites: {', '.join(shipped())}"
         ) from error
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise SuiteError(f"{path}: not YAML: {error}") from error
@@ -125,9 +142,15 @@ def load(name_or_path: str) -> Suite:
     try:
         return Suite.model_validate({**data, "name": path.stem})
     except ValidationError as error:
-        # A group whose only task is wrong is also said to be too short.
-        wrong = [item for item in error.errors() if item["type"] != "too_short"] or error.errors()
-        lines = [
-            f"{path}: {'.'.join(map(str, item['loc'])) or 'suite'}: {item['msg']}" for item in wrong
-        ]
-        raise SuiteError("\n".join(lines)) from error
+        raise SuiteError(_messages(path, error)) from error
+
+
+def _messages(path: Path, error: ValidationError) -> str:
+    """Return one line per mistake: file, key, message."""
+    mistakes = error.errors()
+    # A group whose only task is wrong is also said to be too short.
+    mistakes = [mistake for mistake in mistakes if mistake["type"] != "too_short"] or mistakes
+    return "\n".join(
+        f"{path}: {'.'.join(map(str, mistake['loc'])) or 'suite'}: {mistake['msg']}"
+        for mistake in mistakes
+    )

@@ -1,4 +1,7 @@
-"""The only file that imports lm-eval: finds its tasks, loads models into it, and turns what it logs into rows."""
+"""Language models, asked by lm-eval: its tasks, models loaded into it, samples of what it logs.
+
+The only file that imports lm-eval.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,6 @@ import importlib.util
 import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,22 +27,9 @@ from lm_eval.api.registry import DEFAULT_METRIC_REGISTRY, get_model
 from lm_eval.tasks import TaskManager
 from tqdm import tqdm
 
-from evaluation.store import Row, TaskResult
+from evaluation.engines import EvaluationError, Settings
+from evaluation.store import Sample, TaskResult
 from evaluation.suite import Suite, Task
-
-
-class EngineError(RuntimeError):
-    """lm-eval cannot do what the suite asks for; the message says what to change."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What decides answers besides suite and model."""
-
-    backend: str = "hf"
-    device: str = "cpu"
-    dtype: str = "auto"
-    limit: int | None = None
 
 
 def quiet() -> None:
@@ -50,116 +39,113 @@ def quiet() -> None:
     datasets.disable_progress_bars()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    lm_eval.api.task.tqdm = functools.partial(
-        tqdm, disable=True
-    )  # building prompts: one bar per task, over at once
-    lm_eval.models.huggingface.tqdm = functools.partial(
-        tqdm, leave=False
-    )  # a line per task follows
-    # Both start other programs for every task. The hash is the current folder's, not lm-eval's, and outside of a repository
-    # git prints an error; versions are recorded by `fingerprint`.
+    # Building prompts: one bar per task, over at once.
+    lm_eval.api.task.tqdm = functools.partial(tqdm, disable=True)
+    # Answers: a line per task follows.
+    lm_eval.models.huggingface.tqdm = functools.partial(tqdm, leave=False)
+    # Both start other programs for every task. The hash is the current folder's, not lm-eval's, and
+    # outside of a repository git prints an error; versions are recorded by `fingerprint`.
     lm_eval.evaluator.get_git_commit_hash = lambda: None
     lm_eval.evaluator.add_env_info = lambda _results: None
 
 
 def default_device() -> str:
+    """Return cuda if there is one, else cpu."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def check_settings(settings: Settings) -> None:
-    """Before any model is loaded. lm-eval takes a device that it does not know for the CPU, in silence.
+    """Check that this machine has what the settings name, before any model is loaded.
+
+    lm-eval takes a device that it does not know for the CPU, in silence.
 
     Raises:
-        EngineError: this machine does not have such a device, torch no such dtype, or vLLM is not installed.
+        EvaluationError: there is no such device or dtype, or vLLM is not installed.
     """
     if settings.dtype != "auto" and not isinstance(
         getattr(torch, settings.dtype, None), torch.dtype
     ):
-        raise EngineError(
+        raise EvaluationError(
             f"--dtype {settings.dtype}: not one of torch's; take float32, bfloat16, float16 or auto"
         )
     if settings.backend == "vllm":
         if importlib.util.find_spec("vllm") is None:
-            raise EngineError(
+            raise EvaluationError(
                 "--backend vllm: vLLM is not installed here, and no extra of this package brings it"
             )
         return
     try:
         torch.empty(0, device=settings.device)
     except (RuntimeError, AssertionError) as error:
-        raise EngineError(
+        raise EvaluationError(
             f"--device {settings.device}: {str(error).partition(chr(10))[0]}"
         ) from error
     if torch.device(settings.device).type not in ("cpu", "cuda", "mps", "xpu", "npu", "hpu"):
-        raise EngineError(
-            f"--device {settings.device}: lm-eval's hf models run on cpu, cuda, cuda:1, …, mps, xpu, npu, hpu"
+        raise EvaluationError(
+            f"--device {settings.device}: lm-eval's hf models run on "
+            "cpu, cuda, cuda:1, …, mps, xpu, npu, hpu"
         )
 
 
-# -- tasks ---------------------------------------------------------------------------------------------------------------
+# -- tasks ---------------------------------------------------------------------------------------
 
 
 def task_manager(folder: Path | None = None) -> TaskManager:
-    """lm-eval's own tasks, whose index takes it ten seconds; or only those in `folder`."""
-    return (
-        TaskManager()
-        if folder is None
-        else TaskManager(include_path=str(folder), include_defaults=False)
-    )
+    """Return lm-eval's own tasks, whose index takes it ten seconds; or only those in `folder`."""
+    if folder is None:
+        return TaskManager()
+    return TaskManager(include_path=str(folder), include_defaults=False)
 
 
 def check_tasks(manager: TaskManager, suite: Suite, backend: str = "hf") -> None:
-    """Every task, metric, filter and generation setting of the suite exists in the installed lm-eval. Reads no data."""
-    wrong = [
-        f"suite {suite.name}: {line}" for task in suite.tasks for line in _unknown(manager, task)
-    ]
+    """Check every task, metric, filter and generation setting of the suite; reads no data.
+
+    Raises:
+        EvaluationError: the installed lm-eval does not have one of them.
+    """
+    unknown = [line for task in suite.tasks for line in _unknown(manager, task)]
     if backend == "hf":  # vLLM has names of its own
-        wrong += [
-            f"suite {suite.name}: {line}"
-            for task in suite.tasks
-            for line in _unknown_generation(task)
-        ]
-    if wrong:
-        raise EngineError("\n".join(wrong))
+        unknown += [line for task in suite.tasks for line in _unknown_generation(task)]
+    if unknown:
+        raise EvaluationError("\n".join(f"suite {suite.name}: {line}" for line in unknown))
 
 
 def _unknown(manager: TaskManager, task: Task) -> Iterator[str]:
+    """Yield what lm-eval does not have of a task."""
     if task.task not in manager.task_index:
-        near = difflib.get_close_matches(task.task, manager.all_tasks, n=3)
-        yield f"lm-eval has no task {task.task}" + (
-            f"; did you mean {', '.join(near)}?" if near else ""
-        )
+        yield f"lm-eval has no task {task.task}{_suggestion(task.task, manager.all_tasks)}"
         return
     for leaf in leaves(manager, task.task):
         config = manager.task_index[leaf].cfg or {}
         if task.key not in scores(config):
             yield f"{leaf} has no {task.key}; it has {', '.join(scores(config))}"
         if task.num_fewshot and config.get("num_fewshot") == 0:
-            yield f"{leaf} sets num_fewshot 0, which lm-eval lets nobody change; the suite wants {task.num_fewshot}"
+            yield (
+                f"{leaf} sets num_fewshot 0, which lm-eval lets nobody change; "
+                f"the suite wants {task.num_fewshot}"
+            )
         if task.generation and config.get("output_type") != "generate_until":
             yield f"{leaf} generates nothing, so `generation` has no effect"
 
 
 def _unknown_generation(task: Task) -> Iterator[str]:
-    known = {
-        "until",
-        "max_gen_toks",
-        "max_tokens",
-        "max_completion_tokens",
-        *vars(transformers.GenerationConfig()),
-    }
+    """Yield the generation settings that lm-eval's hf models do not know."""
+    own = {"until", "max_gen_toks", "max_tokens", "max_completion_tokens"}
+    known = own | set(vars(transformers.GenerationConfig()))
     for key in sorted(set(task.generation) - known):
-        near = difflib.get_close_matches(key, known, n=3)
-        yield f"{task.task}: generation has no {key}" + (
-            f"; did you mean {', '.join(near)}?" if near else ""
-        )
+        yield f"{task.task}: generation has no {key}{_suggestion(key, known)}"
     until = task.generation.get("until", [])
     if not isinstance(until, str | list):
         yield f"{task.task}: generation: until must be a text or a list of texts, not {until!r}"
 
 
+def _suggestion(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=3)
+    return f"; did you mean {', '.join(near)}?" if near else ""
+
+
 def leaves(manager: TaskManager, name: str) -> list[str]:
-    """The tasks with items that a name stands for: itself, or the members of a group or tag."""
+    """Return the tasks with items of that name: itself, or the members of a group or tag."""
     entry = manager.task_index[name]
     kind = entry.kind.name
     if kind == "TAG":
@@ -176,7 +162,7 @@ def leaves(manager: TaskManager, name: str) -> list[str]:
 
 
 def scores(config: dict[str, Any]) -> list[str]:
-    """The "metric,filter" pairs that a task reports."""
+    """Return the "metric,filter" pairs that a task reports."""
     listed = config.get("metric_list")
     metrics = (
         [m["metric"] for m in listed] if listed else DEFAULT_METRIC_REGISTRY[config["output_type"]]
@@ -186,7 +172,11 @@ def scores(config: dict[str, Any]) -> list[str]:
 
 
 def check_data(manager: TaskManager, tasks: Iterable[Task]) -> None:
-    """The items can be read, before any model is loaded."""
+    """Check that the items can be read, before any model is loaded.
+
+    Raises:
+        EvaluationError: a data set is missing, or its items lack the field that clusters them.
+    """
     for task in tasks:
         try:
             loaded = manager.load([task.task])["tasks"]
@@ -197,24 +187,27 @@ def check_data(manager: TaskManager, tasks: Iterable[Task]) -> None:
             OfflineModeIsEnabled,
             datasets.exceptions.DatasetsError,
         ) as error:
-            paths = {
-                str((manager.task_index[leaf].cfg or {}).get("dataset_path"))
-                for leaf in leaves(manager, task.task)
-            }
-            raise EngineError(
-                f"task {task.task} needs the data set {', '.join(sorted(paths))}, which is neither on this machine nor to "
-                "be had. On a machine with a network run the suite once with `--limit 1`, then copy its Hugging Face cache "
-                "(HF_HOME) here. The suite `tiny` needs no network."
-            ) from error
-        for name, each in loaded.items():
-            first = next(iter(each.eval_docs))
+            raise EvaluationError(_missing_data(manager, task)) from error
+        for name, of_leaf in loaded.items():
+            first = next(iter(of_leaf.eval_docs))
             if task.cluster not in (None, "doc_id", *first):
-                raise EngineError(
-                    f"{name}: items have no field {task.cluster} (cluster); they have {', '.join(first)}"
+                raise EvaluationError(
+                    f"{name}: items have no field {task.cluster} (cluster); "
+                    f"they have {', '.join(first)}"
                 )
 
 
-# -- models --------------------------------------------------------------------------------------------------------------
+def _missing_data(manager: TaskManager, task: Task) -> str:
+    configs = [manager.task_index[leaf].cfg or {} for leaf in leaves(manager, task.task)]
+    paths = sorted({str(config.get("dataset_path")) for config in configs})
+    return (
+        f"task {task.task} needs the data set {', '.join(paths)}, which is neither on this "
+        "machine nor to be had. On a machine with a network run the suite once with `--limit 1`, "
+        "then copy its Hugging Face cache (HF_HOME) here. The suite `tiny` needs no network."
+    )
+
+
+# -- models --------------------------------------------------------------------------------------
 
 
 class Model:
@@ -226,8 +219,9 @@ class Model:
             "dtype": settings.dtype,
             "enable_thinking": suite.enable_thinking,
         }
-        # A checkpoint's generation_config.json holds sampling defaults (a repetition penalty, say) that leak into greedy
-        # decoding, and mergekit does not always copy it: models would be compared under different rules.
+        # A checkpoint's generation_config.json holds sampling defaults (a repetition penalty, say)
+        # that leak into greedy decoding, and mergekit does not always copy it: models would be
+        # compared under different rules.
         if settings.backend == "vllm":
             self.lm = _loaded(
                 folder,
@@ -242,7 +236,7 @@ class Model:
             folder, "hf", **shared, device=settings.device, batch_size=suite.batch_size
         )
         if suite.chat_template and not self.lm.tokenizer.chat_template:
-            raise EngineError(
+            raise EvaluationError(
                 f"{folder}: its tokenizer has no chat template, which suite {suite.name} asks for"
             )
         tokenizer = self.lm.tokenizer
@@ -260,8 +254,12 @@ class Model:
             torch.cuda.empty_cache()
 
     def ask(self, task: Task, suite: Suite, settings: Settings, manager: TaskManager) -> TaskResult:
-        """All items of one task. One call per task: shots and generation settings hold for a whole call of lm-eval, and
-        what is finished can be kept. Never with lm-eval's `use_cache`, which does not ask which model answered."""
+        """Ask all items of one task.
+
+        One call of lm-eval per task: shots and generation settings hold for a whole call, and what
+        is finished can be kept. Never with lm-eval's `use_cache`, which does not ask which model
+        answered.
+        """
         results = lm_eval.evaluator.simple_evaluate(
             model=self.lm,
             tasks=[task.task],
@@ -278,72 +276,78 @@ class Model:
             fewshot_random_seed=suite.seed,
         )
         assert results is not None
-        shots = {leaf: results["n-shot"][leaf] for leaf in results["samples"]}
-        if task.num_fewshot is not None and any(
-            number != task.num_fewshot for number in shots.values()
-        ):
-            raise EngineError(
-                f"{task.task}: lm-eval used {shots} shots, the suite asks for {task.num_fewshot}"
-            )
-        rows = [
-            row
-            for leaf, samples in results["samples"].items()
-            for row in _rows(task, leaf, samples)
+        samples = [
+            sample
+            for leaf, logged in results["samples"].items()
+            for sample in _samples(task, leaf, logged)
         ]
-        mean = sum(row.values[task.key] for row in rows) / len(rows)
-        theirs = float(results["results"][task.task][task.key])
-        if abs(mean - theirs) > 1e-9:
-            # Averages, standard errors and pairing all take a score to be the mean over its items.
-            raise EngineError(
-                f"{task.task}: lm-eval says {theirs} for {task.key}, the mean over its items is {mean}"
-            )
-        configs = {leaf: results["configs"][leaf] for leaf in results["samples"]}
-        return TaskResult(
-            task.task,
-            rows,
-            {
-                "num_fewshot": shots,
-                "version": {leaf: results["versions"].get(leaf) for leaf in shots},
-                "generation": {
-                    leaf: _plain(config.get("generation_kwargs"))
-                    for leaf, config in configs.items()
-                },
-                "dataset": {
-                    leaf: [config.get("dataset_path"), config.get("dataset_name")]
-                    for leaf, config in configs.items()
-                },
-                "lm_eval_results": {
-                    k: v for k, v in results["results"][task.task].items() if isinstance(v, float)
-                },
-            },
+        info = _info(task, results)
+        _check_results(task, results, samples, info["num_fewshot"])
+        return TaskResult(task.task, samples, info)
+
+
+def _check_results(
+    task: Task, results: dict[str, Any], samples: Sequence[Sample], shots: dict[str, int]
+) -> None:
+    """Refuse results of other shots, or of a score that is not the mean over its items."""
+    if task.num_fewshot is not None and any(n != task.num_fewshot for n in shots.values()):
+        raise EvaluationError(
+            f"{task.task}: lm-eval used {shots} shots, the suite asks for {task.num_fewshot}"
+        )
+    mean = sum(sample.values[task.key] for sample in samples) / len(samples)
+    theirs = float(results["results"][task.task][task.key])
+    if abs(mean - theirs) > 1e-9:
+        # Averages, standard errors and pairing all take a score to be the mean over its items.
+        raise EvaluationError(
+            f"{task.task}: lm-eval says {theirs} for {task.key}, the mean over its items is {mean}"
         )
 
 
+def _info(task: Task, results: dict[str, Any]) -> dict[str, Any]:
+    """Return how lm-eval asked a task: shots, versions, settings and data of each of its own."""
+    leaves = list(results["samples"])
+    configs = {leaf: results["configs"][leaf] for leaf in leaves}
+    totals = results["results"][task.task]
+    return {
+        "num_fewshot": {leaf: results["n-shot"][leaf] for leaf in leaves},
+        "version": {leaf: results["versions"].get(leaf) for leaf in leaves},
+        "generation": {
+            leaf: _plain(config.get("generation_kwargs")) for leaf, config in configs.items()
+        },
+        "dataset": {
+            leaf: [config.get("dataset_path"), config.get("dataset_name")]
+            for leaf, config in configs.items()
+        },
+        "lm_eval_results": {k: v for k, v in totals.items() if isinstance(v, float)},
+    }
+
+
 def _loaded(folder: Path, backend: str, **given: Any) -> Any:
+    """Return a model of lm-eval."""
     try:
         return get_model(backend)(**given)
     except Exception as error:  # of a tokenizer, a configuration, weights: each library has its own
-        raise EngineError(
-            f"{folder} cannot be loaded ({type(error).__name__}: {error}): are config.json, the weights and the tokenizer's "
-            "files whole?"
+        raise EvaluationError(
+            f"{folder} cannot be loaded ({type(error).__name__}: {error}): "
+            "are config.json, the weights and the tokenizer's files whole?"
         ) from error
 
 
-def _rows(task: Task, leaf: str, samples: Sequence[dict[str, Any]]) -> Iterator[Row]:
-    """lm-eval logs an item once per filter; here it is one row."""
+def _samples(task: Task, leaf: str, logged: Iterable[dict[str, Any]]) -> Iterator[Sample]:
+    """Yield one sample per item; lm-eval logs an item once per filter."""
     by_item: dict[int, list[dict[str, Any]]] = {}
-    for sample in samples:
-        by_item.setdefault(sample["doc_id"], []).append(sample)
+    for entry in logged:
+        by_item.setdefault(entry["doc_id"], []).append(entry)
     for doc_id, filtered in sorted(by_item.items()):
         first = filtered[0]
         values = {
-            f"{metric},{sample['filter']}": float(sample[metric])
-            for sample in filtered
-            for metric in sample["metrics"]
-            if not isinstance(sample[metric], list | tuple | str | dict)
+            f"{metric},{entry['filter']}": float(entry[metric])
+            for entry in filtered
+            for metric in entry["metrics"]
+            if not isinstance(entry[metric], list | tuple | str | dict)
         }
         # 64 bits of each digest tell any two items apart; whole ones would be most of the file.
-        yield Row(
+        yield Sample(
             task.task,
             leaf,
             doc_id,
@@ -352,21 +356,22 @@ def _rows(task: Task, leaf: str, samples: Sequence[dict[str, Any]]) -> Iterator[
             first["target_hash"][:16],
             _cluster(task, leaf, first),
             values,
-            {s["filter"]: _plain(s["filtered_resps"]) for s in filtered},
+            {entry["filter"]: _plain(entry["filtered_resps"]) for entry in filtered},
         )
 
 
-def _cluster(task: Task, leaf: str, sample: dict[str, Any]) -> str:
+def _cluster(task: Task, leaf: str, logged: dict[str, Any]) -> str:
+    """Return the name that items about the same thing share."""
     if task.cluster is None:
-        return f"{leaf} {sample['doc_id']}"
+        return f"{leaf} {logged['doc_id']}"
     if task.cluster == "doc_id":
-        return f"doc_id {sample['doc_id']}"
+        return f"doc_id {logged['doc_id']}"
     # Shortened: the field may be a whole question. Tasks share a cluster if the texts are equal.
-    return hashlib.sha256(str(sample["doc"][task.cluster]).encode()).hexdigest()[:16]
+    return hashlib.sha256(str(logged["doc"][task.cluster]).encode()).hexdigest()[:16]
 
 
 def _plain(value: Any) -> Any:
-    """For JSON: NumPy's and torch's numbers as Python's, what is neither as text."""
+    """Return a value for JSON: NumPy's and torch's numbers as Python's, other things as text."""
     if isinstance(value, dict):
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""The generated parts of docs/evidence.md: `python -m evaluation.evidence --tables` writes them anew."""
+"""Generated parts of docs/evidence.md; `python -m evaluation.evidence --tables` writes them."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from evaluation import statistics
-from evaluation.evidence import figures
+from evaluation.evidence import panels
 from evaluation.evidence.claims import CURVES, claims
 from evaluation.evidence.collect import GROUPS, Seed, effect
 from evaluation.evidence.models import ENERGIES, SUITE, TWO_TASKS
+from evaluation.formatting import with_error, with_interval
 from evaluation.sources import SourceError
-from evaluation.tables import with_interval
 
 PAGE = "evidence.md"
 BLOCK = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -74,53 +74,54 @@ def write(docs: Path) -> None:
     """
     seeds = read(docs / "evidence")
     page = docs / PAGE
+    text = "".join(f"<!-- generated: {name} -->\n<!-- end -->\n" for name in BLOCKS)
     if page.is_file():
-        page.write_text(filled(page.read_text(encoding="utf-8"), seeds), encoding="utf-8")
-    else:
-        page.write_text(
-            filled("".join(f"<!-- generated: {n} -->\n<!-- end -->\n" for n in BLOCKS), seeds),
-            encoding="utf-8",
-        )
+        text = page.read_text(encoding="utf-8")
+    page.write_text(filled(text, seeds), encoding="utf-8")
     print(page)
-    for path in figures.draw(seeds, docs / "evidence"):
+    for path in panels.draw(seeds, docs / "evidence"):
         print(path)
 
 
 def read(folder: Path) -> list[Seed]:
+    """Return the seeds of a folder.
+
+    Raises:
+        SourceError: fewer than two, or seeds that were made with different --limit.
+    """
     seeds = sorted(
         (Seed.read(path) for path in folder.glob("seed-*.json")), key=lambda seed: seed.seed
     )
     if len(seeds) < 2:
         raise SourceError(
-            f"{folder}: {len(seeds)} seeds; intervals over seeds need two, `python -m evaluation.evidence` makes them"
+            f"{folder}: {len(seeds)} seeds; intervals over seeds need two, "
+            "`python -m evaluation.evidence` makes them"
         )
-    if len({seed.data.get("limit") for seed in seeds}) > 1:
-        limits = ", ".join(f"{seed.path.name}: {seed.data.get('limit')}" for seed in seeds)
+    if len({seed.content.limit for seed in seeds}) > 1:
+        limits = ", ".join(f"{seed.path.name}: {seed.content.limit}" for seed in seeds)
         raise SourceError(f"{folder}: made with different --limit ({limits})")
     return seeds
 
 
 def filled(page: str, seeds: Sequence[Seed]) -> str:
-    """The page with every block replaced by what the seeds say now."""
+    """Return the page with every block replaced by what the seeds say now.
+
+    Raises:
+        SourceError: the page lacks a block, or has one that nothing fills.
+    """
     if unknown := {name for _, name, _ in BLOCK.findall(page)} ^ BLOCKS.keys():
         raise SourceError(f"{PAGE}: blocks missing or unknown: {', '.join(sorted(unknown))}")
-    return BLOCK.sub(lambda found: f"{found[1]}{BLOCKS[found[2]](seeds)}\n{found[3]}", page)
+    return BLOCK.sub(lambda block: f"{block[1]}{BLOCKS[block[2]](seeds)}\n{block[3]}", page)
 
 
 def _claims(seeds: Sequence[Seed]) -> str:
     rows = []
     for claim in claims(seeds):
-        for number, finding in enumerate(claim.findings):
-            said = f"{claim.text} ({claim.source})" if number == 0 else ""
-            rows.append(
-                [
-                    said,
-                    finding.label,
-                    finding.text(),
-                    finding.verdict or "",
-                    f"**{claim.verdict}**" if number == 0 else "",
-                ]
-            )
+        heads = [(f"{claim.text} ({claim.source})", f"**{claim.verdict}**")]
+        heads += [("", "")] * (len(claim.measurements) - 1)
+        for (head, verdict), measurement in zip(heads, claim.measurements, strict=True):
+            shown = [measurement.label, measurement.text(), measurement.verdict or ""]
+            rows.append([head, *shown, verdict])
     return _table(
         ["claim (source)", "measured", "mean [95 % interval]", "of this number", "claim"], rows
     )
@@ -134,10 +135,8 @@ def _scores(seeds: Sequence[Seed], suite: str, shown: dict[str, str], reference:
     for model, title in shown.items():
         row = [title]
         for group in GROUPS:
-            found, _ = statistics.over_runs(
-                [seed.score(suite, model, group) for seed in seeds], 0.0
-            )
-            row.append(f"{100 * found.mean:.1f} ± {100 * found.standard_error:.1f}")
+            scores = [seed.score(suite, model, group) for seed in seeds]
+            row.append(with_error(statistics.over_runs(scores, 0.0)[0]))
         if reference:
             for group in GROUPS:
                 gain = effect(seeds, suite, model, reference, group)
@@ -163,17 +162,17 @@ def _energies(seeds: Sequence[Seed]) -> str:
 
 
 def _setting(seeds: Sequence[Seed]) -> str:
-    versions = seeds[0].data["suites"][SUITE]["versions"]
-    items = sum(len(task["clusters"]) for task in seeds[0].data["suites"][SUITE]["tasks"].values())
-    asked = sum(len(seeds[0].models(suite)) for suite in (SUITE, TWO_TASKS))
-    curves = ", ".join(f"{name} ({len(models)} points)" for name, models in CURVES.items())
-    shown = ", ".join(
-        f"{name} {versions[name]}"
-        for name in ("lm-eval", "mergekit", "torch", "transformers", "python")
-    )
+    tiny = seeds[0].content.suites[SUITE]
+    items = sum(len(task.clusters) for task in tiny.tasks.values())
+    models = sum(len(seeds[0].models(suite)) for suite in (SUITE, TWO_TASKS))
+    curves = ", ".join(f"{name} ({len(points)} points)" for name, points in CURVES.items())
+    packages = ("lm-eval", "mergekit", "torch", "transformers", "python")
+    versions = ", ".join(f"{name} {tiny.versions[name]}" for name in packages)
+    numbers = ", ".join(str(seed.seed) for seed in seeds)
+    limited = " (--limit: a quick look)" if seeds[0].content.limit else ""
     return (
-        f"{len(seeds)} seeds ({', '.join(str(seed.seed) for seed in seeds)}), {asked} models each, {items} items per model of "
-        f"the suite `{SUITE}`{' (--limit: a quick look)' if seeds[0].data.get('limit') else ''}; curves: {curves}; {shown}."
+        f"{len(seeds)} seeds ({numbers}), {models} models each, {items} items per model of "
+        f"the suite `{SUITE}`{limited}; curves: {curves}; {versions}."
     )
 
 

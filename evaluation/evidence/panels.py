@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from evaluation import cka
+from evaluation import features
 from evaluation.evidence.claims import CURVES
 from evaluation.evidence.collect import GROUPS, Seed, effect
 from evaluation.evidence.models import ENERGIES, SUITE
@@ -41,7 +41,8 @@ COMPARED = {
 
 
 def draw(seeds: Sequence[Seed], folder: Path) -> Iterator[Path]:
-    made = {"plane": plane, "effects": effects, "energy": energy, "cka": features}
+    """Write the figures into `folder` and yield their paths."""
+    made = {"plane": plane, "effects": effects, "energy": energy, "cka": similarities}
     for name, figure in made.items():
         path = folder / f"{name}.png"
         # Without the version of matplotlib in it, equal figures are equal files.
@@ -50,7 +51,10 @@ def draw(seeds: Sequence[Seed], folder: Path) -> Iterator[Path]:
 
 
 def plane(seeds: Sequence[Seed]) -> Any:
-    """ID against OOD, means over seeds: the three curves, MonoSoup over R, and the models that need no number."""
+    """Return ID against OOD, means over seeds.
+
+    The three curves, MonoSoup over R, and the models that need no number.
+    """
     figure, axes = _panels(1, (7.2, 4.6))
     lines = {
         **CURVES,
@@ -84,17 +88,16 @@ def plane(seeds: Sequence[Seed]) -> Any:
 
 
 def effects(seeds: Sequence[Seed]) -> Any:
-    """Differences from fine-tuned: every seed a dot, the mean with its 95 % interval."""
+    """Return differences from fine-tuned: every seed a dot, the mean with its 95 % interval."""
     figure, axes = _panels(2, (9.6, 4.6), sharey=True)
     for panel, group in zip(axes, GROUPS, strict=True):
         for place, model in enumerate(COMPARED):
-            found = effect(seeds, SUITE, model, "finetuned", group)
-            panel.plot(
-                [100 * d for d in found.by_seed], [place] * len(seeds), "|", color="black", zorder=3
-            )
-            reach = [[100 * (found.mean - found.low)], [100 * (found.high - found.mean)]]
+            gain = effect(seeds, SUITE, model, "finetuned", group)
+            dots = [100 * d for d in gain.by_seed]
+            panel.plot(dots, [place] * len(seeds), "|", color="black", zorder=3)
+            reach = [[100 * (gain.mean - gain.low)], [100 * (gain.high - gain.mean)]]
             panel.errorbar(
-                100 * found.mean,
+                100 * gain.mean,
                 place,
                 xerr=reach,
                 fmt="o",
@@ -110,18 +113,21 @@ def effects(seeds: Sequence[Seed]) -> Any:
 
 
 def energy(seeds: Sequence[Seed]) -> Any:
-    """Against R, with 95 % bands over seeds: MonoSoup and its scalar control from fine-tuned, and the one from the other."""
+    """Return differences against R, with 95 % bands over seeds.
+
+    MonoSoup and its scalar control from fine-tuned, and the one from the other.
+    """
     figure, axes = _panels(3, (12.6, 3.4))
 
     def line(
         panel: Any, prefix: str, reference: str, group: GroupName, label: str, color: str
     ) -> None:
-        found = [
+        gains = [
             effect(seeds, SUITE, f"{prefix}_R{e:g}", reference.format(R=f"{e:g}"), group)
             for e in ENERGIES
         ]
-        low, high = [100 * f.low for f in found], [100 * f.high for f in found]
-        panel.plot(ENERGIES, [100 * f.mean for f in found], ".-", color=color, label=label)
+        low, high = [100 * g.low for g in gains], [100 * g.high for g in gains]
+        panel.plot(ENERGIES, [100 * g.mean for g in gains], ".-", color=color, label=label)
         panel.fill_between(ENERGIES, low, high, color=color, alpha=0.15)
 
     for panel, group in zip(axes, GROUPS, strict=False):
@@ -139,17 +145,16 @@ def energy(seeds: Sequence[Seed]) -> Any:
     return figure
 
 
-def features(seeds: Sequence[Seed]) -> Any:
-    """CKA with the pretrained model by block, mean over seeds (paper, Figure 9)."""
-    groups = seeds[0].data["cka"]
-    return cka.heatmap(
-        {
-            group: {
-                model: list(np.mean([seed.data["cka"][group][model] for seed in seeds], axis=0))
-                for model in models
-            }
-            for group, models in groups.items()
-        }
+def similarities(seeds: Sequence[Seed]) -> Any:
+    """Return CKA with the pretrained model by block, mean over seeds (paper, Figure 9)."""
+
+    def mean(group: str, model: str) -> list[float | None]:
+        by_seed = np.array([seed.content.cka[group][model] for seed in seeds], dtype=np.float64)
+        return list(by_seed.mean(axis=0))
+
+    groups = seeds[0].content.cka
+    return features.heatmap(
+        {group: {model: mean(group, model) for model in models} for group, models in groups.items()}
     )
 
 

@@ -1,0 +1,144 @@
+"""What the programs share: types of arguments, options, and how errors are printed."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import re
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from evaluation.comparison import ComparisonError
+from evaluation.engines import EvaluationError
+from evaluation.sources import SourceError
+from evaluation.store import DamagedError
+from evaluation.suite import SuiteError, shipped
+
+# What the user can put right: one line without a traceback.
+ERRORS = (SuiteError, SourceError, EvaluationError, DamagedError, ComparisonError, OSError)
+RESUMABLE = (
+    ": what was finished is kept, and the same command goes on from there "
+    "(with --fresh it starts over)"
+)
+
+
+def exit_code(work: Callable[[], None], interruption: str = RESUMABLE) -> int:
+    """Do the work and return the program's exit code: 0, 1 after an error, 130 if interrupted.
+
+    An error that the user can put right is printed in one line; others are raised.
+    `interruption`: what is printed after "interrupted".
+    """
+    try:
+        work()
+    except KeyboardInterrupt:
+        print(f"interrupted{interruption}", file=sys.stderr)
+        return 130
+    except ERRORS as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def command_line(program: str, arguments: Sequence[str] | None) -> str:
+    """Return the command that started this program, as results record it."""
+    given = sys.argv[1:] if arguments is None else arguments
+    return shlex.join(["python", "-m", program, *given])
+
+
+def without_tokenizer_threads() -> None:
+    """Let tokenizers start no threads: they and the forks of `datasets` would deadlock.
+
+    To be called before transformers is imported, which reads the setting once.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def positive(text: str) -> int:
+    """Return a positive whole number."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return int(text)
+
+
+def named_path(text: str) -> tuple[str, str]:
+    """Return (name, path) of NAME=PATH."""
+    name, separator, path = text.partition("=")
+    if not separator or not path or not re.fullmatch(r"[\w.,+-]+", name):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not NAME=PATH (a name: letters, digits, _ . , + -)"
+        )
+    return name, path
+
+
+def numbers(text: str) -> list[float]:
+    """Return the numbers of `0.5:0.95:0.05`, both ends included, or of `0.5,0.8`; all in [0, 1]."""
+    try:
+        if ":" in text:
+            first, last, step = map(float, text.split(":"))
+            if step <= 0 or last < first:
+                raise ValueError(text)
+            steps = math.floor((last - first) / step + 1e-9)
+            values = [first + step * i for i in range(steps + 1)]
+        else:
+            values = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither FROM:TO:STEP nor a list of numbers"
+        ) from None
+    if not all(0 <= value <= 1 for value in values):
+        raise argparse.ArgumentTypeError(f"{text!r} leaves the range from 0 to 1")
+    return [round(value, 10) for value in values]
+
+
+def by_name(models: Sequence[tuple[str, str]]) -> dict[str, str]:
+    """Return the paths of --model by name.
+
+    Raises:
+        SuiteError: a name is given twice.
+    """
+    named = dict(models)
+    if len(named) < len(models):
+        raise SuiteError("--model: two models have the same name")
+    return named
+
+
+def add_suite(parser: argparse.ArgumentParser) -> None:
+    """Add SUITE, the suite's name or path."""
+    parser.add_argument(
+        "suite", metavar="SUITE", help=f"{', '.join(shipped())}, or the path of a suite file"
+    )
+
+
+def add_models(parser: argparse.ArgumentParser, explanation: str) -> None:
+    """Add --model, which is given once for each model."""
+    parser.add_argument(
+        "--model",
+        action="append",
+        required=True,
+        type=named_path,
+        metavar="NAME=PATH",
+        help=explanation,
+    )
+
+
+def add_limit(parser: argparse.ArgumentParser) -> None:
+    """Add --limit."""
+    parser.add_argument("--limit", type=positive, help="only the first N items of each task")
+
+
+def add_merge_cache(parser: argparse.ArgumentParser, explanation: str) -> None:
+    """Add --merge-cache."""
+    parser.add_argument(
+        "--merge-cache", type=Path, default=Path("results", "merged"), help=explanation
+    )
+
+
+def add_comparison(parser: argparse.ArgumentParser, folders: str) -> None:
+    """Add the results folders to compare, and --reference; `folders`: the help of the former."""
+    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help=folders)
+    parser.add_argument(
+        "--reference", default="finetuned", help="what differences are from (default: %(default)s)"
+    )
