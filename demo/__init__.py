@@ -1,8 +1,9 @@
-"""A complete MonoSoup run on models trained on the spot: `python -m demo`. Needs no network and no GPU."""
+"""A complete MonoSoup run on models trained on the spot: `python -m demo`. No network, no GPU."""
 
 import os
 
-# Set before transformers is first imported, which reads them once: a demo that must run offline should fail
-# at once on a missing file instead of asking the hub for it, and the tokenizer must not fork threads.
+# Set before transformers is first imported, which reads them once: a demo that must run offline
+# should fail at once on a missing file instead of asking the hub for it, and the tokenizer must not
+# fork threads.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -1,4 +1,4 @@
-"""Train a pair of models, soup them with mergekit, compare: `python -m demo [--out FOLDER] [--seed N] [--fresh]`."""
+"""Train a pair of models, soup them with mergekit, compare: `python -m demo`."""
 
 import argparse
 import dataclasses
@@ -19,24 +19,28 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, Qwen3ForCausalLM
 
 from demo import merge, summary
-from demo.score import Estimate, Values, grade, mean_over_skills, paired_difference
-from evaluation.worlds import training as train
-from evaluation.worlds.sums import OTHER_SKILLS, SKILLS, TUNED_SKILL, Item, build_world
+from demo.score import Items, grade, mean_over_skills
+from evaluation.statistics import Estimate, Values, paired
+from evaluation.worlds import training
+from evaluation.worlds.sums import OTHER_SKILLS, SKILLS, TUNED_SKILL, World, build_world
 
 MARK = ".monosoup-demo"
 RESULTS = "results.json"
+# fmt: off
 PACKAGES = (
-    "mergekit-monosoup",
-    "mergekit",
-    "torch",
-    "transformers",
-    "tokenizers",
-    "numpy",
-    "scipy",
+    "mergekit-monosoup", "mergekit", "torch", "transformers", "tokenizers", "numpy", "scipy",
 )
+# fmt: on
+PLACES = {
+    summary.PRETRAINED: Path(training.PRETRAINED),
+    summary.FINETUNED: Path(training.FINETUNED),
+    **{soup.title: soup.merged for soup in merge.SOUPS},
+}
+"""The folder of each model in the output folder."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program and return its exit code."""
     parser = argparse.ArgumentParser(prog="python -m demo", description=__doc__)
     parser.add_argument(
         "--out", type=Path, default=Path("demo-out"), help="output folder (default: %(default)s)"
@@ -48,7 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--fresh", action="store_true", help="train anew even if the checkpoints are there"
     )
     options = parser.parse_args(arguments)
-    # Rich takes a file or a pipe to be 80 columns wide, which folds the table. Paths may hold what looks like markup.
+    # Rich takes a file or a pipe to be 80 columns wide, which folds the table. Paths may hold what
+    # looks like markup.
     console = Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 120)
     try:
         run(options.out, options.seed, options.fresh, console)
@@ -59,57 +64,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(folder: Path, seed: int, fresh: bool, console: Console) -> None:
+    """Train, merge and ask in `folder`; print what is done and write the numbers."""
     started = time.perf_counter()
-    torch.set_num_threads(
-        1
-    )  # fastest for a model this small, and the same sums in the same order every time
+    # Fastest for a model this small, and the same sums in the same order every time.
+    torch.set_num_threads(1)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     _claim(folder)
     for needed in ("mergekit-yaml", "mergekit-monosoup"):
         merge.tool(needed)  # found missing now, not after the training
-
     (folder / RESULTS).unlink(missing_ok=True)  # an earlier run's, should this one stop half-way
 
-    console.print(
-        "1. Train a small Qwen3 on six skills, then fine-tune it on a seventh", style="bold"
-    )
-    world = build_world(seed)
-    console.print(summary.skills(world))
-    recipe = train.Recipe(seed=seed)
-    if train.train_pair(recipe, world, folder, fresh=fresh):
-        console.print(f"Checkpoints: {folder / train.PRETRAINED}, {folder / train.FINETUNED}")
-    else:
-        console.print(
-            f"Finished checkpoints of the same settings found in {folder} (--fresh trains anew)"
-        )
-
-    console.print(f"\n2. Soup the two checkpoints, without data (in {folder})", style="bold")
-    for soup in merge.SOUPS:
-        console.print(f"$ {merge.merge(soup, folder)}")
-
-    console.print("\n3. See what MonoSoup did to each layer", style="bold")
-    for soup in merge.SOUPS:
-        if soup.reports:
-            console.print(f"$ mergekit-monosoup report {soup.report.as_posix()}")
-            merge.print_report(soup, folder)
-
-    console.print("\n4. Ask every model every test question", style="bold")
-    places = {summary.PRETRAINED: Path(train.PRETRAINED), summary.FINETUNED: Path(train.FINETUNED)}
-    places |= {soup.title: soup.merged for soup in merge.SOUPS}
-    grades = {
-        name: grade_checkpoint(folder / place, world.test)
-        for name, place in tqdm(places.items(), desc="models", unit="model")
-    }
+    world, recipe = build_world(seed), training.Recipe(seed=seed)
+    _train(folder, world, recipe, fresh, console)
+    _merge(folder, console)
+    grades = _ask(folder, world, console)
     console.print(summary.table(grades, world.test))
-    said = summary.sentences(grades, world.test)
-    for sentence in said:
+    sentences = summary.sentences(grades, world.test)
+    for sentence in sentences:
         console.print(f"* {sentence}")
 
     results = {
         "seed": seed,
         "recipe": dataclasses.asdict(recipe),
-        "fingerprint": train.fingerprint(recipe, world),
+        "fingerprint": training.fingerprint(recipe, world),
         "versions": {"python": platform.python_version()}
         | {package: importlib.metadata.version(package) for package in PACKAGES},
         "id": [TUNED_SKILL],
@@ -117,24 +95,60 @@ def run(folder: Path, seed: int, fresh: bool, console: Console) -> None:
         "models": {
             name: {"folder": place.as_posix(), "weights_sha256": _digest(folder / place)}
             | _numbers(grades[name], grades, world.test)
-            for name, place in places.items()
+            for name, place in PLACES.items()
         },
         "notes": summary.NOTES,
-        "sentences": said,
+        "sentences": sentences,
         "seconds": round(time.perf_counter() - started, 1),
     }
-    (folder / RESULTS).write_text(
-        json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
-    items = [dataclasses.asdict(item) for skill in SKILLS for item in world.test[skill]]
-    (folder / "test-items.jsonl").write_text(
-        "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items), encoding="utf-8"
-    )
+    _write(folder, results, world)
     console.print(f"\nAll numbers: {folder / RESULTS} ({results['seconds']:.0f} s)")
 
 
+def _train(
+    folder: Path, world: World, recipe: training.Recipe, fresh: bool, console: Console
+) -> None:
+    console.print(
+        "1. Train a small Qwen3 on six skills, then fine-tune it on a seventh", style="bold"
+    )
+    console.print(summary.skills(world))
+    if training.train_pair(recipe, world, folder, fresh=fresh):
+        console.print(f"Checkpoints: {folder / training.PRETRAINED}, {folder / training.FINETUNED}")
+    else:
+        console.print(
+            f"Finished checkpoints of the same settings found in {folder} (--fresh trains anew)"
+        )
+
+
+def _merge(folder: Path, console: Console) -> None:
+    console.print(f"\n2. Soup the two checkpoints, without data (in {folder})", style="bold")
+    for soup in merge.SOUPS:
+        console.print(f"$ {merge.merge(soup, folder)}")
+    console.print("\n3. See what MonoSoup did to each layer", style="bold")
+    for soup in merge.SOUPS:
+        if soup.reports:
+            console.print(f"$ mergekit-monosoup report {soup.report.as_posix()}")
+            merge.print_report(soup, folder)
+
+
+def _ask(folder: Path, world: World, console: Console) -> dict[str, Values]:
+    console.print("\n4. Ask every model every test question", style="bold")
+    return {
+        name: grade_checkpoint(folder / place, world.test)
+        for name, place in tqdm(PLACES.items(), desc="models", unit="model")
+    }
+
+
+def _write(folder: Path, results: dict[str, Any], world: World) -> None:
+    text = json.dumps(results, indent=1, ensure_ascii=False) + "\n"
+    (folder / RESULTS).write_text(text, encoding="utf-8")
+    items = [dataclasses.asdict(item) for skill in SKILLS for item in world.test[skill]]
+    lines = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
+    (folder / "test-items.jsonl").write_text(lines, encoding="utf-8")
+
+
 def _claim(folder: Path) -> None:
-    """Refuse a folder with other people's files: this program deletes and rewrites what is in its own."""
+    """Refuse a folder with other people's files: this program deletes what is in its own."""
     if folder.exists() and any(folder.iterdir()) and not (folder / MARK).exists():
         raise merge.CommandError(
             f"{folder} holds files that are not from this demo; name another folder with --out"
@@ -145,18 +159,20 @@ def _claim(folder: Path) -> None:
     )
 
 
-def grade_checkpoint(checkpoint: Path, items: Mapping[str, Sequence[Item]]) -> Values:
+def grade_checkpoint(checkpoint: Path, items: Items) -> Values:
+    """Load a checkpoint and return its grades, see `score.grade`."""
     model = Qwen3ForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
     return grade(model, AutoTokenizer.from_pretrained(checkpoint), items)
 
 
-def _numbers(
-    values: Values, grades: Mapping[str, Values], items: Mapping[str, Sequence[Item]]
-) -> dict[str, Any]:
-    """One model's part of results.json. Accuracies are fractions; `right` has a digit per line of test-items.jsonl."""
-    accuracy = summary.both(values, items)
+def _numbers(values: Values, grades: Mapping[str, Values], items: Items) -> dict[str, Any]:
+    """Return one model's part of results.json.
+
+    Accuracies are fractions; `right` has a digit per line of test-items.jsonl.
+    """
+    accuracy = summary.scores(values, items)
     gains = {
-        f"minus {reference}": summary.both(paired_difference(values, grades[reference]), items)
+        f"minus {reference}": summary.scores(paired(values, grades[reference]), items)
         for reference in (summary.FINETUNED, merge.WISE.title)
     }
     return {

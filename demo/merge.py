@@ -1,4 +1,4 @@
-"""The soups, made as any user would make them: a YAML file and the unmodified `mergekit-yaml` command."""
+"""The soups, made as a user makes them: a YAML file and the unmodified `mergekit-yaml` command."""
 
 import os
 import shutil
@@ -7,8 +7,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-# Paths are relative to the output folder, in which mergekit runs: the folder can be moved and the files still hold.
-# Without the "./", mergekit takes a name for a possible repository and asks the hub about it, which fails offline.
+# Paths are relative to the output folder, in which mergekit runs: the folder can be moved and the
+# files still hold. Without the "./", mergekit takes a name for a possible repository and asks the
+# hub about it, which fails offline.
 WISE_FT = """\
 merge_method: task_arithmetic
 base_model: ./pretrained
@@ -48,7 +49,7 @@ VARIED_SCALAR = VARIANCE.replace("report: reports/variance.jsonl", "coefficients
 
 @dataclass(frozen=True)
 class Soup:
-    """One merge: `file` names its YAML file, its folder and its report; `title` is what tables say."""
+    """One merge: `title` in tables, `file` in the names of YAML file, folder and report."""
 
     title: str
     file: str
@@ -57,10 +58,12 @@ class Soup:
 
     @property
     def merged(self) -> Path:
+        """Where it is merged to, in the output folder."""
         return Path("merged", self.file)
 
     @property
     def report(self) -> Path:
+        """Where its report is written, in the output folder."""
         return Path("reports", f"{self.file}.jsonl")
 
 
@@ -82,7 +85,13 @@ class CommandError(Exception):
 
 
 def merge(soup: Soup, folder: Path) -> str:
-    """Write the YAML file, run mergekit-yaml in `folder`, keep what it said in logs/; returns the command line."""
+    """Write the YAML file, run mergekit-yaml in `folder`, and return the command line.
+
+    What mergekit printed is kept in logs/.
+
+    Raises:
+        CommandError: mergekit-yaml is missing or failed.
+    """
     config = Path("configs", f"{soup.file}.yml")
     for file in (config, soup.merged, soup.report, log := Path("logs", f"{soup.file}.log")):
         (folder / file).parent.mkdir(exist_ok=True)
@@ -111,7 +120,11 @@ def merge(soup: Soup, folder: Path) -> str:
 
 
 def print_report(soup: Soup, folder: Path) -> None:
-    """Let `mergekit-monosoup report` print its table."""
+    """Let `mergekit-monosoup report` print its table.
+
+    Raises:
+        CommandError: it is missing or failed.
+    """
     sys.stdout.flush()  # or the table of the other process lands above what was printed before
     done = subprocess.run(
         [tool("mergekit-monosoup"), "report", soup.report.as_posix()],
@@ -125,14 +138,20 @@ def print_report(soup: Soup, folder: Path) -> None:
 
 
 def tool(name: str) -> str:
-    """The console script beside this Python: another one on the PATH could belong to another environment."""
+    """Return the path of the console script beside this Python.
+
+    Another one on the PATH could belong to another environment.
+
+    Raises:
+        CommandError: there is none.
+    """
     folder = str(Path(sys.executable).parent)
-    found = shutil.which(name, path=folder)
-    if found is None:
+    script = shutil.which(name, path=folder)
+    if script is None:
         raise CommandError(
             f"{name} is not in {folder}; install this package: {sys.executable} -m pip install ."
         )
-    return found
+    return script
 
 
 def _environment() -> dict[str, str]:
