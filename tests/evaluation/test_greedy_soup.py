@@ -14,7 +14,7 @@ from evaluation.greedy_soup import Step
 
 
 def test_the_greedy_pass():
-    """b is best; with c it falls, with a it rises; d equals the best so far, which is no improvement."""
+    """b is best; with c it falls, with a it rises; d equals the best, which is no improvement."""
     averages = {("b", "c"): 0.7, ("b", "a"): 0.9, ("b", "a", "d"): 0.9}
     asked = []
 
@@ -38,6 +38,7 @@ def test_no_model_and_one_model():
     assert greedy_soup.greedy_soup({"a": 0.3}, pytest.fail) == [Step("a", 0.3, True)]
 
 
+@pytest.mark.slow
 def test_a_soup_from_end_to_end(models, tmp_path, capsys):
     itself = tmp_path / "b.yml"  # a configuration is averaged as what it merges to
     itself.write_text(
@@ -45,17 +46,9 @@ def test_a_soup_from_end_to_end(models, tmp_path, capsys):
             {"merge_method": "passthrough", "models": [{"model": str(models / "finetuned")}]}
         )
     )
-    words = [
-        "tiny",
-        "--model",
-        f"a={models / 'pretrained'}",
-        "--model",
-        f"b={itself}",
-        "--limit",
-        "4",
-    ]
-    words += ["--group", "OOD", "--device", "cpu", "--out", tmp_path / "out"]
-    assert greedy_soup.main(list(map(str, words))) == 0
+    words = ["tiny", f"--model=a={models / 'pretrained'}", f"--model=b={itself}", "--limit=4"]
+    words += ["--group=OOD", "--device=cpu", f"--out={tmp_path / 'out'}"]
+    assert greedy_soup.main(words) == 0
     printed = capsys.readouterr().out
     assert printed.count("kept") + printed.count("left") == 2
     config = yaml.safe_load(Path(printed.rsplit("greedy soup: ", 1)[1].strip()).read_text())
@@ -72,5 +65,5 @@ def test_a_soup_from_end_to_end(models, tmp_path, capsys):
         torch.allclose(weight.float(), (a[n].float() + b[n].float()) / 2, atol=1e-3)
         for n, weight in merged.items()
     )
-    assert greedy_soup.main(list(map(str, words))) == 0
+    assert greedy_soup.main(words) == 0
     assert "finished before" in capsys.readouterr().out

@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
-from evaluation.worlds import training as train
-from evaluation.worlds.sums import TUNED_SKILL, build_world
+from dataclasses import replace
+
+from evaluation.worlds.sums import OTHER_SKILLS, TUNED_SKILL, Item, build_world
+from evaluation.worlds.training import Phase, Recipe
 
 WORLD = build_world(0)
 # Enough to answer one city to every "lives in", so that some answers are right.
-RECIPE = train.Recipe(
+RECIPE = Recipe(
     hidden=16,
     intermediate=32,
     layers=1,
     heads=2,
     kv_heads=1,
     head_dim=8,
-    pretraining=train.Phase(("home",), steps=40, batch=16, learning_rate=1e-2),
-    finetuning=train.Phase((TUNED_SKILL,), steps=15, batch=16, learning_rate=1e-2),
+    pretraining=Phase(("home",), steps=40, batch=16, learning_rate=1e-2),
+    finetuning=Phase((TUNED_SKILL,), steps=15, batch=16, learning_rate=1e-2),
 )
+# Few items and few steps, where it does not matter what is learned.
+SMALL_WORLD = replace(WORLD, train={skill: items[:100] for skill, items in WORLD.train.items()})
+UNTRAINED = replace(
+    RECIPE,
+    pretraining=Phase(OTHER_SKILLS, steps=3, batch=8, learning_rate=1e-3),
+    finetuning=Phase((TUNED_SKILL,), steps=3, batch=8, learning_rate=1e-3),
+)
+
+
+def questions(clusters: list[str], skill: str = "s") -> list[Item]:
+    """Return items of these clusters, without prompts that anybody could answer."""
+    return [Item(skill, f"{number}", "", cluster) for number, cluster in enumerate(clusters)]

@@ -1,0 +1,73 @@
+"""Models that a comparison names: folders, and merges that run first."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import peft
+import torch
+import yaml
+from mergekit import merge
+from safetensors.torch import load_file
+from transformers import Qwen3ForCausalLM
+
+from evaluation import sources
+
+
+def test_a_merge_with_an_adapter_runs_and_follows_its_weights(models, tmp_path):
+    base = models / "pretrained"
+    config = tmp_path / "lora.yml"
+    given = {"model": f"{base}+{tmp_path / 'adapter'}"}
+    config.write_text(
+        yaml.safe_dump({"merge_method": "monosoup", "base_model": str(base), "models": [given]})
+    )
+    merged = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        lora = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+        peft.get_peft_model(Qwen3ForCausalLM.from_pretrained(base), lora).save_pretrained(
+            tmp_path / "adapter"
+        )
+        merged.append(sources.find("lora", str(config), tmp_path / "cache"))
+    assert merged[0].origin.fingerprint.weights != merged[1].origin.fingerprint.weights
+    assert {path.name for path in (tmp_path / "cache").iterdir()} == {
+        source.folder.name for source in merged
+    }
+    before, after = (load_file(place / "model.safetensors") for place in (base, merged[0].folder))
+    name = "model.layers.0.self_attn.{}.weight"
+    assert torch.equal(before[name.format("k_proj")], after[name.format("k_proj")])
+    assert not torch.equal(before[name.format("q_proj")], after[name.format("q_proj")])
+
+
+def test_a_merge_is_done_anew_only_if_something_changed(models, tmp_path, monkeypatch):
+    merges = []
+    original = merge.run_merge
+    monkeypatch.setattr(merge, "run_merge", lambda *a, **k: (merges.append(1), original(*a, **k)))
+    config = tmp_path / "soup.yml"
+    text = (models / "soup.yml").read_text()
+
+    def merged(content: str) -> Path:
+        config.write_text(content)
+        return sources.find("soup", str(config), tmp_path / "merged").folder
+
+    first = merged(text)
+    assert merges == [1]
+    assert merged(text + "# a comment changes nothing\n") == first and merges == [1]
+    assert merged(text.replace("0.7", "0.6")) != first and merges == [1, 1]
+
+
+def test_what_a_killed_merge_left_is_removed(models, tmp_path):
+    child = subprocess.Popen(["true"])
+    child.wait()
+    left, other = (
+        tmp_path / f"{name}.unfinished-{number}"
+        for name, number in (("a", child.pid), ("b", os.getppid()))
+    )
+    left.mkdir()
+    other.mkdir()
+    for path in (left, other):
+        os.utime(path, (0, 0))  # younger ones may be another machine's
+    sources.find("soup", str(models / "soup.yml"), tmp_path)
+    assert not left.exists() and other.exists()
