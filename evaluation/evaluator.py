@@ -6,7 +6,7 @@ import datetime
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from evaluation import fingerprint, sources, statistics, store
 from evaluation.engines import Settings
-from evaluation.sources import PRETRAINED, Source
+from evaluation.sources import MERGE_CACHE, PRETRAINED, Source
 from evaluation.statistics import Estimate
 from evaluation.suite import GroupName, Suite
 from evaluation.worlds.tasks import write_tasks
@@ -23,31 +23,9 @@ if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
 
-@dataclass(frozen=True)
-class _Unfinished:
-    """A model that has to be asked, where its result goes and under which key."""
-
-    source: Source
-    files: store.ResultFiles
-    key: str
-
-
-@dataclass(frozen=True)
-class _Evaluator:
-    """What all models of one call share."""
-
-    suite: Suite
-    settings: Settings
-    manager: TaskManager
-    w0: store.Pretrained | None
-    versions: dict[str, str]
-    command: str
-    fresh: bool
-
-
 def evaluate(
     suite: Suite,
-    models: Mapping[str, str],
+    paths: Mapping[str, str],
     out: Path,
     *,
     command: str = "",
@@ -55,14 +33,14 @@ def evaluate(
     backend: str = "hf",
     device: str | None = None,
     dtype: str = "auto",
-    merge_cache: Path = Path("results", "merged"),
+    merge_cache: Path = MERGE_CACHE,
     fresh: bool = False,
 ) -> None:
     """Make the results of every model in `out`, and leave alone what is finished there.
 
-    Finished is what has the same key: of suite, weights, settings and versions. `models` are paths
-    by name, see `sources.find`; the one called pretrained is W0. `command` is recorded; `fresh`
-    asks again what is finished or begun.
+    Finished is what has the same key: of suite, weights, settings and versions. `paths` are those
+    of the models by name, see `sources.find`; the one called pretrained is W0. `command` is
+    recorded; `fresh` asks again what is finished or begun.
 
     Raises:
         SourceError: a model cannot be had.
@@ -79,19 +57,16 @@ def evaluate(
     language.check_tasks(manager, suite, backend)
     settings = Settings(backend, device or language.default_device(), dtype, limit)
     language.check_settings(settings)
-    found = [sources.find(name, path, merge_cache) for name, path in models.items()]
-    _warn(suite, found)
+    models = [sources.find(name, path, merge_cache) for name, path in paths.items()]
+    _warn(suite, models)
 
-    w0 = next((source.origin for source in found if source.name == PRETRAINED), None)
-    pretrained = store.Pretrained(w0.given, w0.fingerprint) if w0 else None
-    versions = fingerprint.versions()
-    evaluator = _Evaluator(suite, settings, manager, pretrained, versions, command, fresh)
     local_tasks = fingerprint.of_files(folder, ("*.jsonl",)) if folder else None
-    unfinished = list(_unfinished(evaluator, found, out, local_tasks))
-    if unfinished:
+    evaluator = _Evaluator(suite, settings, manager, local_tasks, _w0(models), command, fresh)
+    todo = [model for source in models if (model := evaluator.unfinished(source, out))]
+    if todo:
         language.check_data(manager, suite.tasks)
-    for number, model in enumerate(unfinished, 1):
-        _finish(evaluator, model, f"[{number}/{len(unfinished)}] {model.source.name}")
+    for number, model in enumerate(todo, 1):
+        evaluator.finish(model, f"[{number}/{len(todo)}] {model.source.name}")
 
 
 def _warn(suite: Suite, models: Sequence[Source]) -> None:
@@ -110,87 +85,115 @@ def _warn(suite: Suite, models: Sequence[Source]) -> None:
         )
 
 
-def _unfinished(
-    evaluator: _Evaluator, models: Sequence[Source], out: Path, local_tasks: str | None
-) -> list[_Unfinished]:
-    """Return the models without a result of their key; bring the W0 of other results up to date."""
-    suite, settings = evaluator.suite, asdict(evaluator.settings)
-    context = {
-        "suite": suite.digest(),
-        # Which of two GPUs makes no difference.
-        "settings": settings | {"device": settings["device"].split(":")[0]},
-        "versions": fingerprint.deciding(evaluator.versions),
-        "local_tasks": local_tasks,
-    }
-    unfinished = []
+def _w0(models: Sequence[Source]) -> store.Pretrained | None:
     for source in models:
-        files = store.ResultFiles(out, source.name, suite.name)
-        key = fingerprint.digest({**context, "model": asdict(source.origin.fingerprint)})
-        if evaluator.fresh or (result := files.finished(key)) is None:
-            unfinished.append(_Unfinished(source, files, key))
-            continue
-        print(f"{source.name}: finished before ({files.result})", flush=True)
-        if evaluator.w0 is not None and result.w0 != evaluator.w0:
-            # W0 is this run's, not that of the run that asked.
-            files.rewrite(result.model_copy(update={"w0": evaluator.w0}))
-    return unfinished
+        if source.name == PRETRAINED:
+            return store.Pretrained(source.origin.given, source.origin.fingerprint)
+    return None
 
 
-def _finish(evaluator: _Evaluator, model: _Unfinished, title: str) -> None:
-    """Ask one model what it has not answered yet, and write its result."""
-    started = time.perf_counter()
-    if evaluator.fresh:
-        model.files.forget()
-    results = _ask(evaluator, model, title)
-    _keep_old(model, title)
-    samples = model.files.write_samples(results.values())
-    model.files.finish(
-        store.Result(
-            key=model.key,
-            model=model.source.name,
-            source=model.source.origin,
-            w0=evaluator.w0,
-            command=evaluator.command,
-            suite=evaluator.suite,
-            suite_digest=evaluator.suite.digest(),
-            settings=evaluator.settings,
-            versions=evaluator.versions,
-            git=fingerprint.git_hash(),
-            date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            seconds=round(time.perf_counter() - started, 1),
-            groups=_groups(evaluator.suite, results),
-            tasks={name: _scores(result) for name, result in results.items()},
-            samples=samples,
+@dataclass(frozen=True)
+class _Unfinished:
+    """A model that has to be asked, where its result goes and under which key."""
+
+    source: Source
+    files: store.ResultFiles
+    key: str
+
+
+@dataclass(frozen=True)
+class _Evaluator:
+    """Asks models the tasks of one suite, with the same settings and beside the same W0."""
+
+    suite: Suite
+    settings: Settings
+    manager: TaskManager
+    local_tasks: str | None  # digest of the items of a world
+    w0: store.Pretrained | None
+    command: str
+    fresh: bool
+    versions: dict[str, str] = field(default_factory=fingerprint.versions)
+
+    def key(self, source: Source) -> str:
+        """Return a digest of what decides the answers of a model."""
+        settings = asdict(self.settings)
+        # Which of two GPUs makes no difference.
+        settings["device"] = self.settings.device.split(":")[0]
+        return fingerprint.digest(
+            {
+                "suite": self.suite.digest(),
+                "settings": settings,
+                "versions": fingerprint.deciding(self.versions),
+                "local_tasks": self.local_tasks,
+                "model": asdict(source.origin.fingerprint),
+            }
         )
-    )
-    print(f"{title}: {model.files.result}", flush=True)
 
+    def unfinished(self, source: Source, out: Path) -> _Unfinished | None:
+        """Return what has to be asked of a model, None if `out` has a result of its key."""
+        files = store.ResultFiles(out, source.name, self.suite.name)
+        key = self.key(source)
+        if self.fresh or (result := files.finished(key)) is None:
+            return _Unfinished(source, files, key)
+        print(f"{source.name}: finished before ({files.result})", flush=True)
+        if self.w0 is not None and result.w0 != self.w0:
+            # W0 is this run's, not that of the run that asked.
+            files.rewrite(result.model_copy(update={"w0": self.w0}))
+        return None
 
-def _ask(evaluator: _Evaluator, model: _Unfinished, title: str) -> dict[str, store.TaskResult]:
-    """Return the results of all tasks; what an interrupted run finished comes from its files."""
-    from evaluation.engines import language
+    def finish(self, model: _Unfinished, title: str) -> None:
+        """Ask one model what it has not answered yet, and write its result."""
+        started = time.perf_counter()
+        if self.fresh:
+            model.files.forget()
+        results = self._ask(model, title)
+        _keep_old(model, title)
+        samples = model.files.write_samples(results.values())
+        model.files.finish(
+            store.Result(
+                key=model.key,
+                model=model.source.name,
+                source=model.source.origin,
+                w0=self.w0,
+                command=self.command,
+                suite=self.suite,
+                suite_digest=self.suite.digest(),
+                settings=self.settings,
+                versions=self.versions,
+                git=fingerprint.git_hash(),
+                date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+                seconds=round(time.perf_counter() - started, 1),
+                groups=_groups(self.suite, results),
+                tasks={name: _scores(result) for name, result in results.items()},
+                samples=samples,
+            )
+        )
+        print(f"{title}: {model.files.result}", flush=True)
 
-    suite = evaluator.suite
-    results = model.files.resume(model.key)
-    if results:
-        print(f"{title}: {len(results)} of {len(suite.tasks)} tasks finished before", flush=True)
-    missing = [task for task in suite.tasks if task.task not in results]
-    if missing:
-        folder = model.source.folder
-        print(f"{title}: loading {folder}", flush=True)
-        with language.Model(folder, suite, evaluator.settings) as loaded:
-            for task in missing:
-                result = loaded.ask(task, suite, evaluator.settings, evaluator.manager)
-                if evaluator.fresh and not results:
-                    # Before the first is kept: an interrupted run could not go on beside a result
-                    # of the same key.
-                    _keep_old(model, title)
-                model.files.keep(model.key, result)
-                results[task.task] = result
-                score = 100 * np.mean([sample.values[task.key] for sample in result.samples])
-                done = f"{len(results)}/{len(suite.tasks)}"
-                print(f"{title}: {task.task} {score:.1f} ({done})", flush=True)
-    return {task.task: results[task.task] for task in suite.tasks}
+    def _ask(self, model: _Unfinished, title: str) -> dict[str, store.TaskResult]:
+        """Return the results of all tasks; those of an interrupted run come from its files."""
+        from evaluation.engines import language
+
+        tasks, folder = self.suite.tasks, model.source.folder
+        results = model.files.resume(model.key)
+        if results:
+            print(f"{title}: {len(results)} of {len(tasks)} tasks finished before", flush=True)
+        missing = [task for task in tasks if task.task not in results]
+        if missing:
+            print(f"{title}: loading {folder}", flush=True)
+            with language.Model(folder, self.suite, self.settings) as loaded:
+                for task in missing:
+                    result = loaded.ask(task, self.suite, self.settings, self.manager)
+                    if self.fresh and not results:
+                        # Before the first is kept: an interrupted run could not go on beside a
+                        # result of the same key.
+                        _keep_old(model, title)
+                    model.files.keep(model.key, result)
+                    results[task.task] = result
+                    score = 100 * np.mean([sample.values[task.key] for sample in result.samples])
+                    done = f"{len(results)}/{len(tasks)}"
+                    print(f"{title}: {task.task} {score:.1f} ({done})", flush=True)
+        return {task.task: results[task.task] for task in tasks}
 
 
 def _keep_old(model: _Unfinished, title: str) -> None:

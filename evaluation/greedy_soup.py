@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from evaluation import configs, options, sources, store
+from evaluation.evaluator import evaluate
 from evaluation.suite import GroupName, Suite, SuiteError, load
 
 
@@ -88,8 +89,6 @@ class _Scorer:
 
     def scores(self, models: Mapping[str, str]) -> dict[str, float]:
         """Ask the models and return their averages."""
-        from evaluation.evaluator import evaluate
-
         evaluate(
             self.suite,
             models,

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from evaluation.comparison import ComparisonError
 from evaluation.engines import EvaluationError
-from evaluation.sources import SourceError
+from evaluation.sources import FINETUNED, MERGE_CACHE, SourceError
 from evaluation.store import DamagedError
 from evaluation.suite import SuiteError, shipped
 
@@ -131,14 +131,12 @@ def add_limit(parser: argparse.ArgumentParser) -> None:
 
 def add_merge_cache(parser: argparse.ArgumentParser, explanation: str) -> None:
     """Add --merge-cache."""
-    parser.add_argument(
-        "--merge-cache", type=Path, default=Path("results", "merged"), help=explanation
-    )
+    parser.add_argument("--merge-cache", type=Path, default=MERGE_CACHE, help=explanation)
 
 
 def add_comparison(parser: argparse.ArgumentParser, folders: str) -> None:
     """Add the results folders to compare, and --reference; `folders`: the help of the former."""
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help=folders)
     parser.add_argument(
-        "--reference", default="finetuned", help="what differences are from (default: %(default)s)"
+        "--reference", default=FINETUNED, help="what differences are from (default: %(default)s)"
     )

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from evaluation import options
-from evaluation.sources import PRETRAINED
+from evaluation.evaluator import evaluate
+from evaluation.sources import FINETUNED, PRETRAINED
 from evaluation.suite import load
 
 
@@ -21,8 +22,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(given: argparse.Namespace, command: str) -> None:
-    from evaluation.evaluator import evaluate
-
     suite = load(given.suite)
     evaluate(
         suite,
@@ -44,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     options.add_models(
         parser,
         "a checkpoint, a hub name, or a merge configuration (.yml), which is merged first; give "
-        f"several. The one named {PRETRAINED} is W0, the one named finetuned what others are "
+        f"several. The one named {PRETRAINED} is W0, the one named {FINETUNED} what others are "
         "compared with",
     )
     parser.add_argument("--out", type=Path, help="folder of the results (default: results/SUITE)")

@@ -18,6 +18,7 @@ from evaluation import fingerprint
 from evaluation.fingerprint import ModelDigests
 
 PRETRAINED, FINETUNED = "pretrained", "finetuned"  # models of these names are W0 and W1
+MERGE_CACHE = Path("results", "merged")
 
 
 class SourceError(ValueError):

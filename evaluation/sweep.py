@@ -15,6 +15,7 @@ from pathlib import Path
 from evaluation import configs, drawings, options, sources
 from evaluation.comparison import compare
 from evaluation.configs import METHODS, write_config
+from evaluation.evaluator import evaluate
 from evaluation.formatting import difference_text
 from evaluation.sources import FINETUNED, PRETRAINED
 from evaluation.suite import load
@@ -29,8 +30,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _sweep(given: argparse.Namespace, command: str) -> None:
-    from evaluation.evaluator import evaluate
-
     suite = load(given.suite)
     out = given.out or Path("results", f"{suite.name}-sweep")
     models = _models(given, out)

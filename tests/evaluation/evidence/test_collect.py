@@ -67,7 +67,7 @@ def test_an_effect_is_the_mean_over_seeds_with_students_interval(tmp_path):
         )
         for n, a in enumerate(ones)
     ]
-    found = collect.effect(seeds, "made", "m", "r", "ID")
-    assert found.by_seed == (0.5, 0.75, 0.25)
-    expected = stats.ttest_1samp(found.by_seed, 0).confidence_interval(0.95)
-    assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
+    effect = collect.effect(seeds, "made", "m", "r", "ID")
+    assert effect.by_seed == (0.5, 0.75, 0.25)
+    expected = stats.ttest_1samp(effect.by_seed, 0).confidence_interval(0.95)
+    assert (effect.low, effect.high) == pytest.approx((expected.low, expected.high))

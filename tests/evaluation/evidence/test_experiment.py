@@ -49,24 +49,18 @@ def test_a_seed_from_training_to_json_and_again(tmp_path, monkeypatch, capsys):
         experiment.run_seed(3, tmp_path / "seed-3", tmp_path / "evidence", limit=3)
     finally:
         torch.set_num_threads(threads)
-    said = capsys.readouterr().out
-    assert (
-        said.count("finished before") == len(seed.models("tiny")) + len(seed.models("tiny-two"))
-        and "loading" not in said
-    )
-    assert {key: part for key, part in json.loads(before).items() if key != "minutes"} == {
-        key: part for key, part in seed.read(seed.path).data.items() if key != "minutes"
-    }
+    printed = capsys.readouterr().out
+    asked = len(seed.models("tiny")) + len(seed.models("tiny-two"))
+    assert printed.count("finished before") == asked and "loading" not in printed
+    first, second = json.loads(before), json.loads(seed.path.read_text())
+    assert {**first, "minutes": 0} == {**second, "minutes": 0}
     assert {"same_norm_free", "bf16_finetuned", "low_R0.8", "lora"} <= set(seed.models("tiny"))
-    assert all(
-        len(about["clusters"]) == 3 for about in seed.data["suites"]["tiny-two"]["tasks"].values()
-    )
-    cka = seed.data["cka"]["OOD"]
+    tasks = seed.content.suites["tiny-two"].tasks.values()
+    assert all(len(task.clusters) == 3 for task in tasks)
+    cka = seed.content.cka["OOD"]
     assert cka["pretrained"] == pytest.approx([1, 1]) and cka["finetuned"][-1] < 1
-    assert {record["mode"] for record in seed.data["records"]["lora"]} == {
-        "freevariance",
-        "variance",
-    }
+    modes = {record.mode for record in seed.content.records["lora"]}
+    assert modes == {"freevariance", "variance"}
     assert str(tmp_path) not in before
     with pytest.raises(SourceError, match="two"):
         page.read(tmp_path / "evidence")

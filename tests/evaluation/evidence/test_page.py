@@ -31,13 +31,13 @@ def test_intervals_and_scores_of_the_page_by_another_route():
 
     gains = []
     for path in sorted((DOCS / "evidence").glob("seed-*.json")):
-        found = json.loads(path.read_text(encoding="utf-8"))["suites"]["tiny"]
+        tiny = json.loads(path.read_text(encoding="utf-8"))["suites"]["tiny"]
         accuracy = {}
         for model in ("monosoup_free", "finetuned"):
             means = []
-            for task, about in found["tasks"].items():
+            for task, about in tiny["tasks"].items():
                 if about["group"] == "OOD":
-                    packed = base64.b64decode(found["models"][model]["right"][task])
+                    packed = base64.b64decode(tiny["models"][model]["right"][task])
                     bits = "".join(f"{byte:08b}" for byte in packed)[: len(about["clusters"])]
                     means.append(bits.count("1") / len(bits))
             accuracy[model] = np.mean(means)
