@@ -1,26 +1,19 @@
-"""A tokenizer of the world, and a pair of checkpoints that learned next to nothing."""
+"""A pair of checkpoints that learned next to nothing."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-import torch
-from helpers.tiny import SMALL_WORLD, UNTRAINED
-
-from evaluation.worlds import training
+from helpers import tiny
 
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("demo")
-    assert training.train_pair(UNTRAINED, SMALL_WORLD, folder)
-    return folder
+    return tiny.trained(tiny.UNTRAINED, tiny.SMALL_WORLD, tmp_path_factory.mktemp("demo"))
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(autouse=True)
 def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    with tiny.one_thread():
+        yield

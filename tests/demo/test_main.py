@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,11 +22,11 @@ from evaluation.worlds.sums import OTHER_SKILLS, SKILLS
 def test_results_hold_every_number(tmp_path, monkeypatch, capsys):
     """The whole run with the merges replaced: each soup is a copy of the fine-tuned model."""
     monkeypatch.setattr(training, "Recipe", lambda seed: replace(RECIPE, seed=seed))
-    monkeypatch.setattr(
-        merge,
-        "merge",
-        lambda soup, out: shutil.copytree(out / training.FINETUNED, out / soup.merged).name,
-    )
+
+    def copied(soup: merge.Soup, out: Path) -> str:
+        return shutil.copytree(out / training.FINETUNED, out / soup.merged).name
+
+    monkeypatch.setattr(merge, "merge", copied)
     monkeypatch.setattr(merge, "print_report", lambda soup, out: None)
     monkeypatch.setattr(merge, "tool", lambda name: name)
     assert main(["--out", str(tmp_path / "out"), "--seed", "3"]) == 0
@@ -36,22 +37,15 @@ def test_results_hold_every_number(tmp_path, monkeypatch, capsys):
     ]
     assert results["seed"] == 3 and results["recipe"]["seed"] == 3
     assert results["versions"]["torch"] == torch.__version__
-    assert set(results["models"]) == {
-        summary.PRETRAINED,
-        summary.FINETUNED,
-        *(soup.title for soup in merge.SOUPS),
-    }
-    tuned, soup = results["models"][summary.FINETUNED], results["models"][merge.FREE.title]
-    assert (
-        soup["weights_sha256"]
-        == tuned["weights_sha256"]
-        != results["models"][summary.PRETRAINED]["weights_sha256"]
+    titles = {soup.title for soup in merge.SOUPS}
+    assert set(results["models"]) == {summary.PRETRAINED, summary.FINETUNED, *titles}
+    base, tuned, soup = (
+        results["models"][name]
+        for name in (summary.PRETRAINED, summary.FINETUNED, merge.FREE.title)
     )
-    assert soup["minus fine-tuned"]["ood"] == {
-        "mean": 0.0,
-        "standard_error": 0.0,
-        "interval_95": [0.0, 0.0],
-    }
+    assert soup["weights_sha256"] == tuned["weights_sha256"] != base["weights_sha256"]
+    nothing = {"mean": 0.0, "standard_error": 0.0, "interval_95": [0.0, 0.0]}
+    assert soup["minus fine-tuned"]["ood"] == nothing
     assert [item["skill"] for item in items] == [
         skill for skill in SKILLS for _ in tuned["skills"][skill]["right"]
     ]
@@ -62,7 +56,7 @@ def test_results_hold_every_number(tmp_path, monkeypatch, capsys):
     assert tuned["ood"]["mean"] == pytest.approx(
         np.mean([tuned["skills"][skill]["mean"] for skill in OTHER_SKILLS])
     )
-    assert results["models"][summary.PRETRAINED]["skills"]["home"]["mean"] > 0
+    assert base["skills"]["home"]["mean"] > 0
     shown = capsys.readouterr().out
     assert all(sentence[:80] in shown for sentence in results["sentences"])
 

@@ -40,18 +40,14 @@ def test_wise_ft_is_the_mean_of_the_two_and_can_be_graded(folder):
     )
     for name, weight in soup.items():
         torch.testing.assert_close(weight, (base[name] + tuned[name]) / 2)
-    assert grade_checkpoint(folder / merge.WISE.merged, {"home": WORLD.test["home"][:2]})[
-        "home"
-    ].shape == (2,)
+    grades = grade_checkpoint(folder / merge.WISE.merged, {"home": WORLD.test["home"][:2]})
+    assert grades["home"].shape == (2,)
 
 
 @pytest.mark.slow
 def test_mergekit_failing_stops_the_demo_with_its_message(folder):
-    broken = replace(
-        merge.WISE,
-        file="broken",
-        yaml=merge.WISE_FT.replace("task_arithmetic", "no_such_method"),
-    )
+    config = merge.WISE_FT.replace("task_arithmetic", "no_such_method")
+    broken = replace(merge.WISE, file="broken", yaml=config)
     left = folder / broken.merged / "model.safetensors"
     left.parent.mkdir(parents=True)
     left.write_text("of an earlier run")

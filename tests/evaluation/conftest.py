@@ -2,39 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from helpers import evaluations
 from helpers.runs import start
-from helpers.tiny import RECIPE, WORLD
+from helpers.tiny import RECIPE, WORLD, trained
 
 from evaluation import suite
 from evaluation.configs import monosoup
 from evaluation.engines import language
-from evaluation.worlds import training
 
 
 @pytest.fixture(scope="session")
-def one_thread() -> Iterator[None]:
-    """Small models train the same, and faster, with one thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="session")
-def models(tmp_path_factory, one_thread) -> Path:
+def models(tmp_path_factory) -> Path:
     """A pretrained and a fine-tuned checkpoint, and a configuration that merges them."""
-    folder = tmp_path_factory.mktemp("models")
     few = replace(WORLD, train={skill: items[:120] for skill, items in WORLD.train.items()})
-    training.train_pair(RECIPE, few, folder)
+    folder = trained(RECIPE, few, tmp_path_factory.mktemp("models"))
     pretrained, finetuned = str(folder / "pretrained"), str(folder / "finetuned")
     config = monosoup(pretrained, [finetuned], mode="variance", R=0.7)
     (folder / "soup.yml").write_text(yaml.safe_dump(config))

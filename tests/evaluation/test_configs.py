@@ -14,26 +14,14 @@ from evaluation import configs, sources
 
 def test_configurations():
     made = dict(configs.grid("base", "tuned", configs.METHODS, [0.5, 0.8], [0.0, 0.5, 1.0]))
-    assert sorted(made) == [
-        "lines_0.5",
-        "monosoup_R0.5",
-        "monosoup_R0.8",
-        "monosoup_free",
-        "monosoup_wise_0.5",
-        "scalar_R0.5",
-        "scalar_R0.8",
-        "scalar_free",
-        "wise_ft_0.5",
-    ]
-    for name, config in made.items():
-        if (
-            name.startswith("monosoup_") and "wise" not in name
-        ):  # a control differs in the coefficients alone
-            control = made[name.replace("monosoup", "scalar")]
-            assert control == {
-                **config,
-                "parameters": {**config["parameters"], "coefficients": "scalar"},
-            }
+    settings = ("free", "R0.5", "R0.8")
+    curves = {"wise_ft_0.5", "lines_0.5", "monosoup_wise_0.5"}
+    pairs = {f"{kind}_{setting}" for kind in ("monosoup", "scalar") for setting in settings}
+    assert set(made) == curves | pairs
+    for setting in settings:  # a control differs in the coefficients alone
+        soup, control = made[f"monosoup_{setting}"], made[f"scalar_{setting}"]
+        parameters = {**soup["parameters"], "coefficients": "scalar"}
+        assert control == {**soup, "parameters": parameters}
     assert made["lines_0.5"]["models"][0]["parameters"] == {"weight": [0.5, 1.0]}
 
 
@@ -43,13 +31,10 @@ def test_norm_of_an_update(tmp_path):
     expected = torch.cat(
         [(after[name] - weight).double().flatten() for name, weight in before.items()]
     ).norm()
-    assert math.hypot(*configs.update_norms(tuned, base).values()) == pytest.approx(
-        float(expected), rel=1e-6
-    )
-    assert (
-        configs.same_norm_weight(tuned, tuned, base) == 1.0
-        and configs.same_norm_weight(base, tuned, base) == 0.0
-    )
+    norm = math.hypot(*configs.update_norms(tuned, base).values())
+    assert norm == pytest.approx(float(expected), rel=1e-6)
+    assert configs.same_norm_weight(tuned, tuned, base) == 1.0
+    assert configs.same_norm_weight(base, tuned, base) == 0.0
     with pytest.raises(sources.SourceError, match="no update to sweep"):
         configs.same_norm_weight(tuned, base, base)
 

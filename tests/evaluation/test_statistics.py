@@ -70,10 +70,8 @@ def test_the_interval_of_a_group_agrees_with_the_standard_error():
         "a": zeros_and_ones(0.6) - zeros_and_ones(0.5, seed=1),
         "b": -zeros_and_ones(0.2, 50, seed=2),
     }
-    clusters = {
-        **ALONE,
-        "b": [f"a{i}" if i < 20 else f"b{i}" for i in range(50)],
-    }  # 20 clusters have both tasks
+    # 20 clusters have both tasks.
+    clusters = {**ALONE, "b": [f"a{i}" if i < 20 else f"b{i}" for i in range(50)]}
     ours = statistics.difference(gains, clusters)
     reach = 1.96 * statistics.estimate(gains, clusters).standard_error
     assert (ours.low, ours.high) == pytest.approx((ours.mean - reach, ours.mean + reach), abs=0.01)
@@ -82,9 +80,8 @@ def test_the_interval_of_a_group_agrees_with_the_standard_error():
 def test_equal_answers_are_no_certainty():
     same = statistics.difference({"a": np.zeros(200)}, ALONE)
     assert same.identical and same.low is None and same.covers_zero
-    assert (
-        statistics.difference({"a": np.ones(1)}, {"a": ["x"]}).covers_zero is None
-    )  # one item: no interval
+    single = statistics.difference({"a": np.ones(1)}, {"a": ["x"]})
+    assert single.covers_zero is None  # no interval
 
 
 def test_a_single_cluster_joins_a_stratum_that_covers_it():
@@ -95,10 +92,8 @@ def test_a_single_cluster_joins_a_stratum_that_covers_it():
 
 
 def test_mcnemar_by_hand():
-    model, reference = (
-        np.array([1.0] * 8 + [0.0] + [1.0] * 11),
-        np.array([0.0] * 8 + [1.0] + [1.0] * 11),
-    )
+    model = np.array([1.0] * 8 + [0.0] + [1.0] * 11)
+    reference = np.array([0.0] * 8 + [1.0] + [1.0] * 11)
     assert statistics.mcnemar(model, reference) == pytest.approx(2 * (1 + 9) / 2**9)
     assert statistics.mcnemar(model, model) == 1.0
     assert statistics.mcnemar(model / 2, reference) is None
@@ -109,9 +104,7 @@ def test_runs_by_hand():
     assert estimate.mean == pytest.approx(0.2)
     assert estimate.standard_error == pytest.approx(0.1 / math.sqrt(3))
     assert reach == pytest.approx(4.302653 * 0.1 / math.sqrt(3))
-    assert (0.2 - reach, 0.2 + reach) == pytest.approx(
-        stats.t.interval(0.95, 2, 0.2, 0.1 / math.sqrt(3))
-    )
-    assert statistics.over_runs([0.1, 0.2, 0.3], 0.04)[0].standard_error == pytest.approx(
-        math.sqrt(0.01 / 3 + 0.04**2)
-    )
+    interval = stats.t.interval(0.95, 2, 0.2, 0.1 / math.sqrt(3))
+    assert (0.2 - reach, 0.2 + reach) == pytest.approx(interval)
+    error = statistics.over_runs([0.1, 0.2, 0.3], 0.04)[0].standard_error
+    assert error == pytest.approx(math.sqrt(0.01 / 3 + 0.04**2))

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
-from evaluation.worlds.sums import OTHER_SKILLS, TUNED_SKILL, Item, build_world
-from evaluation.worlds.training import Phase, Recipe
+import torch
+
+from evaluation.worlds.sums import OTHER_SKILLS, TUNED_SKILL, Item, World, build_world
+from evaluation.worlds.training import Phase, Recipe, train_pair
 
 WORLD = build_world(0)
 # Enough to answer one city to every "lives in", so that some answers are right.
@@ -31,3 +36,21 @@ UNTRAINED = replace(
 def questions(clusters: list[str], skill: str = "s") -> list[Item]:
     """Return items of these clusters, without prompts that anybody could answer."""
     return [Item(skill, f"{number}", "", cluster) for number, cluster in enumerate(clusters)]
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Train and ask with one thread: faster for models this small, and the same bits every time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def trained(recipe: Recipe, world: World, folder: Path) -> Path:
+    """Train a pair of checkpoints in `folder` and return it."""
+    with one_thread():
+        assert train_pair(recipe, world, folder)
+    return folder

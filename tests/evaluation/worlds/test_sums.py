@@ -78,6 +78,5 @@ def test_round_trip(tokenizer):
 def test_each_digit_is_a_token(tokenizer):
     for token in tokenizer.get_vocab():
         assert not any(character.isdigit() for character in token) or len(token) == 1, token
-    assert [
-        token for token in tokenizer.tokenize("What is 12 plus 345?") if token.isdigit()
-    ] == list("12345")
+    tokens = tokenizer.tokenize("What is 12 plus 345?")
+    assert [token for token in tokens if token.isdigit()] == list("12345")

@@ -13,6 +13,9 @@ from transformers import Qwen3ForCausalLM
 from evaluation.worlds import training
 from evaluation.worlds.sums import TUNED_SKILL, italian
 
+FASTER = replace(UNTRAINED.finetuning, learning_rate=2e-3)
+FEWER = replace(SMALL_WORLD, train={**SMALL_WORLD.train, "home": SMALL_WORLD.train["home"][1:]})
+
 
 def test_only_answers_are_targets(tokenizer):
     item = WORLD.train["home"][0]
@@ -23,9 +26,8 @@ def test_only_answers_are_targets(tokenizer):
     assert tokenizer.decode(inputs[0]).startswith(item.prompt)
     assert tokenizer.decode(targets[targets != training.IGNORED]) == f" {item.answer}<end>"
     first = int((targets[0] != training.IGNORED).nonzero()[0])
-    assert (
-        tokenizer.decode(inputs[0, : first + 1]) == item.prompt
-    )  # the whole prompt is seen, no answer is
+    # The whole prompt is seen, no answer is.
+    assert tokenizer.decode(inputs[0, : first + 1]) == item.prompt
 
 
 def test_checkpoints_load_and_differ(folder):
@@ -51,16 +53,8 @@ def test_finished_checkpoints_are_reused(folder):
     ("recipe", "world"),
     [
         (replace(UNTRAINED, seed=1), SMALL_WORLD),
-        (
-            replace(UNTRAINED, finetuning=replace(UNTRAINED.finetuning, learning_rate=2e-3)),
-            SMALL_WORLD,
-        ),
-        (
-            UNTRAINED,
-            replace(
-                SMALL_WORLD, train={**SMALL_WORLD.train, "home": SMALL_WORLD.train["home"][1:]}
-            ),
-        ),
+        (replace(UNTRAINED, finetuning=FASTER), SMALL_WORLD),
+        (UNTRAINED, FEWER),
     ],
     ids=["seed", "settings", "items"],
 )
@@ -70,15 +64,13 @@ def test_whatever_changes_the_weights_changes_the_fingerprint(recipe, world):
 
 def test_changed_settings_train_anew(tmp_path):
     assert training.train_pair(UNTRAINED, SMALL_WORLD, tmp_path)
-    weights = (tmp_path / training.PRETRAINED / "model.safetensors").read_bytes()
+    file = tmp_path / training.PRETRAINED / "model.safetensors"
+    weights = file.read_bytes()
     assert training.train_pair(replace(UNTRAINED, seed=1), SMALL_WORLD, tmp_path)
-    assert (tmp_path / training.PRETRAINED / "model.safetensors").read_bytes() != weights
-    assert training.train_pair(UNTRAINED, SMALL_WORLD, tmp_path), (
-        "the other settings' checkpoints were taken"
-    )
-    assert (
-        tmp_path / training.PRETRAINED / "model.safetensors"
-    ).read_bytes() == weights  # bitwise reproducible
+    assert file.read_bytes() != weights
+    again = training.train_pair(UNTRAINED, SMALL_WORLD, tmp_path)
+    assert again, "the other settings' checkpoints were taken"
+    assert file.read_bytes() == weights  # bitwise reproducible
     assert training.train_pair(UNTRAINED, SMALL_WORLD, tmp_path, fresh=True)
 
 
@@ -100,14 +92,11 @@ def test_an_interrupted_run_leaves_nothing_that_looks_finished(tmp_path, monkeyp
 
 def test_a_second_fine_tune_is_reused_until_its_settings_change(folder, tmp_path):
     items, target = italian(SMALL_WORLD.train[TUNED_SKILL]), tmp_path / "second"
-    assert training.fine_tune(folder / training.PRETRAINED, target, items, UNTRAINED.finetuning, 1)
-    assert not training.fine_tune(
-        folder / training.PRETRAINED, target, items, UNTRAINED.finetuning, 1
-    )
-    assert training.fine_tune(folder / training.PRETRAINED, target, items, UNTRAINED.finetuning, 2)
-    assert training.fine_tune(
-        folder / training.PRETRAINED, target, items[1:], UNTRAINED.finetuning, 2
-    )
+    source, phase = folder / training.PRETRAINED, UNTRAINED.finetuning
+    assert training.fine_tune(source, target, items, phase, 1)
+    assert not training.fine_tune(source, target, items, phase, 1)
+    assert training.fine_tune(source, target, items, phase, 2)
+    assert training.fine_tune(source, target, items[1:], phase, 2)
 
 
 def test_an_adapter_moves_every_linear_layer_by_its_rank_and_nothing_else(folder, tmp_path):
