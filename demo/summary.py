@@ -7,6 +7,7 @@ from rich.table import Table
 
 from demo.merge import CONTROL, FREE, SOUPS, VARIED, WISE
 from demo.score import Items, mean_over_skills
+from evaluation.formatting import with_error, with_interval
 from evaluation.statistics import Estimate, Values, paired
 from evaluation.worlds.sums import OTHER_SKILLS, SKILLS, TUNED_SKILL, World
 
@@ -67,10 +68,7 @@ def table(grades: Mapping[str, Values], items: Items) -> Table:
         out.add_column(header, justify="right")
     for name, values in grades.items():
         accuracy = scores(values, items)
-        row = [
-            f"{100 * estimate.mean:.1f} ± {100 * estimate.standard_error:.1f}"
-            for estimate in (accuracy.id, accuracy.ood)
-        ]
+        row = [with_error(accuracy.id), with_error(accuracy.ood)]
         if name != FINETUNED:
             row += [_gain(values, grades[FINETUNED], items, group)[1] for group in GROUPS]
         # A name with its soup's in front would not fit beside four columns of numbers.
@@ -125,10 +123,4 @@ def _gain(values: Values, reference: Values, items: Items, group: str) -> tuple[
     gain = mean_over_skills(differences, items, skills)
     if not any(differences[skill].any() for skill in skills):
         return gain, UNCHANGED  # its interval is [0, 0], a certainty that no finite test gives
-    low, high = gain.interval()
-    return gain, f"{_points(gain.mean)} [{_points(low)}, {_points(high)}]"
-
-
-def _points(fraction: float) -> str:
-    rounded = round(100 * fraction, 1)
-    return f"{rounded:+.1f}".replace("-", "−") if rounded else "0.0"  # never "−0.0"
+    return gain, with_interval(gain.mean, *gain.interval())

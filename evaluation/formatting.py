@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from evaluation.comparison import Cell
+from typing import TYPE_CHECKING
+
 from evaluation.statistics import Estimate
+
+if TYPE_CHECKING:
+    from evaluation.comparison import Cell
 
 
 def with_error(estimate: Estimate) -> str:
