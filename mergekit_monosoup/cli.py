@@ -1,4 +1,8 @@
-"""The console script `mergekit-monosoup`: what to look at before and after a merge. Merging itself is mergekit's."""
+"""The console script `mergekit-monosoup`: what to look at before and after a merge.
+
+Merging itself is mergekit's. A command imports what it needs when it runs: torch and mergekit take
+seconds, and those that read records or print help need neither.
+"""
 
 from __future__ import annotations
 
@@ -13,29 +17,41 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mergekit_monosoup import __version__
+from mergekit_monosoup.waiting import announced
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from mergekit_monosoup.checkpoints.reader import Storage
 
+EXISTING_FILE: Any = click.Path(exists=True, dir_okay=False, path_type=Path)
+FILE: Any = click.Path(dir_okay=False, path_type=Path)
+
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="mergekit-monosoup")
 def main() -> None:
-    """Companion of the merge methods `monosoup` and `svc`. Merge with mergekit-yaml; check and read reports here."""
+    """Companion of the merge methods `monosoup` and `svc`.
+
+    Merge with mergekit-yaml; check and read reports here.
+    """
+
+
+# -- before a merge --------------------------------------------------------------------------------
 
 
 def _list_checks(context: click.Context, _: click.Parameter, listing: bool) -> None:
+    """Print the table of checks and exit, where ``--list`` is given."""
     if listing:
-        from mergekit_monosoup.check import CHECKS, table
+        with announced("reading mergekit …"):
+            from mergekit_monosoup.check import CHECKS, table
 
         click.echo(table(CHECKS))
         context.exit()
 
 
 @main.command()
-@click.argument("config", type=click.Path(dir_okay=False, path_type=Path))
+@click.argument("config", type=FILE)
 @click.option("--json", "as_json", is_flag=True, help="Findings as JSON instead of text.")
 @click.option(
     "--ignore",
@@ -57,7 +73,8 @@ def check(config: Path, as_json: bool, ignore: tuple[str, ...]) -> None:
     Unknown or misspelt keys and parameters, wrong values, parameters where nobody reads them, a
     missing base model, tensors whose shapes differ. Reads file headers only.
     """
-    from mergekit_monosoup.check import check as run_check
+    with announced("reading mergekit …"):
+        from mergekit_monosoup.check import check as run_check
 
     codes = [code for part in ignore for code in part.split(",") if code.strip()]
     try:
@@ -71,40 +88,13 @@ def check(config: Path, as_json: bool, ignore: tuple[str, ...]) -> None:
         for finding in findings:
             level = click.style(finding.level, fg="red" if finding.level == "error" else "yellow")
             click.echo(f"{level}  {finding.code}  {finding.where}: {finding.message}")
-        click.echo(
-            f"{config}: {errors} error(s), {len(findings) - errors} warning(s)"
-            if findings
-            else f"{config}: fine"
-        )
+        counts = f"{errors} error(s), {len(findings) - errors} warning(s)"
+        click.echo(f"{config}: {counts if findings else 'fine'}")
     raise SystemExit(1 if errors else 0)
 
 
-@main.command()
-@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="Rows of the table as JSON.")
-def report(file: Path, as_json: bool) -> None:
-    """Print what a merge did to each layer group. FILE is its report, written by `parameters: {report: FILE}`."""
-    from mergekit_monosoup import report as reports
-
-    with _errors():
-        records = reports.read(file)
-        inspected = all(record.action == "inspected" for record in records)
-        if inspected and as_json:
-            raise ValueError(f"{file} holds an inspection, not a merge: its lines are JSON already")
-    if as_json:
-        click.echo(json.dumps([asdict(row) for row in reports.summarise(records)], indent=2))
-        return
-    console = _console()
-    if inspected:
-        from mergekit_monosoup import inspection
-
-        console.print(inspection.table(records, console.width))
-        return
-    console.print(reports.table(records, console.width))
-
-
 def _loading(command: Callable[..., None]) -> Callable[..., None]:
-    """Options under mergekit's names for where models come from, handed on as one ``storage``."""
+    """Add mergekit's options for where models come from, handed on as one ``storage``."""
 
     @click.option(
         "--transformers-cache",
@@ -128,7 +118,8 @@ def _loading(command: Callable[..., None]) -> Callable[..., None]:
         trust_remote_code: bool,
         **rest: Any,
     ) -> None:
-        from mergekit_monosoup.checkpoints.reader import Storage
+        with announced("reading mergekit …"):
+            from mergekit_monosoup.checkpoints.reader import Storage
 
         command(storage=Storage(transformers_cache, lora_merge_cache, trust_remote_code), **rest)
 
@@ -150,11 +141,7 @@ def _loading(command: Callable[..., None]) -> Callable[..., None]:
 )
 @click.option("--spectra", is_flag=True, help="Store each spectrum as a short curve, for `plot`.")
 @click.option("--layers", is_flag=True, help="A row for every matrix instead of means over layers.")
-@click.option(
-    "--out",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="Write the records, as a merge's report.",
-)
+@click.option("--out", type=FILE, help="Write the records, as a merge's report.")
 @_loading
 def inspect(
     base: str,
@@ -172,56 +159,184 @@ def inspect(
 
     Models as in mergekit: a folder, a hub name, BASE+ADAPTER. One tensor is in memory at a time.
     """
-    from mergekit_monosoup import inspection
+    from mergekit_monosoup import report as reports
     from mergekit_monosoup.checkpoints.reader import Checkpoints
-    from mergekit_monosoup.report import Journal, Record, check_path
+    from mergekit_monosoup.inspection import inspect_tensor
+    from mergekit_monosoup.report import inspected
 
     with _errors():
         if out is not None:
-            check_path(str(out))
+            reports.check_path(str(out))
         elif spectra:
             raise ValueError("--spectra stores curves in the records: add --out FILE")
-        checkpoints, journal = Checkpoints([base, tuned, *others], storage), Journal()
-        records: list[Record] = []
+        checkpoints, journal = Checkpoints([base, tuned, *others], storage), reports.Journal()
+        records: list[reports.Record] = []
         unedited = 0
         for name in _progress(checkpoints.names, "inspecting"):
-            found = inspection.inspect_tensor(checkpoints, name, R=R, spectra=spectra)
-            if found and out is not None:
-                journal.add(found, str(out))
-            records += found
-            unedited += not found
+            of_tensor = inspect_tensor(checkpoints, name, R=R, spectra=spectra)
+            if of_tensor and out is not None:
+                journal.add(of_tensor, str(out))
+            records += of_tensor
+            unedited += not of_tensor
         if not records:
             raise ValueError(
                 f"{base} and {tuned} share no matrix of floating point: there is nothing to inspect"
             )
     console = _console()
-    console.print(inspection.table(records, console.width, every_layer=layers))
-    rest = (
-        [
-            f"{unedited} tensors hold no matrix of floating point (norms, biases, integers): they are not edited."
-        ]
-        if unedited
-        else []
-    )
-    for line in [
-        *checkpoints.remarks,
-        *rest,
-        *inspection.cosines(records),
-        *inspection.reading(records),
-    ]:
+    console.print(inspected.table(records, console.width, every_layer=layers))
+    lines = [*checkpoints.remarks]
+    if unedited:
+        lines.append(
+            f"{unedited} tensors hold no matrix of floating point (norms, biases, integers): "
+            "they are not edited."
+        )
+    for line in [*lines, *inspected.cosine_lines(records), *inspected.reading(records)]:
         console.print(line, highlight=False, markup=False)
 
 
 @main.command()
-@click.argument(
-    "files", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path)
+@click.argument("models", nargs=-1, required=True, metavar="MODEL...")
+@click.option("--base", required=True, help="The pretrained model of all of them.")
+@click.option(
+    "--threshold", required=True, type=float, help="A candidate joins when its cosine exceeds it."
+)
+@click.option("--scores", type=FILE, help="JSON or YAML: a number for each MODEL.")
+@click.option(
+    "--order",
+    type=click.Choice(["given", "scores", "similarity"]),
+    help="Of the candidates; `similarity` takes the nearest to the soup next. "
+    "Default: scores if given, else as listed.",
 )
 @click.option(
-    "--out",
-    required=True,
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="PNG, SVG or PDF file.",
+    "--count",
+    type=click.Choice(["matrices", "all"]),
+    default="matrices",
+    show_default=True,
+    help="Which tensors are compared.",
 )
+@click.option(
+    "--similarity",
+    "how",
+    type=click.Choice(["mean", "whole"]),
+    default="mean",
+    show_default=True,
+    help="Mean of the matrices' cosines, or one cosine of the whole update.",
+)
+@click.option("--edit", is_flag=True, help="MonoSoup of the soup instead of the plain average.")
+@click.option("--out", type=FILE, default="soup.yml", show_default=True)
+@click.option("--force", is_flag=True, help="Overwrite --out.")
+@_loading
+def soup(
+    models: tuple[str, ...],
+    base: str,
+    threshold: float,
+    scores: Path | None,
+    order: Any,
+    count: Any,
+    how: Any,
+    edit: bool,
+    out: Path,
+    force: bool,
+    storage: Storage,
+) -> None:
+    """Choose MODELs by the similarity of their updates (paper, §3).
+
+    Writes the merge for mergekit-yaml. The first MODEL is the best in distribution, unless
+    --scores says which is. No data is needed; one pass over the files.
+    """
+    from mergekit_monosoup import soup as soups
+    from mergekit_monosoup.checkpoints.reader import Checkpoints
+
+    with _errors():
+        _check_new_configuration(out, force)
+        soups.check_models(base, models)
+        soups.check_choice(threshold, order, scores is not None)
+        score_of = soups.read_scores(scores, models) if scores else None
+        order = order or ("scores" if scores else "given")
+        checkpoints = Checkpoints([base, *models], storage)
+        gram = soups.products(checkpoints, _progress(checkpoints.names, "comparing"), count)
+        decisions = soups.select(models, gram, threshold, order=order, how=how, scores=score_of)
+        out.write_text(soups.configuration(base, decisions, threshold, edit=edit), encoding="utf-8")
+    console = _console()
+    for part in soups.similarity_tables(models, soups.pairwise(gram, how), console.width):
+        console.print(part)
+    for line in checkpoints.remarks:
+        console.print(line, highlight=False, markup=False)
+    for decision in decisions:
+        click.echo(soups.describe(decision))
+    click.echo(
+        f"{out}: {sum(d.taken for d in decisions)} of {len(models)} models; "
+        f"merge with `mergekit-yaml {out} DIR`"
+    )
+
+
+def _check_new_configuration(out: Path, force: bool) -> None:
+    """Raise ValueError unless ``out`` is a name under which a configuration may be written."""
+    if out.suffix.lower() not in (".yml", ".yaml"):
+        raise ValueError(f"--out {out}: what is written is a configuration, name it .yml")
+    if out.exists() and not force:
+        raise ValueError(f"{out} exists; --force overwrites it")
+    if not out.parent.is_dir():
+        raise ValueError(f"{out.parent}: no such folder to write {out.name} to")
+
+
+@main.command()
+@click.argument("method", type=click.Choice(["monosoup", "svc"]), default="monosoup")
+def parameters(method: str) -> None:
+    """Print the parameters of METHOD as a Markdown table. Of monosoup if none is given."""
+    from mergekit_monosoup.parameters import parameter_table
+
+    click.echo(parameter_table(method))
+
+
+# -- a merge ---------------------------------------------------------------------------------------
+
+
+@main.command(context_settings={"ignore_unknown_options": True}, add_help_option=False)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+@click.pass_context
+def run(context: click.Context, arguments: tuple[str, ...]) -> None:
+    """Merge as mergekit-yaml does, with several workers.
+
+    On one machine or many; resumes after a crash.
+    """
+    # The options are mergekit's own: `mergekit-monosoup --help` must not import mergekit for them.
+    with announced("reading mergekit …"):
+        from mergekit_monosoup.distributed.command import run as command
+
+    command.main(args=list(arguments), prog_name=context.command_path)
+
+
+# -- after a merge ---------------------------------------------------------------------------------
+
+
+@main.command()
+@click.argument("file", type=EXISTING_FILE)
+@click.option("--json", "as_json", is_flag=True, help="Rows of the table as JSON.")
+def report(file: Path, as_json: bool) -> None:
+    """Print what a merge did to each layer group.
+
+    FILE is its report, written by `parameters: {report: FILE}`.
+    """
+    from mergekit_monosoup import report as reports
+    from mergekit_monosoup.report import inspected
+
+    with _errors():
+        records = reports.read(file)
+        is_inspection = all(record.action == "inspected" for record in records)
+        if is_inspection and as_json:
+            raise ValueError(f"{file} holds an inspection, not a merge: its lines are JSON already")
+    if as_json:
+        click.echo(json.dumps([asdict(row) for row in reports.summarise(records)], indent=2))
+        return
+    console = _console()
+    make_table = inspected.table if is_inspection else reports.table
+    console.print(make_table(records, console.width))
+
+
+@main.command()
+@click.argument("files", nargs=-1, required=True, type=EXISTING_FILE)
+@click.option("--out", required=True, type=FILE, help="PNG, SVG or PDF file.")
 @click.option(
     "--mode",
     type=click.Choice(["freevariance", "variance"]),
@@ -244,105 +359,13 @@ def plot(files: Sequence[Path], out: Path, mode: str | None) -> None:
     click.echo(f"{out}: {len(figure.axes)} panels")
 
 
-@main.command()
-@click.argument("models", nargs=-1, required=True, metavar="MODEL...")
-@click.option("--base", required=True, help="The pretrained model of all of them.")
-@click.option(
-    "--threshold", required=True, type=float, help="A candidate joins when its cosine exceeds it."
-)
-@click.option(
-    "--scores",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="JSON or YAML: a number for each MODEL.",
-)
-@click.option(
-    "--order",
-    type=click.Choice(["given", "scores", "similarity"]),
-    help="Of the candidates; `similarity` takes the nearest to the soup next. Default: scores if given, else as listed.",
-)
-@click.option(
-    "--count",
-    type=click.Choice(["matrices", "all"]),
-    default="matrices",
-    show_default=True,
-    help="Which tensors are compared.",
-)
-@click.option(
-    "--similarity",
-    "how",
-    type=click.Choice(["mean", "whole"]),
-    default="mean",
-    show_default=True,
-    help="Mean of the matrices' cosines, or one cosine of the whole update.",
-)
-@click.option("--edit", is_flag=True, help="MonoSoup of the soup instead of the plain average.")
-@click.option(
-    "--out", type=click.Path(dir_okay=False, path_type=Path), default="soup.yml", show_default=True
-)
-@click.option("--force", is_flag=True, help="Overwrite --out.")
-@_loading
-def soup(
-    models: tuple[str, ...],
-    base: str,
-    threshold: float,
-    scores: Path | None,
-    order: Any,
-    count: Any,
-    how: Any,
-    edit: bool,
-    out: Path,
-    force: bool,
-    storage: Storage,
-) -> None:
-    """Choose MODELs by the similarity of their updates (paper, §3). Writes the merge for mergekit-yaml.
-
-    The first MODEL is the best in distribution, unless --scores says which is. No data is needed; one pass over the files.
-    """
-    from mergekit_monosoup import soup as soups
-    from mergekit_monosoup.checkpoints.reader import Checkpoints
-
-    with _errors():
-        if out.suffix.lower() not in (".yml", ".yaml"):
-            raise ValueError(f"--out {out}: what is written is a configuration, name it .yml")
-        if out.exists() and not force:
-            raise ValueError(f"{out} exists; --force overwrites it")
-        if not out.parent.is_dir():
-            raise ValueError(f"{out.parent}: no such folder to write {out.name} to")
-        soups.check_models(base, models)
-        soups.check_choice(threshold, order, scores is not None)
-        marks = soups.read_scores(scores, models) if scores else None
-        order = order or ("scores" if scores else "given")
-        checkpoints = Checkpoints([base, *models], storage)
-        gram = soups.products(checkpoints, _progress(checkpoints.names, "comparing"), count)
-        decisions = soups.select(models, gram, threshold, order=order, how=how, scores=marks)
-        out.write_text(soups.configuration(base, decisions, threshold, edit=edit), encoding="utf-8")
-    console = _console()
-    for part in soups.similarity_tables(models, soups.pairwise(gram, how), console.width):
-        console.print(part)
-    for line in checkpoints.remarks:
-        console.print(line, highlight=False, markup=False)
-    for decision in decisions:
-        click.echo(soups.describe(decision))
-    click.echo(
-        f"{out}: {sum(d.taken for d in decisions)} of {len(models)} models; merge with `mergekit-yaml {out} DIR`"
-    )
-
-
-@main.command(context_settings={"ignore_unknown_options": True}, add_help_option=False)
-@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
-@click.pass_context
-def run(context: click.Context, arguments: tuple[str, ...]) -> None:
-    """Merge as mergekit-yaml does, with several workers. On one machine or many; resumes after a crash."""
-    # The options are mergekit's own, and importing mergekit takes seconds: `mergekit-monosoup --help` should not.
-    from mergekit_monosoup.distributed.command import run as command
-
-    command.main(args=list(arguments), prog_name=context.command_path)
+# -- shared ----------------------------------------------------------------------------------------
 
 
 @contextmanager
 def _errors() -> Iterator[None]:
-    """A wrong input is a message, not a traceback; a bug keeps its traceback."""
-    from mergekit_monosoup.kernel.eigen import SolverError
+    """Show a wrong input as a message without a traceback; a bug keeps its traceback."""
+    from mergekit_monosoup.kernel.errors import SolverError
 
     try:
         yield
@@ -359,7 +382,7 @@ def _console() -> Console:
 
 
 def _progress(names: Sequence[str], label: str) -> Iterator[str]:
-    """``names`` with a bar on stderr, in a terminal."""
+    """Iterate over ``names`` with a bar on stderr, in a terminal."""
     from rich.console import Console
     from rich.progress import track
 
@@ -367,15 +390,6 @@ def _progress(names: Sequence[str], label: str) -> Iterator[str]:
     return iter(
         track(names, label, console=console, transient=True, disable=not console.is_terminal)
     )
-
-
-@main.command()
-@click.argument("method", type=click.Choice(["monosoup", "svc"]), default="monosoup")
-def parameters(method: str) -> None:
-    """Print the parameters of METHOD as a Markdown table. Of monosoup if none is given."""
-    from mergekit_monosoup.parameters import parameter_table
-
-    click.echo(parameter_table(method))
 
 
 if __name__ == "__main__":

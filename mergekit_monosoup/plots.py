@@ -1,7 +1,7 @@
 """Figures from records alone: `mergekit-monosoup plot`.
 
-Readable in grey print and by colour-blind people: the palette is Okabe & Ito's, and whatever a colour says is also said by
-a marker or a line style.
+Readable in grey print and by colour-blind people: the palette is Okabe & Ito's, and whatever a
+colour says is also said by a marker or a line style.
 """
 
 from __future__ import annotations
@@ -45,11 +45,15 @@ Panel = Callable[["Axes"], None]
 
 
 class MissingMatplotlibError(ImportError):
-    pass
+    """matplotlib, an optional dependency, is not installed or cannot be imported."""
 
 
 def check_suffix(path: Path) -> None:
-    """Raises ValueError: said before a figure is drawn."""
+    """Check that a figure can be written to ``path``. For use before it is drawn.
+
+    Raises:
+        ValueError: the suffix is none of :data:`SUFFIXES`, or there is no such folder.
+    """
     if path.suffix.lower() not in SUFFIXES:
         raise ValueError(f"{path}: a figure is a {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file")
     if not path.parent.is_dir():
@@ -57,16 +61,18 @@ def check_suffix(path: Path) -> None:
 
 
 def draw(files: Mapping[str, Sequence[Record]], *, mode: str | None = None) -> Figure:
-    """One figure with all that the records of each file hold: λ_high and λ_low by depth (a panel per mode; the paper's
-    Figure 12), effective rank by depth and type, and where they were asked for spectra with the cut and cosines.
+    """Return one figure with all that the records of each file hold.
+
+    That is λ_high and λ_low by depth (a panel per mode; the paper's Figure 12), effective rank by
+    depth and type, and where they were asked for spectra with the cut and cosines.
 
     Args:
         files: records by the label of their file.
         mode: draw only this one.
 
     Raises:
-        ValueError: nothing to draw; names the file.
-        MissingMatplotlibError: with the command that installs it.
+        ValueError: there is nothing to draw; names the file.
+        MissingMatplotlibError: matplotlib is missing; gives the command that installs it.
     """
     try:
         from matplotlib import rc_context
@@ -86,19 +92,14 @@ def draw(files: Mapping[str, Sequence[Record]], *, mode: str | None = None) -> F
         FigureCanvasAgg(figure)
         grid = figure.add_gridspec(rows, columns)
         for number, panel in enumerate(panels):
-            last_alone = number == len(panels) - 1 and number % columns == 0
-            panel(
-                figure.add_subplot(
-                    grid[number // columns, :]
-                    if last_alone
-                    else grid[number // columns, number % columns]
-                )
-            )
+            row, column = divmod(number, columns)
+            alone = number == len(panels) - 1 and column == 0
+            panel(figure.add_subplot(grid[row, :] if alone else grid[row, column]))
     return figure
 
 
 def save(figure: Figure, path: Path) -> None:
-    """PNG, SVG or PDF by suffix, the same bytes for the same records."""
+    """Write PNG, SVG or PDF by suffix, the same bytes for the same records."""
     from matplotlib import rc_context
 
     check_suffix(path)
@@ -108,39 +109,39 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def _panels(prefix: str, label: str, records: Sequence[Record], mode: str | None) -> list[Panel]:
+    """Return the panels of one file. ``prefix`` begins their titles, ``label`` names the file."""
     split = [r for r in records if r.lambda_high is not None and mode in (None, r.mode)]
     if not split:
         modes = sorted({r.mode for r in records if r.mode})
-        found = (
+        content = (
             f"it has those of {', '.join(modes)}"
             if modes
             else "none of its matrices has λ_high and λ_low"
         )
         raise ValueError(
-            f"{label}: no coefficients to draw{f' for mode {mode}' if mode else ''}; {found}"
+            f"{label}: no coefficients to draw{f' for mode {mode}' if mode else ''}; {content}"
         )
     panels: list[Panel] = []
-    for one in dict.fromkeys(r.mode for r in split):
-        panels.append(
-            partial(coefficients, records=[r for r in split if r.mode == one], prefix=prefix)
-        )
-    first = list(
-        {r.name: r for r in split}.values()
-    )  # what does not depend on the mode is drawn once
-    panels.append(partial(ranks, records=first, prefix=prefix))
+    for drawn_mode in dict.fromkeys(r.mode for r in split):
+        of_mode = [r for r in split if r.mode == drawn_mode]
+        panels.append(partial(coefficients, records=of_mode, prefix=prefix))
+    # What does not depend on the mode is drawn once.
+    matrices = list({r.name: r for r in split}.values())
+    panels.append(partial(ranks, records=matrices, prefix=prefix))
     if any(r.spectrum for r in split):
         panels.append(partial(spectra, records=split, prefix=prefix))
-    if any(r.cosine for r in first):
-        panels.append(partial(cosines, records=first, prefix=prefix))
+    if any(r.cosine for r in matrices):
+        panels.append(partial(cosines, records=matrices, prefix=prefix))
     return panels
 
 
-# -- panels ----------------------------------------------------------------------------------------------------------------
+# -- panels ----------------------------------------------------------------------------------------
 
 
 def coefficients(axes: Axes, records: Sequence[Record], prefix: str = "") -> None:
-    """λ_high and λ_low of each matrix in the order of depth; layers are told apart by bands."""
-    high, low = [r.lambda_high or 0.0 for r in records], [r.lambda_low or 0.0 for r in records]
+    """Draw λ_high and λ_low of each matrix in the order of depth, with a line between layers."""
+    high = [record.lambda_high or 0.0 for record in records]
+    low = [record.lambda_low or 0.0 for record in records]
     groups = [
         (label, len(list(members)))
         for label, members in itertools.groupby(_place(r) for r in records)
@@ -148,40 +149,23 @@ def coefficients(axes: Axes, records: Sequence[Record], prefix: str = "") -> Non
     places, centres, edges = _spread(groups)
     size = 4 if len(records) <= 60 else 2
     axes.fill_between(places, high, low, color="0.88", linewidth=0, zorder=1)
-    axes.plot(
-        places,
-        high,
-        color=COLOURS[0],
-        marker="o",
-        markersize=size,
-        linewidth=1,
-        label=r"$\lambda_{high}$",
-        zorder=3,
-    )
-    axes.plot(
-        places,
-        low,
-        color=COLOURS[1],
-        marker="s",
-        markersize=size,
-        linewidth=1,
-        linestyle="--",
-        markerfacecolor="white",
-        label=r"$\lambda_{low}$",
-        zorder=3,
-    )
+    style: dict[str, Any] = {"markersize": size, "linewidth": 1, "zorder": 3}
+    axes.plot(places, high, color=COLOURS[0], marker="o", label=r"$\lambda_{high}$", **style)
+    style |= {"linestyle": "--", "markerfacecolor": "white"}
+    axes.plot(places, low, color=COLOURS[1], marker="s", label=r"$\lambda_{low}$", **style)
     for edge in edges:
         axes.axvline(edge, color="0.8", linewidth=0.6, zorder=0)
     _label_depth(axes, centres, [label for label, _ in groups])
     axes.set_ylim(-0.03, 1.03)
     axes.set_ylabel("coefficient")
-    R = records[0].R
-    axes.set_title(f"{prefix}{records[0].mode}" + (f", R = {R:g}" if R is not None else ""))
+    threshold = records[0].R
+    suffix = f", R = {threshold:g}" if threshold is not None else ""
+    axes.set_title(f"{prefix}{records[0].mode}{suffix}")
     _legend_beside(axes)
 
 
 def ranks(axes: Axes, records: Sequence[Record], prefix: str = "") -> None:
-    """Effective rank / rank by depth, a line per projection type (mean over the experts of a layer)."""
+    """Draw effective rank / rank by depth, a line per type (mean over the experts of a layer)."""
     places = list(dict.fromkeys(map(_place, records)))
     types: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for record in records:
@@ -205,53 +189,27 @@ def ranks(axes: Axes, records: Sequence[Record], prefix: str = "") -> None:
 
 
 def spectra(axes: Axes, records: Sequence[Record], prefix: str = "") -> None:
-    """Median σ/σ₁ over the matrices of a type against the place in the spectrum; a marker at the median cut of each mode."""
+    """Draw σ/σ₁ against the place in the spectrum: medians over the matrices of a type.
+
+    A marker stands at the median cut of each mode.
+    """
     types: dict[str, list[Record]] = defaultdict(list)
     for record in records:
         if record.spectrum:
             types[projection(record.name)].append(record)
-    shown = set()
+    modes: set[str] = set()
     for (kind, members), style in zip(types.items(), _styles(), strict=False):
-        curves = [
-            record.spectrum for record in {r.name: r for r in members}.values() if record.spectrum
-        ]
-        shortest = min(map(len, curves))
-        curve = [median(values) for values in zip(*(c[:shortest] for c in curves), strict=True)]
-        where = [i / (len(curve) - 1) if len(curve) > 1 else 0.0 for i in range(len(curve))]
-        axes.plot(
-            where,
-            curve,
-            color=style["color"],
-            linestyle=style["linestyle"],
-            linewidth=1.2,
-            label=kind,
-        )
-        for mode in dict.fromkeys(r.mode for r in members):
+        places, curve = _median_spectrum(members)
+        line = {"color": style["color"], "linestyle": style["linestyle"]}
+        axes.plot(places, curve, linewidth=1.2, label=kind, **line)
+        for mode in dict.fromkeys(record.mode for record in members):
             cut = median(r.k / r.rank for r in members if r.mode == mode and r.k and r.rank)
-            height = _interpolate(where, curve, cut)
-            axes.plot(
-                [cut],
-                [height],
-                color=style["color"],
-                marker=MODE_MARKERS.get(str(mode), "D"),
-                markersize=6,
-                markeredgecolor="black",
-                markeredgewidth=0.6,
-                linestyle="none",
-                zorder=4,
-            )
-            shown.add(mode)
-    for mode in sorted(map(str, shown)):
-        axes.plot(
-            [],
-            [],
-            color="0.6",
-            marker=MODE_MARKERS.get(mode, "D"),
-            markeredgecolor="black",
-            linestyle="none",
-            markersize=6,
-            label=f"k of {mode}",
-        )
+            height = _interpolate(places, curve, cut)
+            marker = _cut_marker(str(mode), style["color"])
+            axes.plot([cut], [height], markeredgewidth=0.6, zorder=4, **marker)
+            modes.add(str(mode))
+    for mode in sorted(modes):
+        axes.plot([], [], label=f"k of {mode}", **_cut_marker(mode, "0.6"))
     axes.set_yscale("log")
     axes.set_xlim(-0.01, 1.03)
     axes.set_xlabel("place in the spectrum, i / rank")
@@ -260,55 +218,75 @@ def spectra(axes: Axes, records: Sequence[Record], prefix: str = "") -> None:
     _legend_beside(axes)
 
 
+def _median_spectrum(records: Sequence[Record]) -> tuple[list[float], list[float]]:
+    """Return places in [0, 1] and the median of the spectra there."""
+    curves = [
+        record.spectrum for record in {r.name: r for r in records}.values() if record.spectrum
+    ]
+    shortest = min(map(len, curves))
+    curve = [median(values) for values in zip(*(c[:shortest] for c in curves), strict=True)]
+    places = [i / (len(curve) - 1) if len(curve) > 1 else 0.0 for i in range(len(curve))]
+    return places, curve
+
+
+def _cut_marker(mode: str, colour: str) -> dict[str, Any]:
+    return {
+        "color": colour,
+        "marker": MODE_MARKERS.get(mode, "D"),
+        "markersize": 6,
+        "markeredgecolor": "black",
+        "linestyle": "none",
+    }
+
+
 def cosines(axes: Axes, records: Sequence[Record], prefix: str = "") -> None:
-    """Histogram over matrices of the cosine between the task vectors of each two fine-tunes (paper, Figure 1)."""
+    """Draw histograms over matrices of the cosine between the task vectors of two fine-tunes.
+
+    One for each two of them (paper, Figure 1).
+    """
     pairs: dict[str, list[float]] = defaultdict(list)
     for record in records:
         for pair, value in (record.cosine or {}).items():
             if value is not None:
                 pairs[pair].append(value)
-    values = [value for found in pairs.values() for value in found]
-    if not values:
-        axes.text(
-            0.5,
-            0.5,
-            "no two task vectors move the same matrix",
-            ha="center",
-            transform=axes.transAxes,
-        )
+    if not pairs:
+        message = "no two task vectors move the same matrix"
+        axes.text(0.5, 0.5, message, ha="center", transform=axes.transAxes)
         return
-    low, high = min(*values, 0.0), max(*values, 0.1)
+    all_values = list(itertools.chain.from_iterable(pairs.values()))
+    low, high = min(*all_values, 0.0), max(*all_values, 0.1)
     bins = [low + (high - low) * i / 20 for i in range(21)]
-    for (pair, found), style in zip(pairs.items(), _styles(), strict=False):
+    for (pair, values), style in zip(pairs.items(), _styles(), strict=False):
         name = " ~ ".join(Path(model).name for model in pair.split(" ~ "))
         axes.hist(
-            found,
+            values,
             bins=bins,
             histtype="step",
             linewidth=1.4,
             color=style["color"],
             linestyle=style["linestyle"],
-            label=f"{name}\n(mean {mean(found):.2f})",
+            label=f"{name}\n(mean {mean(values):.2f})",
         )
-        axes.axvline(mean(found), color=style["color"], linestyle=":", linewidth=1)
+        axes.axvline(mean(values), color=style["color"], linestyle=":", linewidth=1)
     axes.set_xlabel("cosine of the task vectors")
     axes.set_ylabel("matrices")
     axes.set_title(f"{prefix}Alignment of fine-tunes, matrix by matrix")
     _legend_beside(axes)
 
 
-# -- shared ----------------------------------------------------------------------------------------------------------------
+# -- shared ----------------------------------------------------------------------------------------
 
 
 def _place(record: Record) -> str:
-    """Layer number; what stands outside of layers by its type."""
+    """Return the layer number of a matrix, or its type where it stands outside of layers."""
     return ".".join(map(str, layer(record.name))) or projection(record.name)
 
 
 def _spread(groups: Sequence[tuple[str, int]]) -> tuple[list[float], list[float], list[float]]:
-    """Places of all matrices, centres of the groups, and edges between them.
+    """Return places of all matrices, centres of the groups, and edges between them.
 
-    What stands outside of layers keeps a distance, or its name would cover the number of the layer beside it.
+    ``groups`` are (label, number of matrices). What stands outside of layers keeps a distance, or
+    its name would cover the number of the layer beside it.
     """
     gap = 0.03 * sum(count for _, count in groups)
     places: list[float] = []
@@ -325,7 +303,7 @@ def _spread(groups: Sequence[tuple[str, int]]) -> tuple[list[float], list[float]
 
 
 def _label_depth(axes: Axes, centres: Sequence[float], labels: Sequence[str]) -> None:
-    """Layer numbers, thinned where they would touch; names upright, and always."""
+    """Write layer numbers, thinned where they would touch; names upright, and always."""
     numbered = [i for i, label in enumerate(labels) if label[:1].isdigit()]
     longest = max((len(labels[i]) for i in numbered), default=1)
     step = max(1, math.ceil(len(numbered) * longest / 40))
@@ -339,7 +317,10 @@ def _label_depth(axes: Axes, centres: Sequence[float], labels: Sequence[str]) ->
 
 
 def _styles() -> Any:
-    """Colour, marker and line style, each with a period of its own: no two of the first seventy are alike."""
+    """Yield colour, marker and line style, of which no two of the first seventy are alike.
+
+    Each has a period of its own.
+    """
     for number in itertools.count():
         yield {
             "color": COLOURS[number % len(COLOURS)],
@@ -349,6 +330,7 @@ def _styles() -> Any:
 
 
 def _legend_beside(axes: Axes) -> None:
+    """Put the legend to the right of the axes: over the lines it would hide some."""
     entries = len(axes.get_legend_handles_labels()[1])
     axes.legend(
         loc="upper left",
@@ -358,9 +340,9 @@ def _legend_beside(axes: Axes) -> None:
     )
 
 
-def _interpolate(where: Sequence[float], curve: Sequence[float], at: float) -> float:
-    """On the straight line that a logarithmic axis draws."""
-    for (a, fa), (b, fb) in itertools.pairwise(zip(where, curve, strict=True)):
+def _interpolate(places: Sequence[float], curve: Sequence[float], at: float) -> float:
+    """Return the height of a curve on the straight line that a logarithmic axis draws."""
+    for (a, fa), (b, fb) in itertools.pairwise(zip(places, curve, strict=True)):
         if a <= at <= b:
             return fa * (fb / fa) ** ((at - a) / (b - a))
     return curve[-1]

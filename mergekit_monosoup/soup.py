@@ -1,8 +1,9 @@
-"""Similarity-filtered greedy soup (paper, §3): which of several fine-tunes to average, without data.
+"""Similarity-filtered greedy soup (paper, §3): choose fine-tunes to average, without data.
 
-Starting with the best model in distribution, candidate j joins the soup S when the cosine between its task vector τ_j and
-the soup's, τ_S = mean of τ_i over S, averaged over layers, exceeds a threshold. All of it follows from the inner products
-G_ij = ⟨τ_i, τ_j⟩ of each tensor, ⟨τ_S, τ_j⟩ = mean_{i∈S} G_ij and ‖τ_S‖² = mean_{i,i'∈S} G_ii', so the files are read once.
+Starting with the best model in distribution, candidate j joins the soup S when the cosine between
+its task vector τ_j and the soup's, τ_S = mean of τ_i over S, averaged over layers, exceeds a
+threshold. All of it follows from the inner products G_ij = ⟨τ_i, τ_j⟩ of each tensor,
+⟨τ_S, τ_j⟩ = mean_{i∈S} G_ij and ‖τ_S‖² = mean_{i,i'∈S} G_ii', so the files are read once.
 
 The paper gives neither threshold nor order, nor which tensors count; they are options here.
 """
@@ -14,7 +15,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import yaml
@@ -31,14 +32,20 @@ Order = Literal["given", "scores", "similarity"]
 Count = Literal["matrices", "all"]
 Similarity = Literal["mean", "whole"]
 
-# Squared norm of a soup relative to its members' under which they cancel, as τ and −τ do: what is left is rounding, and
-# its direction means nothing. Sums of float64 products err by about 1e-15.
+# Squared norm of a soup relative to its members' under which they cancel, as τ and −τ do: what is
+# left is rounding, and its direction means nothing. Sums of float64 products err by about 1e-15.
 CANCELLED = 1e-12
 
 
 @dataclass(frozen=True)
 class Decision:
-    """A candidate, its similarity to the soup when it was looked at, and whether it joined (None: the first model)."""
+    """Whether a candidate joined the soup.
+
+    Attributes:
+        model: its name.
+        similarity: to the soup when the candidate was looked at; None for the first model.
+        taken: whether it is in the soup.
+    """
 
     model: str
     similarity: float | None
@@ -46,32 +53,33 @@ class Decision:
 
 
 def products(checkpoints: Checkpoints, names: Iterable[str], count: Count = "matrices") -> Tensor:
-    """G (n, m, m) float64 of the n tensors that count; the first of the checkpoints is the base of the m others.
+    """Return the inner products G (n, m, m) float64 of the n tensors that count.
 
     Args:
+        checkpoints: the base, and the m models that are compared.
         names: tensors to read, of ``checkpoints.names``.
-        count: ``matrices`` leaves out norms and biases; stacked experts are one matrix each. ``all`` counts everything.
+        count: ``matrices`` leaves out norms and biases; stacked experts are one matrix each.
+            ``all`` counts everything.
 
     Raises:
-        ValueError: an input is not finite, nothing counts, or a model is no different from the base.
+        ValueError: an input is not finite, nothing counts, or a model is no different from the
+            base.
     """
-    found = []
-    for name in names:
-        found += _products(checkpoints, name, count)
-    if not found:
+    base, *models = checkpoints.models
+    grams = [gram for name in names for gram in _products(checkpoints, name, count)]
+    if not grams:
         raise ValueError(
-            f"no tensor counts: {checkpoints.models[0]} and the models share no matrix of floating point"
+            f"no tensor counts: {base} and the models share no matrix of floating point"
         )
-    gram = torch.stack(found)
-    for model, square in zip(checkpoints.models[1:], gram.sum(0).diagonal().tolist(), strict=True):
+    stacked = torch.stack(grams)
+    for model, square in zip(models, stacked.sum(0).diagonal().tolist(), strict=True):
         if square == 0:
-            raise ValueError(
-                f"{model} is no different from {checkpoints.models[0]}: it has no direction to compare"
-            )
-    return gram
+            raise ValueError(f"{model} is no different from {base}: it has no direction to compare")
+    return stacked
 
 
 def _products(checkpoints: Checkpoints, name: str, count: Count) -> list[Tensor]:
+    """Return the inner products (m, m) of each matrix of a tensor."""
     tensors = checkpoints.load(name)
     if not all(tensor.is_floating_point() for tensor in tensors):
         return []
@@ -85,9 +93,15 @@ def _products(checkpoints: Checkpoints, name: str, count: Count) -> list[Tensor]
 def similarity(
     gram: Tensor, soup: Sequence[int], candidate: int, how: Similarity = "mean"
 ) -> float:
-    """Cosine between the soup's task vector and a candidate's: the mean of the tensors', or that of the whole vector.
+    """Return the cosine between the soup's task vector and a candidate's.
 
     Tensors in which either does not move have no cosine and are left out of the mean.
+
+    Args:
+        gram: see :func:`products`.
+        soup: places in ``gram`` of the models in the soup.
+        candidate: place of the candidate.
+        how: ``mean`` of the cosines of all tensors, or that of the ``whole`` vector.
 
     Raises:
         ValueError: there is no tensor in which both move.
@@ -114,16 +128,16 @@ def similarity(
 
 
 def pairwise(gram: Tensor, how: Similarity = "mean") -> list[list[float | None]]:
-    """Similarity of each two models; None where there is none."""
+    """Return the similarity of each two models, m rows of m; None where there is none."""
 
-    def one(i: int, j: int) -> float | None:
+    def of_pair(i: int, j: int) -> float | None:
         try:
             return similarity(gram, [i], j, how)
         except ValueError:
             return None
 
     models = range(gram.shape[1])
-    return [[one(i, j) for j in models] for i in models]
+    return [[of_pair(i, j) for j in models] for i in models]
 
 
 def select(
@@ -135,18 +149,20 @@ def select(
     how: Similarity = "mean",
     scores: Mapping[str, float] | None = None,
 ) -> list[Decision]:
-    """The greedy pass, one decision per model in the order in which they were looked at.
+    """Choose the soup greedily; return a decision per model, in the order of looking at them.
 
     Args:
-        models: names, in the order of ``gram``; the soup starts with the first, or with the best score.
+        models: names, in the order of ``gram``; the soup starts with the first, or with the best
+            score.
         gram: see :func:`products`.
         threshold: a candidate joins when its similarity *exceeds* it.
         order: of the candidates: as given, by falling score, or always the most similar one next.
         how: see :func:`similarity`.
-        scores: held-out accuracy, or anything of which more is better, of each model.
+        scores: held-out accuracy of each model, or anything of which more is better.
 
     Raises:
-        ValueError: the threshold is no cosine, or ``order`` needs scores; two models have nothing to compare.
+        ValueError: the threshold is no cosine, or ``order`` needs scores; two models have nothing
+            to compare.
     """
     check_choice(threshold, order, scores is not None)
     ranking = list(range(len(models)))
@@ -157,18 +173,19 @@ def select(
     soup, decisions = [first], [Decision(models[first], None, True)]
     while candidates:
         if order == "similarity":
-            candidates.sort(key=lambda i: -_compared(models, gram, soup, i, how))
+            candidates.sort(key=lambda i: -_named_similarity(models, gram, soup, i, how))
         candidate = candidates.pop(0)
-        found = _compared(models, gram, soup, candidate, how)
-        decisions.append(Decision(models[candidate], found, found > threshold))
-        if found > threshold:
+        cosine_to_soup = _named_similarity(models, gram, soup, candidate, how)
+        decisions.append(Decision(models[candidate], cosine_to_soup, cosine_to_soup > threshold))
+        if cosine_to_soup > threshold:
             soup.append(candidate)
     return decisions
 
 
-def _compared(
+def _named_similarity(
     models: Sequence[str], gram: Tensor, soup: Sequence[int], candidate: int, how: Similarity
 ) -> float:
+    """Return :func:`similarity`, with the models' names in its error."""
     try:
         return similarity(gram, soup, candidate, how)
     except ValueError as error:
@@ -178,7 +195,9 @@ def _compared(
 
 
 def read_scores(path: Path, models: Sequence[str]) -> dict[str, float]:
-    """Scores from a JSON or YAML file that maps each model, named as on the command line, to a number.
+    """Return the score of each model from a JSON or YAML file.
+
+    The file maps models, named as on the command line, to numbers.
 
     Raises:
         ValueError: names file and model.
@@ -189,25 +208,23 @@ def read_scores(path: Path, models: Sequence[str]) -> dict[str, float]:
         raise ValueError(f"{path}: cannot be read as JSON or YAML: {error}") from error
     if not isinstance(data, dict):
         raise ValueError(f"{path}: must map each model to its score, is a {type(data).__name__}")
-    scores = {}
-    for model in models:
-        if model not in data:
-            raise ValueError(
-                f"{path}: no score for {model}; it has some for {', '.join(map(str, data)) or 'none'}"
-            )
-        score = data[model]
-        if (
-            isinstance(score, bool)
-            or not isinstance(score, (int, float))
-            or not math.isfinite(score)
-        ):
-            raise ValueError(f"{path}: the score of {model} must be a finite number, got {score!r}")
-        scores[model] = float(score)
-    return scores
+    return {model: _score(path, data, model) for model in models}
+
+
+def _score(path: Path, data: Mapping[Any, Any], model: str) -> float:
+    if model not in data:
+        raise ValueError(
+            f"{path}: no score for {model}; it has some for {', '.join(map(str, data)) or 'none'}"
+        )
+    score = data[model]
+    is_number = isinstance(score, (int, float)) and not isinstance(score, bool)
+    if not is_number or not math.isfinite(score):
+        raise ValueError(f"{path}: the score of {model} must be a finite number, got {score!r}")
+    return float(score)
 
 
 def check_choice(threshold: float, order: Order | None, scored: bool) -> None:
-    """Raises ValueError: the threshold is no cosine, or there are no scores to order by."""
+    """Raise ValueError if the threshold is no cosine, or there are no scores to order by."""
     if not -1 <= threshold <= 1:
         raise ValueError(f"the threshold is a cosine, in [-1, 1]; got {threshold!r}")
     if order == "scores" and not scored:
@@ -215,7 +232,7 @@ def check_choice(threshold: float, order: Order | None, scored: bool) -> None:
 
 
 def check_models(base: str, models: Sequence[str]) -> None:
-    """Raises ValueError where there is nothing to choose from; said before the files are read."""
+    """Raise ValueError if there is nothing to choose from. For use before the files are read."""
     if len(models) < 2:
         raise ValueError("give at least two fine-tuned models, the best in distribution first")
     places: dict[str, str] = {}
@@ -228,7 +245,7 @@ def check_models(base: str, models: Sequence[str]) -> None:
 
 
 def _place(model: str) -> str:
-    """One spelling of a reference, whose parts may be folders."""
+    """Return one spelling for all of a reference, whose parts may be folders."""
     return "+".join(
         os.path.realpath(part) if os.path.exists(part) else part for part in model.split("+")
     )
@@ -237,11 +254,11 @@ def _place(model: str) -> str:
 def configuration(
     base: str, decisions: Sequence[Decision], threshold: float, *, edit: bool = False
 ) -> str:
-    """YAML for mergekit: the uniform average of the chosen models, or MonoSoup of that average."""
+    """Return YAML for mergekit: the average of the chosen models, or with ``edit`` its MonoSoup."""
     chosen = [
-        {"model": local_reference(d.model), "parameters": {"weight": 1.0}}
-        for d in decisions
-        if d.taken
+        {"model": local_reference(decision.model), "parameters": {"weight": 1.0}}
+        for decision in decisions
+        if decision.taken
     ]
     merge: dict[str, object] = {"merge_method": "linear", "models": chosen}
     if edit:
@@ -260,7 +277,7 @@ def configuration(
 def similarity_tables(
     models: Sequence[str], values: Sequence[Sequence[float | None]], width: int
 ) -> Iterator[Table]:
-    """The pairwise matrix, in as many tables as ``width`` columns of text need."""
+    """Yield the pairwise matrix, in as many tables as ``width`` columns of text need."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -268,21 +285,23 @@ def similarity_tables(
     per_table = max(4, (width - 40) // 6)
     for start in range(0, len(models), per_table):
         columns = range(start, min(start + per_table, len(models)))
-        out = Table(title="Similarity of the updates", title_justify="left", box=box.SIMPLE_HEAD)
-        out.padding, out.pad_edge = (0, 1, 0, 0), False
-        out.add_column("", justify="right", no_wrap=True)
-        out.add_column("model", overflow="fold")
+        table = Table(title="Similarity of the updates", title_justify="left", box=box.SIMPLE_HEAD)
+        table.padding, table.pad_edge = (0, 1, 0, 0), False
+        table.add_column("", justify="right", no_wrap=True)
+        table.add_column("model", overflow="fold")
         for j in columns:
-            out.add_column(str(j + 1), justify="right", no_wrap=True)
+            table.add_column(str(j + 1), justify="right", no_wrap=True)
         for i, model in enumerate(models):
             row = [values[i][j] for j in columns]
-            out.add_row(
+            table.add_row(
                 str(i + 1), Text(model), *("" if value is None else f"{value:.2f}" for value in row)
             )
-        yield out
+        yield table
 
 
 def describe(decision: Decision) -> str:
+    """Return a line about a decision, for the terminal and for the comment in the YAML."""
     if decision.similarity is None:
         return f"{decision.model}: first"
-    return f"{decision.model}: similarity {decision.similarity:.3f}, {'joins' if decision.taken else 'left out'}"
+    outcome = "joins" if decision.taken else "left out"
+    return f"{decision.model}: similarity {decision.similarity:.3f}, {outcome}"

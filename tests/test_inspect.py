@@ -1,4 +1,7 @@
-"""`inspect`: two checkpoints streamed, both modes off one spectrum, the prediction equal to the merge, errors by name."""
+"""`inspect`: two checkpoints streamed, both modes off one spectrum, errors by name.
+
+What is predicted is what the merge does.
+"""
 
 from __future__ import annotations
 
@@ -25,14 +28,14 @@ from mergekit_monosoup.kernel import monosoup as kernel
 from mergekit_monosoup.kernel.eigen import SolverError
 from mergekit_monosoup.kernel.monosoup import preview
 from mergekit_monosoup.kernel.spectrum import quantile_curve
-from mergekit_monosoup.report import Record
+from mergekit_monosoup.report import Record, inspected
 
 UP = "model.layers.1.mlp.up_proj.weight"
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A bf16 base with two fine-tunes and an adapter, and the base and first fine-tune once more as .bin."""
+    """A bf16 base with two fine-tunes and an adapter; base and first fine-tune also as .bin."""
     folder = tmp_path_factory.mktemp("inspect")
     checkpoints.pair(folder, tuned=2, dtype=torch.bfloat16, sharded=True)
     torch.manual_seed(7)
@@ -64,7 +67,7 @@ def numbers(records) -> list[dict]:
     )
 
 
-# -- one matrix ------------------------------------------------------------------------------------------------------------
+# -- one matrix ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -115,11 +118,11 @@ def test_matrices_that_monosoup_would_leave_alone():
     }
     for word, records in cases.items():
         assert [record.mode for record in records] == ["freevariance", "variance"]
-        assert {inspection.flags(record) for record in records} == {word}
+        assert {inspected.flag(record) for record in records} == {word}
         assert all(record.edit_norm == 0 and record.realised is None for record in records)
     W0 = torch.randn(64, 64).bfloat16()
     eaten = preview(W0, (W0.float() + 1e-3 * torch.randn(64, 64)).bfloat16())
-    assert eaten[0].realised < 0.5 and inspection.flags(eaten[0]) == "rounds away"
+    assert eaten[0].realised < 0.5 and inspected.flag(eaten[0]) == "rounds away"
 
 
 def test_quantile_curve_of_a_known_spectrum():
@@ -130,7 +133,7 @@ def test_quantile_curve_of_a_known_spectrum():
     assert quantile_curve(sigma[:1], 4) == [1, 1, 1, 1]
 
 
-# -- checkpoints -----------------------------------------------------------------------------------------------------------
+# -- checkpoints -----------------------------------------------------------------------------------
 
 
 def test_every_matrix_once_per_mode_equal_to_edit(world):
@@ -138,9 +141,9 @@ def test_every_matrix_once_per_mode_equal_to_edit(world):
     base, tuned = (checkpoints.state_dict(world / m) for m in ("base", "tuned0"))
     matrices = {name for name in base if base[name].ndim == 2}
     assert sorted(r.name for r in records) == sorted([*matrices, *matrices]) and len(matrices) > 10
-    found = next(r for r in records if r.name == UP and r.mode == "variance")
+    record = next(r for r in records if r.name == UP and r.mode == "variance")
     expected = edit(base[UP], tuned[UP], mode="variance")[1]
-    assert (found.k, found.lambda_low, found.realised) == (
+    assert (record.k, record.lambda_low, record.realised) == (
         expected.k,
         expected.lambda_low,
         expected.realised,
@@ -235,7 +238,7 @@ def test_adapter_references(world, tmp_path):
     records = [r for name in opened.names for r in inspection.inspect_tensor(opened, name)]
     changed = {projection(r.name) for r in records if r.lambda_high is not None}
     assert changed == {"self_attn.q_proj"}
-    assert {inspection.flags(r) for r in records if projection(r.name) == "mlp.up_proj"} == {
+    assert {inspected.flag(r) for r in records if projection(r.name) == "mlp.up_proj"} == {
         "no update"
     }
 
@@ -321,7 +324,7 @@ def test_wrong_inputs_are_named(world, tmp_path):
         inspect(base, damaged)
 
 
-# -- what people read ------------------------------------------------------------------------------------------------------
+# -- what people read ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -369,13 +372,14 @@ def test_reading_by_hand():
         for kind in ("mlp.up_proj", "mlp.down_proj", "attn.q")
     ]
     records = [made(n, high=0.52 if "mlp" in n else 0.8) for n in names]
-    assert inspection.reading(records) == [
+    assert inspected.reading(records) == [
         "freevariance: in attn.q MonoSoup scales the head by 0.80 and the tail by 0.20.",
-        "freevariance: the update is nearly flat in mlp.*, MonoSoup ≈ uniform scaling by 0.50 there.",
+        "freevariance: the update is nearly flat in mlp.*, MonoSoup ≈ uniform scaling by 0.50 "
+        "there.",
     ]
     (eaten,) = [
         s
-        for s in inspection.reading([made(n, high=0.95, realised=0.1) for n in names])
+        for s in inspected.reading([made(n, high=0.95, realised=0.1) for n in names])
         if "eats" in s
     ]
     assert eaten.startswith(
@@ -383,14 +387,14 @@ def test_reading_by_hand():
     )
     assert (
         "keeps the head (0.95) and drops the tail (0.05), an edit of 20%"
-        in inspection.reading([made("a.b", 0.95)])[0]
+        in inspected.reading([made("a.b", 0.95)])[0]
     )
-    assert "tail weighs more" in inspection.reading([made("a.b", 0.3)])[0]
-    assert "cut is at the rank" in inspection.reading([made("a.b", 1.0, k=4)])[0]
+    assert "tail weighs more" in inspected.reading([made("a.b", 0.3)])[0]
+    assert "cut is at the rank" in inspected.reading([made("a.b", 1.0, k=4)])[0]
     untouched = Record(
         "a.b", (8, 4), "bfloat16", "inspected", "no update", mode="variance", R=0.8, delta_norm=0.0
     )
-    assert inspection.reading([untouched]) == [
+    assert inspected.reading([untouched]) == [
         "variance, R = 0.8: no update in a.b: nothing to edit there."
     ]
 
@@ -400,7 +404,7 @@ def printed(records, width, **options) -> str:
 
     console = Console(width=width)
     with console.capture() as capture:
-        console.print(inspection.table(records, width, **options))
+        console.print(inspected.table(records, width, **options))
     return capture.get()
 
 

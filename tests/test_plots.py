@@ -1,4 +1,4 @@
-"""Figures: files of the kind their name says, with the panels, lines and labels that the records call for."""
+"""Figures: files of the kind their name says, with panels, lines and labels for the records."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PAIRS = ("models/alpha ~ org/beta", "models/alpha ~ org/gamma")
 
 @pytest.fixture(scope="module")
 def inspected():
-    """Three layers of two matrices, an embedding and a head, in the order in which a file might hold them."""
+    """Three layers of two matrices, an embedding and a head, in the order of a file."""
     torch.manual_seed(0)
     names = [
         "lm_head.weight",
@@ -46,7 +46,7 @@ def labels(axes):
 
 
 def test_coefficients_by_depth(inspected):
-    """The paper's Figure 12: both coefficients of each matrix, from the embedding through the layers to the head."""
+    """The paper's Figure 12: both coefficients of each matrix, from the embedding to the head."""
     free, variance, *_ = plots.draw({"r": inspected}).axes
     assert [a.get_title(loc="left") for a in (free, variance)] == [
         "freevariance",

@@ -1,4 +1,7 @@
-"""`soup`: the selection equals one that materialises every soup, in plain NumPy; the YAML it writes checks and merges."""
+"""`soup`: the selection equals one that materialises every soup, in plain NumPy.
+
+The YAML that it writes passes `check` and merges.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,10 @@ UP = "model.layers.1.mlp.up_proj.weight"
 
 
 def oracle(base, tuned, threshold, how="mean", order="given"):
-    """Soups as averages of state dicts, cosines of their differences to the base; [(model, similarity, taken)]."""
+    """Select with soups as averages of state dicts, cosines of their differences to the base.
+
+    Returns [(model, similarity, taken)].
+    """
 
     def against(soup, j):
         average = [sum(tuned[i][n] for i in soup) / len(soup) - base[n] for n in range(len(base))]
@@ -88,12 +94,14 @@ def gram_of(base, tuned):
 def test_selection_equals_materialised_soups(seed, order, how):
     base, tuned = related(6, seed)
     models = [f"m{i}" for i in range(6)]
-    found = select(models, gram_of(base, tuned), 0.3, order=order, how=how)
+    decisions = select(models, gram_of(base, tuned), 0.3, order=order, how=how)
     expected = oracle(base, tuned, 0.3, how, order)
-    assert [(d.model, d.taken) for d in found] == [(models[j], taken) for j, _, taken in expected]
-    for decision, (_, value, _) in zip(found[1:], expected[1:], strict=True):
+    assert [(d.model, d.taken) for d in decisions] == [
+        (models[j], taken) for j, _, taken in expected
+    ]
+    for decision, (_, value, _) in zip(decisions[1:], expected[1:], strict=True):
         assert decision.similarity == pytest.approx(value, abs=1e-12)
-    assert any(d.taken for d in found[1:]) or any(not d.taken for d in found[1:])
+    assert any(d.taken for d in decisions[1:]) or any(not d.taken for d in decisions[1:])
 
 
 def test_the_seeds_above_take_some_and_leave_some():
@@ -129,12 +137,12 @@ def test_cosines_do_not_depend_on_the_size_of_an_update(seed, scale, threshold):
     base, tuned = related(3, seed)
     models, gram = list("abc"), gram_of(base, tuned)
     tuned[2] = [b + scale * (w - b) for w, b in zip(tuned[2], base, strict=True)]
-    for one, other in zip(
+    for first, second in zip(
         select(models, gram, threshold),
         select(models, gram_of(base, tuned), threshold),
         strict=True,
     ):
-        assert one.similarity == pytest.approx(other.similarity, abs=1e-9)
+        assert first.similarity == pytest.approx(second.similarity, abs=1e-9)
     values = np.array(pairwise(gram))
     assert values == pytest.approx(values.T, abs=1e-12) and np.diag(values) == pytest.approx(1)
 
@@ -162,7 +170,7 @@ def test_inner_products_over_several_blocks(monkeypatch):
     assert inner_products(W0.bfloat16(), [w.double() for w in tuned]).dtype == torch.float64
 
 
-# -- checkpoints -----------------------------------------------------------------------------------------------------------
+# -- checkpoints -----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -213,10 +221,12 @@ def test_products_of_checkpoints(world, count):
     # The norms of untrained fine-tunes are equal to the base: they count, but have no direction.
     tuned_only = [n for n, b in enumerate(base) if all((t[n] != b).any() for t in tuned)]
     base, tuned = [base[n] for n in tuned_only], [[t[n] for n in tuned_only] for t in tuned]
-    found = select(models_of(world), gram, 0.1)
-    for decision, (_, value, taken) in zip(found[1:], oracle(base, tuned, 0.1)[1:], strict=True):
+    decisions = select(models_of(world), gram, 0.1)
+    for decision, (_, value, taken) in zip(
+        decisions[1:], oracle(base, tuned, 0.1)[1:], strict=True
+    ):
         assert decision.similarity == pytest.approx(value, abs=1e-9) and decision.taken == taken
-    assert [d.taken for d in found] == [True, True, False]
+    assert [d.taken for d in decisions] == [True, True, False]
 
 
 def test_command_writes_a_merge_that_checks_and_runs(world, tmp_path):
@@ -331,7 +341,7 @@ def test_wrong_inputs_are_named_before_files_are_read(world, tmp_path):
 
 
 def test_relative_folders_are_written_so_that_they_are_not_hub_names(world, tmp_path, monkeypatch):
-    """mergekit's model card would ask the hub about `soup/tuned0` at the end of an offline merge."""
+    """mergekit's model card would ask the hub about `soup/tuned0` after an offline merge."""
     monkeypatch.chdir(world.parent)
     name = f"{world.name}/tuned0"
     chosen = [

@@ -28,7 +28,7 @@ from mergekit_monosoup.check.document import (
 from mergekit_monosoup.check.finding import Finding, Level
 from mergekit_monosoup.check.planning import Planning, Reads
 from mergekit_monosoup.checkpoints.headers import Headers, Stored
-from mergekit_monosoup.checkpoints.reader import FILE_SUFFIXES, NotThereError, check_path
+from mergekit_monosoup.checkpoints.reader import MODEL_SUFFIXES, NotThereError, check_model_path
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Document:
         """Whether it is for mergekit-pytorch, which merges single files."""
         models = [mapping(m).get("model") for m in entries(self.data.get("models"))]
         return any(
-            isinstance(m, str) and m.lower().endswith(FILE_SUFFIXES)
+            isinstance(m, str) and m.lower().endswith(MODEL_SUFFIXES)
             for m in [*models, self.data.get("base_model")]
         )
 
@@ -198,11 +198,11 @@ def _missing(reference: ModelReference | Exception) -> NotThereError | None:
         return None
     if reference.lora:
         try:
-            check_path(reference.lora.path)
+            check_model_path(reference.lora.path)
         except NotThereError as error:
             return NotThereError(f"the adapter {reference.lora.path}: {error}")
     try:
-        check_path(reference.model.path)
+        check_model_path(reference.model.path)
     except NotThereError as error:
         return error
     return None

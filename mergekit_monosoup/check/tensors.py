@@ -13,14 +13,14 @@ from mergekit_monosoup.check.document import mapping
 from mergekit_monosoup.check.finding import Finding, Level, define_check
 from mergekit_monosoup.check.keys import named_dtype
 from mergekit_monosoup.checkpoints.headers import LackingError, Stored
-from mergekit_monosoup.checkpoints.reader import SHOWN
+from mergekit_monosoup.checkpoints.reader import NAMES_IN_MESSAGE
 
 Tensors = dict[str, Stored]
 
 
 def _listed(names: Iterable[str]) -> str:
     """Return the first few names, sorted."""
-    return ", ".join(sorted(names)[:SHOWN])
+    return ", ".join(sorted(names)[:NAMES_IN_MESSAGE])
 
 
 # -- whether headers can be read -------------------------------------------------------------------
@@ -229,7 +229,7 @@ def shapes(document: Document) -> Iterator[Finding]:
         differing = [
             name for name in ours if name in theirs and _differ(document, ours[name], theirs[name])
         ]
-        for name in differing[:SHOWN]:
+        for name in differing[:NAMES_IN_MESSAGE]:
             hint = ""
             if _only_vocabulary(ours[name], theirs[name]):
                 hint = "; the vocabularies differ: add `tokenizer: {source: base}`"
@@ -238,8 +238,8 @@ def shapes(document: Document) -> Iterator[Finding]:
                 name,
                 f"{ours[name].shape} in {first} but {theirs[name].shape} in {other}{hint}",
             )
-        if len(differing) > SHOWN:
-            more = f"{len(differing) - SHOWN} more tensors differ in shape from {first}"
+        if len(differing) > NAMES_IN_MESSAGE:
+            more = f"{len(differing) - NAMES_IN_MESSAGE} more tensors differ in shape from {first}"
             yield document.finding(level, other, more)
 
 

@@ -1,7 +1,8 @@
-"""Which matrices a checkpoint tensor holds: routing by name and shape.
+"""What a tensor's name means: the matrices that it holds, its layer, its type.
 
-Mixture-of-experts checkpoints stack E experts in one tensor, and the fused gate_up projection is two matrices glued
-together; a convolution of the same number of dimensions is one matrix. Only the name tells them apart.
+Mixture-of-experts checkpoints stack E experts in one tensor, and the fused gate_up projection is
+two matrices glued together; a convolution of the same number of dimensions is one matrix. Only the
+name tells them apart.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ TRANSPOSED = re.compile(r"\.feed_forward\.experts\.")
 
 
 def matrices(name: str, shape: Sequence[int]) -> list[tuple[str, Index]]:
-    """(suffix for the record's name, index into the tensor) of each matrix; empty when there is none to edit.
+    """Return (suffix for the record's name, index into the tensor) of each matrix of a tensor.
 
-    A plain weight, a convolution [out, in, k...] and fused attention are one matrix with an empty suffix; a stack of
-    experts [E, a, b] is E, or 2E for the fused gate_up projection; a stack of expert biases [E, a] holds none.
+    A plain weight, a convolution [out, in, k...] and fused attention are one matrix with an empty
+    suffix; a stack of experts [E, a, b] is E, or 2E for the fused gate_up projection. Vectors and
+    stacks of expert biases [E, a] hold none.
     """
     if len(shape) < 2:
         return []
@@ -45,28 +47,34 @@ def matrices(name: str, shape: Sequence[int]) -> list[tuple[str, Index]]:
     ]
 
 
-# `layers.12`, `stages.2.blocks.5`; an expert is a matrix of its layer, not a layer, and `downsample.1.weight` is a matrix.
+# `layers.12`, `stages.2.blocks.5`; an expert is a matrix of its layer, not a layer, and
+# `downsample.1.weight` is a matrix.
 _LAYER = re.compile(
     r"(?:^|\.)(?!experts\.)\w+\.\d+(?:\.(?!experts\.)\w+\.\d+)*(?=\.(?!weight$|bias$))"
 )
 
 
 def layer(name: str) -> tuple[int, ...]:
-    """Numbers of the layer that a tensor belongs to, (12,) or (2, 5); () where there is none (embeddings, heads)."""
-    found = _LAYER.search(name)
-    return tuple(int(number) for number in re.findall(r"\.(\d+)", found[0])) if found else ()
+    """Return the numbers of the layer that a tensor belongs to, (12,) or (2, 5).
+
+    Embeddings and heads belong to none: ().
+    """
+    match = _LAYER.search(name)
+    return tuple(int(number) for number in re.findall(r"\.(\d+)", match[0])) if match else ()
 
 
 def projection(name: str) -> str:
-    """What a matrix does within its layer, ``mlp.up_proj``; for tensors outside of layers their name without `model.`."""
-    found = _LAYER.search(name)
-    rest = name[found.end() + 1 :] if found else name
+    """Return what a matrix does within its layer, ``mlp.up_proj``.
+
+    For tensors outside of layers it is their name without `model.`.
+    """
+    match = _LAYER.search(name)
+    rest = name[match.end() + 1 :] if match else name
     # One type for all experts of a layer, but fc1 and fc2 stay two.
-    return (
-        re.sub(r"\b\d+\b", "*", rest.removeprefix("model.").removesuffix(".weight")) or "(unnamed)"
-    )
+    kind = re.sub(r"\b\d+\b", "*", rest.removeprefix("model.").removesuffix(".weight"))
+    return kind or "(unnamed)"
 
 
 def natural(name: str) -> tuple[int | str, ...]:
-    """Sort key by which layer 10 comes after layer 9."""
+    """Return a sort key by which layer 10 comes after layer 9."""
     return tuple(int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name))

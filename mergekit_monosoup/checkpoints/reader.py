@@ -1,16 +1,18 @@
-"""Checkpoints side by side, tensor by tensor: what `inspect` and `soup` read.
+"""Models tensor by tensor, several side by side: what `inspect` and `soup` read.
 
-Models are named and loaded as mergekit does it: folders, hub names (``name@revision``), safetensors or .bin, sharded or
-not, ``base+adapter``. Tensors go by their names in the files, so any state dict will do, also a single file.
+Models are named and loaded as mergekit does it: folders, hub names (``name@revision``), safetensors
+or .bin, sharded or not, ``base+adapter``. Tensors go by their names in the files, so any state dict
+will do, also a single file.
 """
 
 from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 from zipfile import is_zipfile
 
@@ -20,27 +22,28 @@ from mergekit.io import LazyTensorLoader, ShardedTensorIndex
 from torch import Tensor
 
 from mergekit_monosoup.checkpoints.names import natural
-from mergekit_monosoup.kernel.eigen import SolverError
-from mergekit_monosoup.kernel.task_vector import QUANTISED, NonFiniteError
+from mergekit_monosoup.kernel.errors import NonFiniteError, SolverError
+from mergekit_monosoup.kernel.task_vector import QUANTISED
 
-FILE_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
-SHOWN = 5  # tensors listed by name in a message; the rest are counted
+MODEL_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")  # of a model that is a single file
+NAMES_IN_MESSAGE = 5  # tensors listed by name in a message; the rest are counted
 
 
 class NotThereError(ValueError):
     """A path that cannot be a model."""
 
 
-def check_path(path: str) -> None:
-    """Nothing for what exists and for names that may be a hub repository's.
+def check_model_path(path: str) -> None:
+    """Check that a model may be at ``path``: it exists, or may be the name of a hub repository.
 
     Raises:
-        NotThereError: otherwise. Without it the hub client reports a misspelt folder as a repository that needs a login.
+        NotThereError: otherwise. Without it the hub client reports a misspelt folder as a
+            repository that needs a login.
     """
     local = (
         path.startswith((".", "/", "~"))
         or path.count("/") != 1
-        or path.lower().endswith(FILE_SUFFIXES)
+        or path.lower().endswith(MODEL_SUFFIXES)
     )
     if local and not os.path.exists(path):
         raise NotThereError(
@@ -62,43 +65,56 @@ class Checkpoints:
 
     Attributes:
         models: their names, as given.
-        names: tensors that all of them hold, in an order in which each file is opened once, as far as the models are
-            sharded alike.
-        remarks: a line for each set of models that hold tensors which others lack; those are left out.
+        names: tensors that all of them hold, in an order in which each file is opened once, as far
+            as the models are sharded alike.
+        remarks: a line for each set of models that hold tensors which others lack; those are left
+            out.
     """
 
     def __init__(self, models: Sequence[str], storage: Storage = Storage()):
-        """Raises ValueError: a model that cannot be opened, or has no tensor in common with the first."""
+        """Open the files of ``models``; nothing is read yet but their headers.
+
+        Raises:
+            ValueError: a model cannot be opened, or has no tensor in common with the first.
+        """
         self.models = tuple(models)
         self._loaders = [_open(model, storage) for model in self.models]
         indices = [loader.index.tensor_paths for loader in self._loaders]
-        for model, index in zip(self.models[1:], indices[1:], strict=True):
-            if not index.keys() & indices[0].keys():
-                raise ValueError(
-                    f"{model} has no tensor name in common with {self.models[0]} ({_listed(sorted(index))} against "
-                    f"{_listed(sorted(indices[0]))}): another architecture?"
-                )
-        everything = dict.fromkeys(name for index in indices for name in index)
-        held = {
+        self._check_overlap(indices)
+        holders = {
             name: [m for m, index in zip(self.models, indices, strict=True) if name in index]
-            for name in everything
+            for name in dict.fromkeys(name for index in indices for name in index)
         }
-        partial: dict[str, list[str]] = defaultdict(list)
-        for name in sorted(everything, key=natural):
-            if len(held[name]) < len(self.models):
-                partial[", ".join(held[name])].append(name)
-        self.remarks = [
-            f"left out, only in {holders}: {_listed(names)}" for holders, names in partial.items()
-        ]
-        shared = [name for name in everything if len(held[name]) == len(self.models)]
+        self.remarks = self._partial_remarks(holders)
+        shared = [name for name in holders if len(holders[name]) == len(self.models)]
         self.names = sorted(
             shared, key=lambda name: (*(index[name] for index in indices), natural(name))
         )
 
-    def load(self, name: str) -> list[Tensor]:
-        """The tensor of each model, of one shape.
+    def _check_overlap(self, indices: Sequence[Mapping[str, str]]) -> None:
+        for model, index in zip(self.models[1:], indices[1:], strict=True):
+            if not index.keys() & indices[0].keys():
+                raise ValueError(
+                    f"{model} has no tensor name in common with {self.models[0]} "
+                    f"({_listed(sorted(index))} against {_listed(sorted(indices[0]))}): another "
+                    "architecture?"
+                )
 
-        A method, not an iterator: the caller's variables would keep one tensor alive while the next is read.
+    def _partial_remarks(self, holders: Mapping[str, Sequence[str]]) -> list[str]:
+        """Return a line for each set of models that hold tensors which others lack."""
+        partial: dict[str, list[str]] = defaultdict(list)
+        for name in sorted(holders, key=natural):
+            if len(holders[name]) < len(self.models):
+                partial[", ".join(holders[name])].append(name)
+        return [
+            f"left out, only in {models}: {_listed(names)}" for models, names in partial.items()
+        ]
+
+    def load(self, name: str) -> list[Tensor]:
+        """Return the tensor of each model, all of one shape, as they are stored.
+
+        A method, not an iterator: the caller's variables would keep one tensor alive while the next
+        is read.
 
         Raises:
             ValueError: it cannot be read, is quantised to 8 bits, or the shapes differ.
@@ -107,15 +123,14 @@ class Checkpoints:
         for model, tensor in zip(self.models, tensors, strict=True):
             if tensor.is_floating_point() and tensor.dtype.itemsize == 1:
                 raise ValueError(f"{name} is {tensor.dtype} in {model}: {QUANTISED}")
+        first = tensors[0].shape
         for model, tensor in zip(self.models[1:], tensors[1:], strict=True):
-            if tensor.shape != tensors[0].shape:
-                hint = ""
-                if tensor.shape[1:] == tensors[0].shape[1:] and (
-                    "embed" in name or "lm_head" in name
-                ):
-                    hint = "; the vocabularies differ"
+            if tensor.shape != first:
+                vocabulary = "embed" in name or "lm_head" in name
+                differ = vocabulary and tensor.shape[1:] == first[1:]
                 raise ValueError(
-                    f"{name} is {tuple(tensors[0].shape)} in {self.models[0]} but {tuple(tensor.shape)} in {model}{hint}"
+                    f"{name} is {tuple(first)} in {self.models[0]} but {tuple(tensor.shape)} in "
+                    f"{model}{'; the vocabularies differ' if differ else ''}"
                 )
         return tensors
 
@@ -125,9 +140,8 @@ class Checkpoints:
             tensor = loader.get_tensor(name)
             assert tensor is not None  # raise_on_missing is the default
             return tensor
-        except (
-            Exception
-        ) as error:  # safetensors, zip and pickle errors name neither file nor tensor
+        except Exception as error:
+            # Errors of safetensors, zip and pickle name neither file nor tensor.
             file = os.path.join(loader.index.base_path, loader.index.tensor_paths[name])
             raise ValueError(
                 f"{name} cannot be read from {file} ({type(error).__name__}: {error})"
@@ -136,37 +150,36 @@ class Checkpoints:
 
 def _open(model: str, storage: Storage) -> LazyTensorLoader | _Pickled:
     try:
-        reference = ModelReference.parse(model)
-        check_path(reference.model.path)
-        if reference.lora:
-            check_path(reference.lora.path)
-            if storage.lora_merge_cache is None:
-                raise ValueError(
-                    "an adapter has to be merged into its base first: say where with --lora-merge-cache DIR"
-                )
-        merged = reference.merged(
-            storage.lora_merge_cache, trust_remote_code=storage.trust_remote_code
-        )
-        path = merged.model.path
-        single = os.path.isfile(path)
-        index = (
-            ShardedTensorIndex.from_file(path)
-            if single
-            else merged.tensor_index(storage.transformers_cache)
-        )
-    except (
-        Exception
-    ) as error:  # pydantic, the hub, transformers, peft: all of them without the model's name
+        index = _index(ModelReference.parse(model), storage)
+    except Exception as error:
+        # Errors of pydantic, the hub, transformers and peft all come without the model's name.
         kind = "" if type(error) in (ValueError, NotThereError) else f"{type(error).__name__}: "
         raise ValueError(f"{model}: {kind}{error}") from error
     return LazyTensorLoader(index) if index.is_safetensors else _Pickled(index)
 
 
-class _Pickled:
-    """Tensors of .bin files, mapped instead of read where torch can (its zip format, since 1.6): one at a time is in memory.
+def _index(reference: ModelReference, storage: Storage) -> ShardedTensorIndex:
+    """Return which file holds which tensor, after downloading the model or merging its adapter."""
+    check_model_path(reference.model.path)
+    if reference.lora:
+        check_model_path(reference.lora.path)
+        if storage.lora_merge_cache is None:
+            raise ValueError(
+                "an adapter has to be merged into its base first: say where with "
+                "--lora-merge-cache DIR"
+            )
+    merged = reference.merged(storage.lora_merge_cache, trust_remote_code=storage.trust_remote_code)
+    if os.path.isfile(merged.model.path):
+        return ShardedTensorIndex.from_file(merged.model.path)
+    return merged.tensor_index(storage.transformers_cache)
 
-    mergekit's lazy unpickler, made for the same, cannot read files that were renamed, or scalars, and reads the wrong
-    entries of views with gaps.
+
+class _Pickled:
+    """Tensors of .bin files, one file open at a time.
+
+    They are mapped instead of read where torch can (its zip format, since 1.6), so that one tensor
+    at a time is in memory. mergekit's lazy unpickler, made for the same, cannot read files that
+    were renamed, or scalars, and reads the wrong entries of views with gaps.
     """
 
     def __init__(self, index: ShardedTensorIndex):
@@ -175,9 +188,8 @@ class _Pickled:
         self._tensors: dict[str, Any] = {}
 
     def get_tensor(self, name: str) -> Tensor:
-        if self._file != (
-            file := os.path.join(self.index.base_path, self.index.tensor_paths[name])
-        ):
+        file = os.path.join(self.index.base_path, self.index.tensor_paths[name])
+        if self._file != file:
             tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zipfile(file))
             self._file, self._tensors = file, tensors.get("state_dict", tensors)
         if not isinstance(tensor := self._tensors[name], Tensor):
@@ -186,44 +198,50 @@ class _Pickled:
 
 
 def stored_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
-    """The dtype that holds all of them exactly; a bf16 base with an fp32 fine-tune is common."""
-    first, *others = (tensor.dtype for tensor in tensors)
-    for other in others:
-        first = torch.promote_types(first, other)
-    return first
+    """Return the smallest dtype that holds all of ``tensors`` exactly.
+
+    A base in bfloat16 with a fine-tune in float32 is common.
+    """
+    return reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
 
 
 def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
+    """Return the first few names, and how many more there are."""
+    rest = len(names) - NAMES_IN_MESSAGE
+    return ", ".join(names[:NAMES_IN_MESSAGE]) + (f" and {rest} more" if rest > 0 else "")
 
 
 @contextmanager
 def named_errors(name: str, models: Sequence[str]) -> Iterator[None]:
-    """Adds the tensor, and for entries that are not finite the model, to errors of kernels, which know neither.
+    """Turn errors of kernels into a ValueError that names the tensor, and the model at fault.
 
-    ``models``: in the order of the counts of :class:`NonFiniteError`.
+    The kernels know neither.
+
+    Args:
+        name: of the tensor that the block works on.
+        models: in the order of the counts of :class:`NonFiniteError`.
     """
     try:
         yield
     except NonFiniteError as error:
-        found = [
+        counts = [
             f"{count} entries in {model}"
             for count, model in zip(error.counts, models, strict=False)
             if count
         ]
         raise ValueError(
-            f"{name} is not finite: {'; '.join(found)}. Check that checkpoint: a diverged run or a damaged download is "
-            "the usual cause."
+            f"{name} is not finite: {'; '.join(counts)}. Check that checkpoint: a diverged run or "
+            "a damaged download is the usual cause."
         ) from error
     except SolverError as error:
         raise ValueError(f"{name}: its spectrum could not be computed ({error})") from error
 
 
 def local_reference(model: str) -> str:
-    """``model`` as it is best written in a configuration: relative folders with ./ in front.
+    """Return ``model`` as it is best written in a configuration: relative folders begin with ./
 
-    mergekit's model card takes folder/model for a hub repository and fails without a network, at the end of the merge.
+    mergekit's model card takes folder/model for a hub repository and fails without a network, at
+    the end of the merge.
     """
 
     def marked(part: str) -> str:

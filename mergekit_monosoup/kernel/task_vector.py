@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mergekit_monosoup.kernel.eigen import LOG, out_of_memory
+from mergekit_monosoup.kernel.errors import NonFiniteError as NonFiniteError
 
 # 4 MiB of float32: the bound on extra memory, long enough for GEMM to run at full speed, and small
 # enough for the allocator to use the same pages again. Measured on 1024 x 3072, whole edits: 2^17
@@ -32,22 +33,6 @@ QUANTISED = (
 def block_elements(device: torch.device) -> int:
     """Return the bound on the entries of a block on ``device``."""
     return BLOCK_ELEMENTS if device.type == "cpu" else ACCELERATOR_BLOCK_ELEMENTS
-
-
-class NonFiniteError(ValueError):
-    """Some input has NaN or infinite entries.
-
-    Attributes:
-        counts: how many, first of W0, then of each fine-tuned input.
-        name: of the matrix, which may be one of several in a stack of experts.
-    """
-
-    def __init__(self, counts: Sequence[int], name: str = ""):
-        self.counts, self.name = tuple(counts), name
-        super().__init__(
-            f"{name}{': ' * bool(name)}non-finite entries: {counts[0]} in the pretrained, "
-            f"{list(counts[1:])} in the fine-tuned inputs"
-        )
 
 
 def normalise(weights: Sequence[float]) -> list[float]:
