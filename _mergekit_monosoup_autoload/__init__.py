@@ -1,14 +1,15 @@
-"""Registers this package's merge methods as soon as mergekit has been imported, whoever imports it.
+"""The hook that registers this package's merge methods, whoever imports mergekit.
 
-mergekit knows a method once `register(method)` has run in the process, and it looks for no plugins. So a startup file
-(`mergekit_monosoup_autoload.pth`; Python >= 3.15: `.start`) calls :func:`install`, which puts a finder on
-`sys.meta_path`; the finder lets the import system import a target as ever and acts right after. With the environment
-variable MERGEKIT_MONOSOUP_AUTOLOAD=0 nothing of this happens. `import mergekit_monosoup` calls :func:`install` too, for
-installs whose startup files Python does not run (`pip install --target`).
+mergekit knows a method once `register(method)` has run in the process, and it looks for no plugins.
+So a startup file (`mergekit_monosoup_autoload.pth`; Python >= 3.15: `.start`) calls
+:func:`install`, which puts a finder on `sys.meta_path`; the finder lets the import system import a
+target as ever and acts right after. With the environment variable MERGEKIT_MONOSOUP_AUTOLOAD=0
+nothing of this happens. `import mergekit_monosoup` calls :func:`install` too, for installs whose
+startup files Python does not run (`pip install --target`).
 
-Every Python process of the environment runs this file. So it lies beside the package, not in it, imports nothing that
-the interpreter has not loaded already (that is why annotations are quoted and `typing` is absent), and no failure of
-ours may become a failure of theirs.
+Every Python process of the environment runs this file. So it lies beside the package, not in it,
+imports nothing that the interpreter has not loaded already (that is why annotations are quoted and
+`typing` is absent), and no failure of ours may become a failure of theirs.
 """
 
 import _thread
@@ -30,12 +31,17 @@ _lock = _thread.allocate_lock()
 
 
 def install() -> None:
-    """Put the finder in place and catch up with targets that are already imported. Calling it again does no harm."""
+    """Put the finder in place, and act on targets that are already imported.
+
+    Calling it again does no harm.
+    """
     if _switched_off():
         return
-    # Never held during an import: a thread in an import may call install(), and importlib cannot resolve that deadlock.
+    # Never held during an import: a thread in an import may call install(), and importlib cannot
+    # resolve that deadlock.
     with _lock:
-        # By name: if this module was dropped and imported anew, the class is another, and one finder is enough.
+        # By name: if this module was dropped and imported anew, the class is another, and one
+        # finder is enough.
         finder = next(
             (f for f in sys.meta_path if type(f).__name__ == MonosoupFinder.__name__), None
         )
@@ -45,15 +51,17 @@ def install() -> None:
             sys.meta_path.insert(0, finder)
     for name in TARGETS:
         module = sys.modules.get(name)
-        # A target in the middle of its import is acted on at its end, if the finder was there when it began.
+        # A target in the middle of its import is acted on at its end, if the finder was there when
+        # it began.
         if module is not None and not (present and _initialising(name)):
             finder.act(name, module)  # type: ignore[attr-defined]
 
 
 class MonosoupFinder:
-    """Finds nothing itself: asks the other finders for the targets and has their loaders report back.
+    """A finder that asks the other finders for the targets and has their loaders report back.
 
-    It stays on `sys.meta_path` after the first import: mergekit may be reloaded, or dropped and imported anew.
+    It finds nothing itself. It stays on `sys.meta_path` after the first import: mergekit may be
+    reloaded, or dropped and imported anew.
     """
 
     def __init__(self) -> None:
@@ -65,7 +73,8 @@ class MonosoupFinder:
     ) -> "ModuleSpec | None":
         if name not in TARGETS or _switched_off():
             return None
-        # Another tool's finder may ask all finders in turn, like this one: without the guard, the two recurse for ever.
+        # Another tool's finder may ask all finders in turn, like this one: without the guard, the
+        # two recurse for ever.
         search = (_thread.get_ident(), name)
         if search in self.searching:
             return None
@@ -74,7 +83,8 @@ class MonosoupFinder:
             spec = self._ask_the_others(name, path, target)
         finally:
             self.searching.discard(search)
-        # No exec_module: a namespace package, or a loader of the time before Python 3.4. Nothing to hold on to.
+        # No exec_module: a namespace package, or a loader of the time before Python 3.4. Nothing to
+        # hold on to.
         if spec is not None and hasattr(spec.loader, "exec_module"):
             spec.loader = _ReportingLoader(spec.loader, self)  # type: ignore[assignment]
         return spec
@@ -90,21 +100,25 @@ class MonosoupFinder:
         return None
 
     def act(self, name: str, module: "ModuleType") -> None:
-        """What a target was waited for; a failure is one log record per target and process, never an exception."""
+        """Do what the target was waited for.
+
+        A failure is one log record per target and process, never an exception.
+        """
         try:
             TARGETS[name](module)
         except Exception as error:
-            # Another thread is importing our methods and importlib chose this one to break the deadlock. The import
-            # over there goes on and registers at its end.
+            # Another thread is importing our methods and importlib chose this one to break the
+            # deadlock. The import over there goes on and registers at its end.
             if _initialising(METHODS) or name in self.warned:
                 return
             self.warned.add(name)
-            import logging  # not `warnings`: under `python -W error` a warning would break the import of mergekit
+            # Not `warnings`: under `python -W error` a warning would break the import of mergekit.
+            import logging
 
             logging.getLogger("mergekit_monosoup").warning(
-                "mergekit-monosoup could not hook into %s: %s: %s. mergekit itself is unaffected, but does not know "
-                "the methods %s. See the whole error with `python -c 'import %s'`, check versions with `pip check`, "
-                "or turn this off with %s=0.",
+                "mergekit-monosoup could not hook into %s: %s: %s. mergekit itself is unaffected, "
+                "but does not know the methods %s. See the whole error with `python -c 'import "
+                "%s'`, check versions with `pip check`, or turn this off with %s=0.",
                 name,
                 type(error).__name__,
                 error,
@@ -115,7 +129,10 @@ class MonosoupFinder:
 
 
 class _ReportingLoader:
-    """Stands in for a module's loader until the module executes, then hands back to it and reports the end."""
+    """A stand-in for a module's loader, which reports that the module has been executed.
+
+    It gives the module its own loader back before that.
+    """
 
     real: "Any" = None  # a copy made without __init__ would look it up in __getattr__ for ever
 
@@ -123,17 +140,16 @@ class _ReportingLoader:
         self.real = real
         self.finder = finder
 
-    def __getattr__(
-        self, name: str
-    ) -> "Any":  # get_source, is_package, ... for whoever only looks at the spec
+    # get_source, is_package, ... for whoever only looks at the spec.
+    def __getattr__(self, name: str) -> "Any":
         return getattr(self.real, name)
 
     def create_module(self, spec: "ModuleSpec") -> "ModuleType | None":
         return self.real.create_module(spec)
 
     def exec_module(self, module: "ModuleType") -> None:
-        # Restored before, not after: the module's own code and its later users (pkgutil, inspect, importlib.resources)
-        # are to see the loader they would see without us.
+        # Restored before, not after: the module's own code and its later users (pkgutil, inspect,
+        # importlib.resources) are to see the loader they would see without us.
         spec = module.__spec__
         if spec is not None:
             spec.loader = self.real
@@ -145,12 +161,14 @@ class _ReportingLoader:
 
 
 def _register_methods(merge_methods: "ModuleType") -> None:
+    """Import the module that registers our methods."""
     if _initialising(METHODS):
-        # `import mergekit_monosoup.methods` is what imports mergekit here, or another thread does: it registers at its
-        # end. Waiting for it would be a deadlock.
+        # `import mergekit_monosoup.methods` is what imports mergekit here, or another thread does:
+        # it registers at its end. Waiting for it would be a deadlock.
         return
-    # Asked, not remembered: mergekit may have been dropped from sys.modules and imported anew, with an empty registry.
-    # Then methods.py is executed anew as well, for it holds on to the classes of the mergekit that is gone.
+    # Looked up, not remembered: mergekit may have been dropped from sys.modules and imported anew,
+    # with an empty registry. Then methods.py is executed anew as well, for it holds on to the
+    # classes of the mergekit that is gone.
     if METHODS in sys.modules and all(
         method.spec.name not in NAMES for method in merge_methods.registered_methods()
     ):
@@ -159,7 +177,10 @@ def _register_methods(merge_methods: "ModuleType") -> None:
 
 
 def _allow_in_evolve(genome: "ModuleType") -> None:
-    """mergekit-evolve accepts only the methods in this table; its values are the parameters it searches over."""
+    """Add our methods to the table of those that mergekit-evolve accepts.
+
+    Its values are the parameters that mergekit-evolve searches over.
+    """
     for name in NAMES:
         genome.METHOD_PARAM_MAPS.setdefault(name, ["weight"])
 
@@ -171,9 +192,10 @@ TARGETS: "dict[str, Callable[[ModuleType], None]]" = {
 
 
 def _switched_off() -> bool:
+    """Return whether the user has switched the hook off."""
     return os.environ.get(SWITCH, "").strip().lower() in ("0", "false", "no", "off")
 
 
 def _initialising(name: str) -> bool:
-    """Whether the module's code is being executed, in this thread or another."""
+    """Return whether the module's code is being executed, in this thread or another."""
     return getattr(getattr(sys.modules.get(name), "__spec__", None), "_initializing", False)

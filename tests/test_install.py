@@ -1,8 +1,9 @@
 """The built wheel, installed: an unmodified mergekit finds the method, and nothing else notices.
 
-Each check is a process of a virtual environment that holds the wheel, started in an empty folder, so that neither the
-checkout nor its editable install can answer in the wheel's place. torch, mergekit and the rest are borrowed from the
-running environment by a line in a .pth file; Python does not read the .pth files of a folder added that way.
+Each check is a process of a virtual environment that holds the wheel, started in an empty folder,
+so that neither the checkout nor its editable install can answer in the wheel's place. torch,
+mergekit and the rest are borrowed from the running environment by a line in a .pth file; Python
+does not read the .pth files of a folder added that way.
 """
 
 from __future__ import annotations
@@ -29,18 +30,21 @@ from helpers import checkpoints
 
 import mergekit_monosoup
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 HOOK = "_mergekit_monosoup_autoload/__init__.py"
 PTH = "mergekit_monosoup_autoload.pth"
 START = "mergekit_monosoup_autoload.start"
-# --ignore-installed: a regular install in the running environment would count as "already satisfied".
+# --ignore-installed: a regular install in the running environment would count as "already
+# satisfied".
 OFFLINE = ("--no-index", "--no-deps", "--ignore-installed")
 SWITCHED_OFF = {"MERGEKIT_MONOSOUP_AUTOLOAD": "0"}
 Pair = tuple[Path, Path]  # pretrained and fine-tuned
 TIMEOUT = 300  # seconds; a deadlock must fail the test, not hang the suite
 
 
-# -- environments --------------------------------------------------------------------------------------------------
+# -- environments ----------------------------------------------------------------------------------
 
 
 @dataclass
@@ -62,7 +66,7 @@ class Environment:
     def run(
         self, *arguments: object, fails: bool | None = False, **variables: Any
     ) -> subprocess.CompletedProcess[str]:
-        """``fails``: whether a failure is what is wanted; None: the caller will judge."""
+        """Run Python. ``fails``: whether it should fail; None: the caller will judge."""
         # Without the variables that change what Python imports or switch the hook.
         kept = {
             k: v
@@ -84,7 +88,7 @@ class Environment:
         return done
 
     def code(self, source: str, *flags: str, **variables: Any) -> Any:
-        """Runs the source, which prints JSON as its last line, and returns that."""
+        """Run source that prints JSON as its last line; return that."""
         done = self.run(*flags, "-c", textwrap.dedent(source), **variables)
         return json.loads(done.stdout.splitlines()[-1])
 
@@ -92,7 +96,10 @@ class Environment:
         self.run("-m", "pip", "--quiet", "--disable-pip-version-check", *arguments)
 
     def files(self) -> set[str]:
-        """Everything in site-packages and bin, without the bytecode of others, which appears as they run."""
+        """Return all files in site-packages and bin.
+
+        The bytecode of other packages is left out: it appears as they run.
+        """
         places = [path for folder in (self.site, self.python.parent) for path in folder.rglob("*")]
         return {
             str(path)
@@ -169,7 +176,10 @@ def config(models: Pair, file: Path, suffix: str = "") -> Path:
 
 
 def script(name: str) -> Path:
-    """A console script of the running environment, unmodified: in `python SCRIPT` the shebang line is a comment."""
+    """Return a console script of the running environment, unmodified.
+
+    In `python SCRIPT` the shebang line is a comment.
+    """
     path = Path(sys.executable).parent / name
     assert path.is_file(), f"{path} is missing: is mergekit installed in the running environment?"
     return path
@@ -187,7 +197,7 @@ def assert_edited(out: Path, models: Pair) -> None:
             assert torch.equal(W[name], W1[name]), name
 
 
-# -- what is shipped -----------------------------------------------------------------------------------------------
+# -- what is shipped -------------------------------------------------------------------------------
 
 
 def test_wheel_contents(wheel: Path) -> None:
@@ -195,7 +205,14 @@ def test_wheel_contents(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         text = {name: archive.read(name).decode() for name in names if not name.endswith("/")}
-    assert {name.split("/")[0] for name in names} == {"mergekit_monosoup", info, HOOK, PTH, START}
+    assert {name.split("/")[0] for name in names} == {
+        "mergekit_monosoup",
+        "_mergekit_monosoup_autoload",
+        info,
+        PTH,
+        START,
+    }
+    assert {name for name in names if name.startswith("_mergekit_monosoup_autoload/")} == {HOOK}
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "mergekit_monosoup").rglob("*.py")}
     assert {
         name for name in names if name.startswith("mergekit_monosoup/") and name.endswith(".py")
@@ -217,15 +234,17 @@ def test_wheel_contents(wheel: Path) -> None:
 
 
 def test_the_hook_runs_first_in_no_ones_way() -> None:
-    # Startup files run in sorted order; ours comes after those that put editable installs on the path.
+    # Startup files run in sorted order; ours comes after those that put editable installs on the
+    # path.
     assert sorted([PTH, "__editable__.any-1.0.pth", "_mergekit_monosoup.pth"])[-1] == PTH
 
 
-# -- the start of Python -------------------------------------------------------------------------------------------
+# -- the start of Python ---------------------------------------------------------------------------
 
 SHOW_START = """
 import json, sys
-finders = [type(finder).__module__ for finder in sys.meta_path if type(finder).__name__ == "MonosoupFinder"]
+ours = [f for f in sys.meta_path if type(f).__name__ == "MonosoupFinder"]
+finders = [type(finder).__module__ for finder in ours]
 print(json.dumps([finders, sorted(sys.modules)]))
 """
 
@@ -237,7 +256,8 @@ def test_start_imports_only_the_hook(installed: Environment, flags: list[str]) -
     assert finders == ["_mergekit_monosoup_autoload"]
     assert done.stderr == ""
     assert not {"torch", "mergekit", "mergekit_monosoup"} & set(modules)
-    # json, for printing, is imported by both; the difference to a start without the package is the hook's own module.
+    # json, for printing, is imported by both; the difference to a start without the package is the
+    # hook's own module.
     without = json.loads(installed.run(*flags, "-S", "-c", SHOW_START).stdout)[1]
     assert not {"logging", "threading", "typing", "importlib.util"} & (set(modules) - set(without))
 
@@ -249,10 +269,12 @@ def test_the_switch(installed: Environment) -> None:
     source = """
         import json, mergekit.merge_methods as m
         before = [x.spec.name for x in m.registered_methods()]
-        import mergekit_monosoup  # importing the package is no order to hook in either; importing its methods is
+        # Importing the package is no order to hook in either; importing its methods is.
+        import mergekit_monosoup
         between = [x.spec.name for x in m.registered_methods()]
         import mergekit_monosoup.methods
-        print(json.dumps([["monosoup" in names for names in (before, between)], m.get("monosoup").spec.name]))
+        registered = ["monosoup" in names for names in (before, between)]
+        print(json.dumps([registered, m.get("monosoup").spec.name]))
     """
     assert installed.code(source, **SWITCHED_OFF) == [[False, False], "monosoup"]
 
@@ -290,7 +312,7 @@ def test_without_mergekit_python_starts_and_the_package_imports(
     assert alone.run("-c", "pass").stderr == ""
 
 
-# -- mergekit, unmodified ------------------------------------------------------------------------------------------
+# -- mergekit, unmodified --------------------------------------------------------------------------
 
 
 @dataclass
@@ -303,7 +325,10 @@ class Run:
 def runs(
     installed: Environment, models: Pair, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Run]:
-    """The slow processes, two at a time: importing torch, transformers and peft takes each of them seconds."""
+    """Run the slow processes, two at a time.
+
+    Importing torch, transformers and peft takes each of them seconds.
+    """
     folder = tmp_path_factory.mktemp("runs")
     yml = config(models, folder / "monosoup.yml")
     raw = config(models, folder / "raw.yml", suffix="/model.safetensors")
@@ -356,29 +381,35 @@ def test_two_stages(runs: dict[str, Run], models: Pair) -> None:
 # What Python code meets, in the order in which it would first meet it.
 API = """
 import json, sys
-from mergekit.merge_methods.registry import get  # the first import of mergekit, past the package's own names
+# The first import of mergekit, past the package's own names.
+from mergekit.merge_methods.registry import get
 facts = {"registry": get("monosoup").spec.name}
 
 import mergekit.merge_methods as merge_methods
-facts["loaders"] = [type(x).__name__ for x in (merge_methods.__spec__.loader, merge_methods.__loader__)]
+loaders = merge_methods.__spec__.loader, merge_methods.__loader__
+facts["loaders"] = [type(loader).__name__ for loader in loaders]
 
 import torch
 torch.manual_seed(0)
 base, tuned = torch.randn(24, 16), torch.randn(24, 16)
 merged = merge_methods.merge_tensors([base, tuned], "monosoup", base_index=0)
-facts["merge_tensors"] = [float((merged - w).norm() / (base - tuned).norm()) for w in (base, tuned)]
+size = (base - tuned).norm()
+facts["merge_tensors"] = [float((merged - w).norm() / size) for w in (base, tuned)]
 
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 import yaml
 config, out = sys.argv[1:]
-run_merge(MergeConfiguration.model_validate(yaml.safe_load(open(config))), out, MergeOptions(quiet=True))
+configuration = MergeConfiguration.model_validate(yaml.safe_load(open(config)))
+run_merge(configuration, out, MergeOptions(quiet=True))
 
 from mergekit.evo.genome import METHOD_PARAM_MAPS, ModelGenomeDefinition
 from mergekit_monosoup.methods import METHODS
-facts["evolve"] = {method.spec.name: METHOD_PARAM_MAPS.get(method.spec.name) for method in METHODS}
-facts["genome"] = ModelGenomeDefinition(models=["a"], merge_method="monosoup", base_model="b").merge_method
+names = [method.spec.name for method in METHODS]
+facts["evolve"] = {name: METHOD_PARAM_MAPS.get(name) for name in names}
+genome = ModelGenomeDefinition(models=["a"], merge_method="monosoup", base_model="b")
+facts["genome"] = genome.merge_method
 
 import importlib
 importlib.reload(merge_methods)
@@ -398,8 +429,8 @@ print(json.dumps(facts))
 def facts(runs: dict[str, Run]) -> dict[str, Any]:
     done = runs["api"].done
     assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    printed: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return printed
 
 
 def test_registry_imported_directly(facts: dict[str, Any]) -> None:
@@ -474,11 +505,14 @@ def test_ray_worker(installed: Environment) -> None:
     assert parent != child and name == "monosoup"
 
 
-# -- when something is wrong ---------------------------------------------------------------------------------------
+# -- when something is wrong -----------------------------------------------------------------------
 
 
 def write(folder: Path, modules: dict[str, str]) -> str:
-    """Modules by dotted name, each package on the way with an __init__.py; returns the folder for PYTHONPATH."""
+    """Write modules by dotted name, each package with an __init__.py.
+
+    Returns the folder, for PYTHONPATH.
+    """
     for name, source in modules.items():
         path = folder.joinpath(*name.split(".")).with_suffix(".py")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -489,7 +523,7 @@ def write(folder: Path, modules: dict[str, str]) -> str:
 
 
 def ours(stderr: str) -> list[str]:
-    """Log records of ours, printed bare; a traceback's lines are indented."""
+    """Return log records of ours, printed bare; a traceback's lines are indented."""
     return [
         line
         for line in stderr.splitlines()
@@ -502,9 +536,10 @@ def test_a_method_of_mergekit_itself_wins(installed: Environment, tmp_path: Path
     shutil.copytree(home, tmp_path / "mergekit", ignore=shutil.ignore_patterns("__pycache__"))
     with (tmp_path / "mergekit" / "merge_methods" / "__init__.py").open("a") as file:
         file.write(
-            "\nregister(GeneralizedTaskArithmeticMerge(consensus_method=None, sparsification_method=None,"
-            "default_normalize=False, default_rescale=False, method_name='monosoup', method_pretty_name='Theirs',"
-            "method_reference_url=None))\n"
+            "\nregister(GeneralizedTaskArithmeticMerge("
+            "consensus_method=None, sparsification_method=None,"
+            "default_normalize=False, default_rescale=False,"
+            "method_name='monosoup', method_pretty_name='Theirs', method_reference_url=None))\n"
         )
     source = "import mergekit.merge_methods as m; print(m.get('monosoup').spec.pretty_name)"
     done = installed.run("-c", source, PYTHONPATH=str(tmp_path))
@@ -516,7 +551,8 @@ def test_broken_methods_leave_mergekit_working(installed: Environment, tmp_path:
     broken = write(tmp_path, {"mergekit_monosoup.methods": "raise OSError('the disk is on fire')"})
     source = """
         import torch, mergekit.merge_methods as m
-        merged = m.merge_tensors([torch.zeros(2), torch.ones(2)], "linear", parameters={"weight": 0.5})
+        tensors = [torch.zeros(2), torch.ones(2)]
+        merged = m.merge_tensors(tensors, "linear", parameters={"weight": 0.5})
         print(merged.tolist())
     """
     done = installed.run("-c", textwrap.dedent(source), PYTHONPATH=broken)
@@ -533,11 +569,19 @@ FAKE_MERGEKIT = {
         def registered_methods():
             return [SimpleNamespace(spec=SimpleNamespace(name=name)) for name in names]
     """,
-    "mergekit.merge_methods.__init__": "from mergekit.merge_methods.registry import names, registered_methods",
+    "mergekit.merge_methods.__init__": """
+        from mergekit.merge_methods.registry import names, registered_methods
+    """,
 }
 FAKE_METHODS = {
-    "mergekit_monosoup.__init__": "import _mergekit_monosoup_autoload; _mergekit_monosoup_autoload.install()",
-    "mergekit_monosoup.methods": "from mergekit.merge_methods import names; names.append('monosoup')",
+    "mergekit_monosoup.__init__": """
+        import _mergekit_monosoup_autoload
+        _mergekit_monosoup_autoload.install()
+    """,
+    "mergekit_monosoup.methods": """
+        from mergekit.merge_methods import names
+        names.append('monosoup')
+    """,
 }
 
 
@@ -556,9 +600,8 @@ def test_registered_once_whatever_comes_first(
 ) -> None:
     fake = {**FAKE_MERGEKIT, **FAKE_METHODS}
     if entangled:  # half-way through its own import
-        fake["mergekit.merge_methods.__init__"] = (
-            "import mergekit_monosoup\n" + fake["mergekit.merge_methods.__init__"]
-        )
+        rest = textwrap.dedent(fake["mergekit.merge_methods.__init__"])
+        fake["mergekit.merge_methods.__init__"] = "import mergekit_monosoup\n" + rest
     source = (
         f"import {first}, mergekit.merge_methods as m, mergekit_monosoup.methods; print(*m.names)"
     )
@@ -567,7 +610,7 @@ def test_registered_once_whatever_comes_first(
 
 
 def test_one_warning_however_often(installed: Environment, tmp_path: Path) -> None:
-    """Also under -W error, where a Python warning would become an exception in mergekit's import."""
+    """Also under -W error, where a warning would become an exception in mergekit's import."""
     fake = write(tmp_path, {**FAKE_MERGEKIT, "mergekit_monosoup.methods": "1 / 0"})
     source = """
         import importlib, _mergekit_monosoup_autoload
@@ -606,15 +649,16 @@ def test_another_finder_that_asks_all_finders(
     source = """
         import json, sys
         class Other:
-            asked = 0
+            calls = 0
             def find_spec(self, name, path=None, target=None):
                 if name == "mergekit.merge_methods":
-                    Other.asked += 1
-                    specs = (f.find_spec(name, path, target) for f in sys.meta_path if f is not self)
+                    Other.calls += 1
+                    others = [f for f in sys.meta_path if f is not self]
+                    specs = (f.find_spec(name, path, target) for f in others)
                     return next(filter(None, specs), None)
         sys.meta_path.insert(int(sys.argv[1]), Other())
         from mergekit.merge_methods import names
-        print(json.dumps([names, Other.asked > 0]))
+        print(json.dumps([names, Other.calls > 0]))
     """
     fake = write(tmp_path, {**FAKE_MERGEKIT, **FAKE_METHODS})
     done = installed.run("-c", textwrap.dedent(source), place, PYTHONPATH=fake)
@@ -622,9 +666,10 @@ def test_another_finder_that_asks_all_finders(
 
 
 def test_two_threads(installed: Environment, tmp_path: Path) -> None:
-    """One imports mergekit, which imports our methods; the other our package or its methods, which import mergekit.
+    """One imports mergekit, which imports our methods; the other our package or its methods.
 
-    A grid of starting times, so that each meets the other before, in and after each of its imports.
+    Those import mergekit. A grid of starting times, so that each meets the other before, in and
+    after each of its imports.
     """
     slow = "import time; time.sleep(0.01)\n"
     modules = {
@@ -644,18 +689,20 @@ def test_two_threads(installed: Environment, tmp_path: Path) -> None:
         names = ["mergekit_monosoup", "mergekit_monosoup.methods"]
         for theirs, ours, name, hooked in itertools.product(delays, delays, names, [True, False]):
             if not hooked:  # as in an install whose startup files do not run
-                sys.meta_path[:] = [f for f in sys.meta_path if type(f).__name__ != "MonosoupFinder"]
-            for module in [m for m in sys.modules if m.split(".")[0] in ("mergekit", "mergekit_monosoup")]:
+                finders = [f for f in sys.meta_path if type(f).__name__ != "MonosoupFinder"]
+                sys.meta_path[:] = finders
+            packages = "mergekit", "mergekit_monosoup"
+            for module in [m for m in sys.modules if m.split(".")[0] in packages]:
                 del sys.modules[module]
             pairs = (theirs, "mergekit.merge_methods"), (ours, name)
-            threads = [threading.Thread(target=load, args=pair, daemon=True) for pair in pairs]
+            threads = [threading.Thread(target=load, args=p, daemon=True) for p in pairs]
             for thread in threads: thread.start()
             for thread in threads: thread.join(20)
             if any(thread.is_alive() for thread in threads):
                 sys.exit(f"deadlock at {theirs}, {ours}, {name}, {hooked}")
-            known = sys.modules["mergekit.merge_methods"].names
-            if known != ["monosoup"]:
-                wrong.append([theirs, ours, name, hooked, known])
+            registered = sys.modules["mergekit.merge_methods"].names
+            if registered != ["monosoup"]:
+                wrong.append([theirs, ours, name, hooked, registered])
         print(json.dumps(wrong))
     """
     done = installed.run("-c", textwrap.dedent(source), PYTHONPATH=fake)
@@ -663,32 +710,33 @@ def test_two_threads(installed: Environment, tmp_path: Path) -> None:
     assert done.stderr == ""
 
 
-# -- other ways to install -----------------------------------------------------------------------------------------
+# -- other ways to install -------------------------------------------------------------------------
 
 HOME = """
 import json, sys, mergekit.merge_methods as m
-known = "monosoup" in [method.spec.name for method in m.registered_methods()]
-print(json.dumps(sys.modules["mergekit_monosoup"].__file__ if known else None))
+registered = "monosoup" in [method.spec.name for method in m.registered_methods()]
+print(json.dumps(sys.modules["mergekit_monosoup"].__file__ if registered else None))
 """
 
 
 def round_trip(
-    environment: Environment,
-    install: Callable[[], object],
-    uninstall: Callable[[], object],
-    leaves: str = "",
+    environment: Environment, install: Callable[[], object], uninstall: Callable[[], object]
 ) -> Path:
-    """Installs, looks, uninstalls; then every file is as before. Returns where the methods came from."""
+    """Install, look, and uninstall; then every file is as before.
+
+    Returns the folder that the methods came from.
+    """
     before = environment.files()
     install()
     try:
         home = environment.code(HOME)
         new = environment.files() - before
-        assert {HOOK, PTH, START, "mergekit-monosoup"} <= {Path(path).name for path in new}
+        expected = {environment.site / name for name in (HOOK, PTH, START)}
+        expected.add(environment.python.parent / "mergekit-monosoup")
+        assert expected <= set(map(Path, new))
     finally:
         uninstall()
-    changed = environment.files() ^ before
-    assert {path for path in changed if not (leaves and Path(path).match(leaves))} == set()
+    assert environment.files() == before
     return Path(home).parent
 
 
@@ -710,32 +758,26 @@ def test_editable_install(bare: Environment) -> None:
     assert home == ROOT / "mergekit_monosoup"
 
 
-def test_uv_install(bare: Environment, wheel: Path) -> None:
-    def uv(*arguments: object) -> None:
-        command = [
-            sys.executable,
-            "-m",
-            "uv",
-            "pip",
-            *map(str, arguments),
-            "--offline",
-            "--python",
-            str(bare.python),
-        ]
-        subprocess.run(command, check=True, timeout=TIMEOUT)
+def uv(environment: Environment, *arguments: object) -> None:
+    options = ("--offline", "--python", environment.python)
+    command = [sys.executable, "-m", "uv", "pip", *map(str, (*arguments, *options))]
+    subprocess.run(command, check=True, timeout=TIMEOUT)
 
+
+def test_uv_install(bare: Environment, wheel: Path) -> None:
     home = round_trip(
         bare,
-        lambda: uv("install", "--no-deps", wheel),
-        lambda: uv("uninstall", "mergekit-monosoup"),
-        # uv forgets the bytecode of modules outside packages; without its source Python ignores it.
-        leaves="__pycache__/_mergekit_monosoup_autoload.*.pyc",
+        lambda: uv(bare, "install", "--no-deps", wheel),
+        lambda: uv(bare, "uninstall", "mergekit-monosoup"),
     )
     assert home == bare.site / "mergekit_monosoup"
 
 
 def test_pip_target_needs_an_import(bare: Environment, wheel: Path, tmp_path: Path) -> None:
-    """Python runs no startup files there. The first half also shows that mergekit knows nothing by itself."""
+    """Python runs no startup files there.
+
+    The first half also shows that mergekit knows nothing by itself.
+    """
     bare.pip("install", *OFFLINE, "--target", tmp_path / "target", wheel)
     source = HOME + "import mergekit_monosoup; print(m.get('monosoup').spec.name)"
     done = bare.run("-c", source, PYTHONPATH=str(tmp_path / "target"))
@@ -745,3 +787,101 @@ def test_pip_target_needs_an_import(bare: Environment, wheel: Path, tmp_path: Pa
 def test_own_command(installed: Environment) -> None:
     done = installed.run(installed.python.parent / "mergekit-monosoup", "--version")
     assert mergekit_monosoup.__version__ in done.stdout
+
+
+# -- over an older version -------------------------------------------------------------------------
+
+# Modules of a wheel from before the package had folders; each would shadow, or be shadowed by, what
+# is now a folder, or is gone.
+FLAT_MODULES = (
+    "check",
+    "distributed/driver",
+    "distributed/fingerprint",
+    "eigen",
+    "layout",
+    "monosoup",
+    "pair",
+    "report",
+    "spectrum",
+    "stack",
+    "svc",
+    "weight",
+)
+STALE = "raise ImportError('a module of the old version')\n"
+
+
+@pytest.fixture(scope="session")
+def old_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel of a lower version with flat modules, none of which can be imported."""
+    info = "mergekit_monosoup-0.0.1.dist-info"
+    files = {f"mergekit_monosoup/{name}.py": STALE for name in FLAT_MODULES}
+    files |= {
+        "mergekit_monosoup/__init__.py": STALE,
+        "mergekit_monosoup/distributed/__init__.py": STALE,
+        "_mergekit_monosoup_autoload.py": STALE,
+        PTH: "# no hook: it would fail in every start of Python, also in the installer's\n",
+        START: "\n",
+        f"{info}/METADATA": "Metadata-Version: 2.1\nName: mergekit-monosoup\nVersion: 0.0.1\n",
+        f"{info}/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    record = f"{info}/RECORD"
+    files[record] = "".join(f"{name},,\n" for name in [*files, record])
+    path = tmp_path_factory.mktemp("old") / "mergekit_monosoup-0.0.1-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, text in files.items():
+            archive.writestr(name, text)
+    return path
+
+
+def installed_sources(folder: Path) -> set[str]:
+    """Return the sources of ours in a folder of packages."""
+    paths = [path for path in folder.rglob("*.py") if "mergekit_monosoup" in str(path)]
+    return {str(path.relative_to(folder)) for path in paths}
+
+
+def sources_of(wheel: Path) -> set[str]:
+    with zipfile.ZipFile(wheel) as archive:
+        return {name for name in archive.namelist() if name.endswith(".py")}
+
+
+@pytest.mark.parametrize("installer", ["pip", "uv"])
+def test_an_upgrade_leaves_nothing_of_the_old_version(
+    wheel: Path, old_wheel: Path, tmp_path: Path, installer: str
+) -> None:
+    environment = create(tmp_path)
+
+    def install(path: Path) -> None:
+        if installer == "uv":
+            uv(environment, "install", "--no-deps", "--upgrade", path)
+        else:
+            environment.pip("install", "--no-index", "--no-deps", "--upgrade", path)
+
+    install(old_wheel)
+    assert installed_sources(environment.site) == sources_of(old_wheel)
+    assert not sources_of(old_wheel) <= sources_of(wheel)
+    install(wheel)
+    assert installed_sources(environment.site) == sources_of(wheel)
+    assert not [path for path in environment.files() if "0.0.1" in path]
+    home = environment.code(HOME)
+    assert Path(home).parent == environment.site / "mergekit_monosoup"
+
+
+def test_an_upgrade_in_a_target_folder(
+    bare: Environment, wheel: Path, old_wheel: Path, tmp_path: Path
+) -> None:
+    """pip uninstalls nothing there: what the new version does not replace stays."""
+    target = tmp_path / "target"
+    bare.pip("install", *OFFLINE, "--target", target, old_wheel)
+    assert installed_sources(target) == sources_of(old_wheel)
+    bare.pip("install", *OFFLINE, "--target", target, "--upgrade", wheel)
+    stale = target / "_mergekit_monosoup_autoload.py"
+    assert installed_sources(target) - {stale.name} == sources_of(wheel)
+    # The one file that may stay stands beside a folder of its name, which Python prefers.
+    stale.write_text(STALE)
+    source = """
+        import json, mergekit_monosoup, _mergekit_monosoup_autoload as hook
+        import mergekit.merge_methods as m
+        print(json.dumps([hook.__file__, m.get("monosoup").spec.name]))
+    """
+    home = bare.code(source, PYTHONPATH=str(target))
+    assert home == [str(target / HOOK), "monosoup"]
