@@ -1,6 +1,15 @@
-"""A merge by several worker processes, on one machine or many, that survives being killed: `mergekit-monosoup run`.
+"""A merge by several workers, on one machine or many, that survives being killed: `run`.
 
-mergekit plans, merges each tensor and writes the files around the weights; Ray starts the workers. What is here divides the
-plan (:mod:`.plan`), executes a part of it (:mod:`.worker`), hands parts out (:mod:`.engines`), keeps what is finished
-(:mod:`.folder`, :mod:`.fingerprint`) and ties these together (:mod:`.driver`). Works for every merge method.
+mergekit plans, merges each tensor and writes the files around the weights; Ray starts the workers.
+This folder divides the plan among them. It works for every merge method of mergekit. From the
+command line down:
+
+    command.py       the options of `mergekit-monosoup run`, its messages and exit codes
+    driver.py        a merge from claiming OUT to publishing the model; ties the rest together
+    plan.py          mergekit's plan divided into batches of tensors, by size and memory
+    engines.py       who executes batches: this process, or workers of Ray
+    worker.py        what a worker does with a batch
+    folder.py        OUT while the merge is unfinished: what is kept on disk, and publishing
+    dependencies.py  what the result depends on, so that only an unchanged merge is resumed
+    progress.py      the bar on stderr
 """

@@ -1,4 +1,7 @@
-"""The command behind `mergekit-monosoup run`: mergekit-yaml's options, and those that divide a merge among workers."""
+"""The command `mergekit-monosoup run`.
+
+It has mergekit-yaml's options, and those that divide a merge among workers.
+"""
 
 from __future__ import annotations
 
@@ -25,11 +28,14 @@ from mergekit_monosoup.distributed.engines import InProcess, OnRay, import_ray
 from mergekit_monosoup.distributed.folder import Done, WorkFolder
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
-ALONE = "--gpus gives each of several workers a GPU: add --workers N, or take --cuda for one"
+NEEDS_WORKERS = (
+    "--gpus gives each of several workers a GPU: add --workers N, or take --cuda for one"
+)
 
-# Every option of mergekit 0.1.5 reaches the workers, or the driver, as it is (`num_threads`: of each worker), but for
-# `multi_gpu` and devices, which are checked below. One that a later mergekit brings is refused until it has been looked at.
-KNOWN = frozenset(
+# Every option of mergekit 0.1.5 reaches the workers, or the driver, as it is (`num_threads`: of
+# each worker), but for `multi_gpu` and devices, which are checked below. One that a later mergekit
+# brings is refused until it has been looked at.
+SUPPORTED_OPTIONS = frozenset(
     {
         "allow_crimes",
         "unsafe_truncate_embeddings",
@@ -103,36 +109,17 @@ def run(
 ) -> None:
     """Merge CONFIG into OUT as mergekit-yaml does, tensor for tensor the same, by several workers.
 
-    Without --workers (or with one), --ray, --resume and --seed-per-tensor this is mergekit-yaml in this process, but that
-    it leaves a finished model in OUT alone. What --workers and --ray merge can be resumed; for one worker, give --resume
-    from the start. A worker has -j threads, 1 by default; the result is that of mergekit-yaml with as many.
+    Without --workers (or with one), --ray, --resume and --seed-per-tensor this is mergekit-yaml in
+    this process, but that it leaves a finished model in OUT alone. What --workers and --ray merge
+    can be resumed; for one worker, give --resume from the start. A worker has -j threads, 1 by
+    default; the result is that of mergekit-yaml with as many.
     """
     on_ray = address is not None or (workers or 1) > 1
     if not (on_ray or resume or seed_per_tensor):
-        work = WorkFolder(out_path)
-        with _errors(out_path, verbose=False):
-            if gpus:
-                raise ValueError(ALONE)
-            config, _ = _configuration(config_file)
-            _check_places(out_path, config)
-            with work.claimed(resume=False, force=force):
-                pass
-        callback: Any = run_yaml.main.callback
-        mergekit_yaml = partial(callback, config_file=config_file, **merge_options.model_dump())
-        with _errors(out_path, merge_options.verbosity > 0):
-            if not force:
-                mergekit_yaml(out_path=out_path)
-                return
-            with work.claimed(
-                resume=False, force=True
-            ):  # the old model stays until the new one is complete
-                mergekit_yaml(out_path=str(work.files))
-                work.prepare({})
-                work.publish()
-                work.remove()
+        _run_mergekit_yaml(config_file, out_path, merge_options, gpus=gpus, force=force)
         return
     with _errors(out_path, merge_options.verbosity > 0):
-        options = _checked(merge_options, on_ray, gpus)
+        options = _check_options(merge_options, on_ray, gpus)
         options.model_copy(update={"num_threads": None}).apply_global_options()
         engine: type[InProcess] | partial[OnRay] = InProcess
         threads = options.num_threads
@@ -140,41 +127,93 @@ def run(
             import_ray()  # before anything is read
             threads = threads or 1
             engine = partial(OnRay, address, workers, threads, gpus)
-        config, source = _configuration(config_file)
+        config, source = _read_configuration(config_file)
         _check_places(out_path, config)
         seed = (options.random_seed or 0) if seed_per_tensor else None
         request = Request(config, source, Path(out_path), options, threads, seed, engine)
         records = merge(request, resume=resume, force=force)
     if not options.quiet:
-        _tell(out_path, records, options.verbosity > 0)
+        _print_summary(out_path, records, options.verbosity > 0)
 
 
-def _configuration(path: str) -> tuple[MergeConfiguration, str]:
-    """The configuration, and its text.
+def _run_mergekit_yaml(
+    config_file: str, out_path: str, options: MergeOptions, *, gpus: bool, force: bool
+) -> None:
+    """Merge by mergekit-yaml's own function, unless that would destroy a model in OUT."""
+    work = WorkFolder(out_path)
+    with _errors(out_path, verbose=False):
+        if gpus:
+            raise ValueError(NEEDS_WORKERS)
+        config, _ = _read_configuration(config_file)
+        _check_places(out_path, config)
+        with work.claimed(resume=False, force=force):
+            pass
+    callback: Any = run_yaml.main.callback
+    mergekit_yaml = partial(callback, config_file=config_file, **options.model_dump())
+    with _errors(out_path, options.verbosity > 0):
+        if not force:
+            mergekit_yaml(out_path=out_path)
+            return
+        # The old model stays until the new one is complete.
+        with work.claimed(resume=False, force=True):
+            mergekit_yaml(out_path=str(work.files))
+            work.prepare({})
+            work.publish()
+            work.remove()
+
+
+# -- what is read ----------------------------------------------------------------------------------
+
+
+def _read_configuration(path: str) -> tuple[MergeConfiguration, str]:
+    """Return the configuration, and its text.
 
     Raises:
-        OSError, ValueError: it cannot be read, is not YAML, holds several stages, or mergekit does not accept it.
+        OSError: the file cannot be read.
+        ValueError: it is not YAML, holds several stages, or mergekit does not accept it.
     """
     source = Path(path).read_text(encoding="utf-8")
-    return MergeConfiguration.model_validate(_document(path, source)), source
+    return MergeConfiguration.model_validate(_parse_stage(path, source)), source
+
+
+def _parse_stage(path: str, source: str) -> Any:
+    """Return the only document of a YAML file.
+
+    Raises:
+        ValueError: it is not YAML, or holds several stages.
+    """
+    try:
+        documents = list(yaml.safe_load_all(source))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not YAML: {error}") from error
+    if len(documents) != 1:
+        raise ValueError(
+            f"{path}: holds {len(documents)} stages; mergekit-multi merges those one after the "
+            "other, `run` takes one of them"
+        )
+    return documents[0]
 
 
 def _check_places(out_path: str, config: MergeConfiguration) -> None:
-    """Raises ValueError: OUT is one of the models that are merged, which the merge would replace; or a file is cut off."""
+    """Check the folders of the models that are merged.
+
+    Raises:
+        ValueError: OUT is one of them, which the merge would replace; or a file is cut off.
+    """
     parts = [
         part for r in config.referenced_models() for part in (r.model, r.lora) if part is not None
     ]
-    for place in (part.path for part in parts if os.path.isdir(part.path)):
-        if os.path.realpath(place) == os.path.realpath(out_path):
+    for folder in (part.path for part in parts if os.path.isdir(part.path)):
+        if os.path.realpath(folder) == os.path.realpath(out_path):
             raise ValueError(
                 f"{out_path} is an input of this merge, which would replace it: name another folder"
             )
-        for file in _weights(Path(place)):
+        for file in _weights(Path(folder)):
             read_header(str(file))
 
 
 def _weights(folder: Path) -> Iterator[Path]:
-    """Safetensors files that mergekit will open, whatever else lies beside them."""
+    """Yield the safetensors files that mergekit will open, whatever else lies beside them."""
     names = {"model.safetensors", "adapter_model.safetensors"}
     with suppress(OSError, ValueError, KeyError, AttributeError):
         index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
@@ -186,85 +225,86 @@ def _weights(folder: Path) -> Iterator[Path]:
     )
 
 
-def _document(path: str, source: str) -> Any:
-    """Raises ValueError: not YAML, or several stages."""
-    try:
-        documents = list(yaml.safe_load_all(source))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not YAML: {error}") from error
-    if len(documents) != 1:
-        raise ValueError(
-            f"{path}: holds {len(documents)} stages; mergekit-multi merges those one after the other, `run` takes one of them"
-        )
-    return documents[0]
+def _check_options(options: MergeOptions, on_ray: bool, gpus: bool) -> MergeOptions:
+    """Return mergekit's options for the workers.
 
-
-def _checked(options: MergeOptions, on_ray: bool, gpus: bool) -> MergeOptions:
-    """Raises ValueError: an option that could only be ignored."""
+    Raises:
+        ValueError: an option could only be ignored.
+    """
     for name, info in MergeOptions.model_fields.items():
-        if name not in KNOWN and getattr(options, name) != info.default:
+        if name not in SUPPORTED_OPTIONS and getattr(options, name) != info.default:
             raise ValueError(
-                f"--{name.replace('_', '-')} is newer than this mergekit-monosoup, which would lose it: take mergekit-yaml"
+                f"--{name.replace('_', '-')} is newer than this mergekit-monosoup, which would "
+                "lose it: take mergekit-yaml"
             )
     if options.multi_gpu:
         raise ValueError(
-            "--multi-gpu (and --gpu-rich) are a thread for each GPU in one process: take --workers N --gpus instead, with "
-            "--read-to-gpu and --low-cpu-memory as you like"
+            "--multi-gpu (and --gpu-rich) are a thread for each GPU in one process: take "
+            "--workers N --gpus instead, with --read-to-gpu and --low-cpu-memory as you like"
         )
     if gpus:
         if not on_ray:
-            raise ValueError(ALONE)
+            raise ValueError(NEEDS_WORKERS)
         if options.device not in ("cpu", "cuda"):
             raise ValueError(
-                f"--gpus gives each worker one GPU, which it calls cuda: leave out --device {options.device}"
+                "--gpus gives each worker one GPU, which it calls cuda: leave out --device "
+                f"{options.device}"
             )
         return options.model_copy(update={"device": "cuda", "cuda": True})
     if on_ray and options.device != "cpu":
         raise ValueError(
-            f"several workers cannot share one device ({options.device}): add --gpus, which gives each its own"
+            f"several workers cannot share one device ({options.device}): add --gpus, which gives "
+            "each its own"
         )
     return options
 
 
+# -- what is printed -------------------------------------------------------------------------------
+
+
 @contextmanager
 def _errors(out_path: str, verbose: bool) -> Iterator[None]:
-    """Failures as one line and what to do next; with -v the traceback too."""
+    """Show failures as one line and what to do next; with -v the traceback too."""
     try:
         yield
     except KeyboardInterrupt:
-        click.echo(f"Interrupted. {_kept(out_path) or 'No batch was finished.'}", err=True)
+        hint = _resume_hint(out_path) or "No batch was finished."
+        click.echo(f"Interrupted. {hint}", err=True)
         raise SystemExit(INTERRUPTED) from None
     except (ValueError, OSError, ImportError, RuntimeError, KeyError, SafetensorError) as error:
         if verbose:
-            click.echo(
-                error.details if isinstance(error, MergeError) else traceback.format_exc(), err=True
-            )
-        kept = _kept(out_path) if isinstance(error, RuntimeError) else ""
-        said = (
-            f"{type(error).__name__}: {error}"
-            if isinstance(error, KeyError | SafetensorError)
-            else str(error)
-        )
-        raise click.ClickException(f"{said}\n{kept}".rstrip()) from error
+            details = error.details if isinstance(error, MergeError) else traceback.format_exc()
+            click.echo(details, err=True)
+        hint = _resume_hint(out_path) if isinstance(error, RuntimeError) else ""
+        # The text of these two means little without their name.
+        named = isinstance(error, KeyError | SafetensorError)
+        message = f"{type(error).__name__}: {error}" if named else str(error)
+        raise click.ClickException(f"{message}\n{hint}".rstrip()) from error
 
 
-def _kept(out_path: str) -> str:
+def _resume_hint(out_path: str) -> str:
+    """Return how to go on with the unfinished merge in OUT; empty if there is none."""
     work = WorkFolder(out_path)
     if not work.begun:
         return ""
     count = len(list(work.done.glob("*.json")))
-    return f"{count} finished batch(es) kept in {out_path}: the same command with --resume (and without --force) goes on."
+    return (
+        f"{count} finished batch(es) kept in {out_path}: the same command with --resume (and "
+        "without --force) goes on."
+    )
 
 
-def _tell(out_path: str, records: Sequence[Done], verbose: bool) -> None:
+def _print_summary(out_path: str, records: Sequence[Done], verbose: bool) -> None:
+    """Print size and files of the model, and with ``verbose`` what each worker did."""
     by_worker: dict[str, list[Done]] = defaultdict(list)
     for record in records:
         by_worker[record.worker].append(record)
     if verbose:
-        for worker, done in sorted(by_worker.items()):
+        for worker, batches in sorted(by_worker.items()):
             click.echo(
-                f"{worker}: {len(done)} batches, {sum(r.tensors for r in done)} tensors, {sum(r.seconds for r in done):.1f} s, "
-                f"peak {max(r.peak for r in done) / 1e9:.2f} GB",
+                f"{worker}: {len(batches)} batches, {sum(b.tensors for b in batches)} tensors, "
+                f"{sum(b.seconds for b in batches):.1f} s, "
+                f"peak {max(b.peak for b in batches) / 1e9:.2f} GB",
                 err=True,
             )
     size = sum(record.bytes for record in records)

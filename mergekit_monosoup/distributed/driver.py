@@ -1,4 +1,7 @@
-"""A merge from claim to publication. mergekit's `run_merge` does all of it but execute the plan; that is done here."""
+"""A merge from claiming the output folder to publishing the model.
+
+mergekit's `run_merge` does all of it but executing the plan, which is done here.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +32,13 @@ from mergekit.tokenizer import BuildTokenizer, TokenizerInfo
 from mergekit_monosoup import report
 from mergekit_monosoup.checkpoints.inputs import Inputs
 from mergekit_monosoup.distributed import folder as folders
+from mergekit_monosoup.distributed.dependencies import (
+    Dependencies,
+    as_json,
+    dependencies,
+    versions,
+)
 from mergekit_monosoup.distributed.engines import Engine
-from mergekit_monosoup.distributed.fingerprint import Fingerprint, document, fingerprint, versions
 from mergekit_monosoup.distributed.folder import Done, FolderError, WorkFolder
 from mergekit_monosoup.distributed.plan import (
     Batch,
@@ -39,17 +47,17 @@ from mergekit_monosoup.distributed.plan import (
     batch_bytes,
     divide,
     footprint,
-    in_order,
-    take_apart,
+    split_plan,
+    start_order,
 )
 from mergekit_monosoup.distributed.progress import Bar
-from mergekit_monosoup.distributed.worker import Failed, Job, method_of
+from mergekit_monosoup.distributed.worker import Failed, MergeContext, method_of
 
 LOG = logging.getLogger("mergekit_monosoup")
 
 
 class MergeError(RuntimeError):
-    """What a worker reported; ``details`` is its traceback."""
+    """A worker failed; ``details`` is its traceback."""
 
     def __init__(self, failed: Failed):
         super().__init__(failed.message)
@@ -58,12 +66,15 @@ class MergeError(RuntimeError):
 
 @dataclass(frozen=True)
 class Request:
-    """A merge as it was asked for.
+    """A merge as the user wants it.
 
     Attributes:
+        config: mergekit's configuration.
         source: text of the configuration, which the model card quotes.
+        out: the output folder.
+        options: mergekit's.
         threads: of each worker; None: as many as this process has.
-        seed: see :class:`mergekit_monosoup.distributed.worker.Job`.
+        seed: see :class:`mergekit_monosoup.distributed.worker.MergeContext`.
         engine: starts the workers, once it is clear that there is something for them to do.
     """
 
@@ -77,20 +88,24 @@ class Request:
 
 
 def merge(request: Request, *, resume: bool, force: bool) -> list[Done]:
-    """Merges, or goes on with what an earlier run left, and publishes the model; returns the record of each batch.
+    """Merge, or go on with what an earlier run left, and publish the model.
+
+    Returns:
+        The record of each batch.
 
     Raises:
-        FolderError, PlanError, EngineError, MergeError: and nothing in OUT looks finished.
+        FolderError, PlanError, EngineError, MergeError: the merge cannot be done; nothing in OUT
+            looks finished then.
         ValueError, RuntimeError, ...: what mergekit raises for this configuration.
     """
     work = WorkFolder(request.out)
     # mergekit's planner rewrites the configuration.
-    asked = request.config.model_copy(deep=True)
+    original = request.config.model_copy(deep=True)
     with work.claimed(resume=resume, force=force):
         if work.publishing:
-            work.check_same({"configuration": document(request.source)})
+            work.check_same({"configuration": as_json(request.source)})
         else:
-            distributor = Distributor(request, asked, work)
+            distributor = Distributor(request, original, work)
             with distributor.in_place_of_executor():
                 # Quiet: there is one bar, ours.
                 options = request.options.model_copy(update={"quiet": True})
@@ -106,13 +121,15 @@ def merge(request: Request, *, resume: bool, force: bool) -> list[Done]:
 
 
 class Distributor:
-    """Stands in for the executor within `run_merge`: executes the plan's tensors elsewhere, and keeps them.
+    """The executor that `run_merge` gets: it has the plan's tensors merged by an engine.
 
-    So planning, adapters, config.json, tokenizer, chat template and model card are mergekit's own, of whatever version.
+    So planning, adapters, config.json, tokenizer, chat template and model card are mergekit's own,
+    of whatever version.
     """
 
-    def __init__(self, request: Request, asked: MergeConfiguration, work: WorkFolder):
-        self.request, self.asked, self.work = request, asked, work
+    def __init__(self, request: Request, config: MergeConfiguration, work: WorkFolder):
+        """``config``: as it was read, for `run_merge` changes the one of ``request``."""
+        self.request, self.config, self.work = request, config, work
         self.finished: dict[int, Done] = {}
         self._plan: Plan | None = None
         # Only for the warning that is given once per merge: the workers cannot know of each other.
@@ -121,75 +138,97 @@ class Distributor:
 
     @contextmanager
     def in_place_of_executor(self) -> Iterator[None]:
-        """Raises PlanError: mergekit did not come by."""
+        """Put this object in the place of mergekit's executor, for as long as the block runs.
+
+        Raises:
+            PlanError: mergekit did not use it.
+        """
         module: Any = mergekit.merge
         original = module.Executor
-        module.Executor = self._made
+        module.Executor = self._receive_plan
         try:
             yield
         finally:
             module.Executor = original
         if self._plan is None:
             raise PlanError(
-                "this mergekit executes its plans in another way than 0.1.5: merge with mergekit-yaml"
+                "this mergekit executes its plans in another way than 0.1.5: merge with "
+                "mergekit-yaml"
             )
 
-    def _made(self, targets: list[Task[Any]], math_device: Any, storage_device: Any) -> Distributor:
-        """What `run_merge` takes for the constructor of an executor."""
-        self._plan = take_apart(targets)
+    def _receive_plan(
+        self, targets: list[Task[Any]], math_device: Any, storage_device: Any
+    ) -> Distributor:
+        """Take the plan; `run_merge` calls this for the constructor of an executor."""
+        self._plan = split_plan(targets)
         self._devices = str(math_device), str(storage_device)
         return self
 
     def run(self, quiet: bool = False) -> Iterator[tuple[Task[Any], Any]]:
-        """Executes the plan. Of its values `run_merge` looks at the tokenizer only."""
+        """Execute the plan. Of its values `run_merge` looks at the tokenizer only."""
         assert self._plan is not None
         plan, request = self._plan, self.request
-        loaders = {model: LoaderCache().get(model) for model in self.asked.referenced_models()}
-        wanted = self._fingerprint(loaders)
+        loaders = {model: LoaderCache().get(model) for model in self.config.referenced_models()}
+        needs = self._dependencies(loaders)
         if self.work.begun:
-            self.work.check_same(wanted)
+            self.work.check_same(needs)
         if plan.tokenizer is not None:
             yield plan.tokenizer, self._tokenizer(plan.tokenizer)
         inputs = Inputs(loaders, request.options.trust_remote_code)
         footprints = [footprint(inputs, task, self._threads) for task in plan.tensors]
-        size = sum(one.written for one in footprints)
+        size = sum(tensor.written for tensor in footprints)
         with contextlib.closing(request.engine()) as engine:
-            limit = self.work.division(
-                wanted, batch_bytes(size, engine.workers, request.options.out_shard_size)
-            )
+            shard_size = request.options.out_shard_size
+            limit = self.work.division(needs, batch_bytes(size, engine.workers, shard_size))
             batches = divide(plan.tensors, footprints, limit)
-            bar = Bar(
-                len(plan.tensors),
-                size,
-                attempts=lambda: folders.attempts(self.work),
-                quiet=request.options.quiet,
-                verbose=request.options.verbosity > 0,
-            )
-            with bar:
+            with self._bar(len(plan.tensors), size) as bar:
                 self._resume(batches, bar)
-                job = self._job(plan, loaders, engine)
-                left = [
-                    batch for batch in in_order(batches, limit) if batch.number not in self.finished
+                waiting = [
+                    batch
+                    for batch in start_order(batches, limit)
+                    if batch.number not in self.finished
                 ]
-                with contextlib.closing(engine.run(job, left)) as results:
-                    for result in results:
-                        if isinstance(result, Failed):
-                            raise MergeError(result)
-                        self._take(result)
-                        bar.count(result)
+                self._execute(engine, self._context(plan, loaders, engine), waiting, bar)
+
+    def _bar(self, tensors: int, size: int) -> Bar:
+        return Bar(
+            tensors,
+            size,
+            attempts=lambda: folders.attempts(self.work),
+            quiet=self.request.options.quiet,
+            verbose=self.request.options.verbosity > 0,
+        )
+
+    def _execute(
+        self, engine: Engine, context: MergeContext, batches: Sequence[Batch], bar: Bar
+    ) -> None:
+        """Have ``batches`` merged.
+
+        Raises:
+            MergeError: one of them failed; those at work are stopped.
+        """
+        with contextlib.closing(engine.run(context, batches)) as results:
+            for result in results:
+                if isinstance(result, Failed):
+                    raise MergeError(result)
+                self._take(result)
+                bar.count(result)
 
     @property
     def _threads(self) -> int:
         return self.request.threads or torch.get_num_threads()
 
-    def _fingerprint(self, loaders: Mapping[ModelReference, LazyTensorLoader]) -> Fingerprint:
+    def _dependencies(self, loaders: Mapping[ModelReference, LazyTensorLoader]) -> Dependencies:
         request = self.request
-        return fingerprint(
+        return dependencies(
             request.source, request.options, loaders, threads=self._threads, seed=request.seed
         )
 
     def _tokenizer(self, task: BuildTokenizer) -> TokenizerInfo:
-        """Built once per merge and kept: a union of vocabularies comes out in another order in another process."""
+        """Return the tokenizer, built once per merge and kept.
+
+        A union of vocabularies comes out in another order in another process.
+        """
         if not self.work.tokenizer.exists():
             targets: list[Task[Any]] = [task]
             ((_, value),) = Executor(targets).run(quiet=True)
@@ -197,25 +236,25 @@ class Distributor:
         return pickle.loads(self.work.tokenizer.read_bytes())
 
     def _resume(self, batches: Sequence[Batch], bar: Bar) -> None:
-        for found in self.work.finished():
-            if isinstance(found, str):
-                bar.say(found)
+        """Take over the batches that an earlier run has finished."""
+        for record in self.work.finished():
+            if isinstance(record, str):
+                bar.print(record)
                 continue
-            names = (
-                {task.tensor_name for task in batches[found.batch].tensors}
-                if found.batch < len(batches)
-                else set()
-            )
-            if not all(names.issuperset(shard.tensors) for shard in found.shards):
+            of_plan = batches[record.batch].tensors if record.batch < len(batches) else ()
+            names = {task.tensor_name for task in of_plan}
+            if not all(names.issuperset(shard.tensors) for shard in record.shards):
                 raise FolderError(
-                    f"{self.work.out}: the merge was divided in another way; start over with --force"
+                    f"{self.work.out}: the merge was divided in another way; start over with "
+                    "--force"
                 )
-            self._take(found)
+            self._take(record)
         if self.finished:
             bar.already(self.finished.values())
-            bar.say(f"resuming: {len(self.finished)} of {len(batches)} batches are done")
+            bar.print(f"resuming: {len(self.finished)} of {len(batches)} batches are done")
 
     def _take(self, record: Done) -> None:
+        """Count a batch as finished, and repeat what its worker logged."""
         self.finished[record.batch] = record
         for _, method, line in record.reports:
             self._journal.add([report.Record(**json.loads(line))], None, method)
@@ -225,10 +264,10 @@ class Distributor:
                 self._logged.add((name, level, message))
                 logger.handle(logger.makeRecord(name, level, "worker", 0, message, (), None))
 
-    def _job(
+    def _context(
         self, plan: Plan, loaders: Mapping[ModelReference, LazyTensorLoader], engine: Engine
-    ) -> Job:
-        return Job(
+    ) -> MergeContext:
+        return MergeContext(
             out=str(self.work.out),
             token=self.work.token.read_text(encoding="utf-8"),
             node=socket.gethostname(),
@@ -248,10 +287,10 @@ class Distributor:
             own_process=engine.own_process,
         )
 
-    # -- when all batches are done ------------------------------------------------------------------------------------
+    # -- when all batches are done -----------------------------------------------------------------
 
     def write_reports(self) -> None:
-        """The reports that the methods were asked for, in the order of the plan."""
+        """Write the reports that the configuration names, in the order of the plan."""
         lines: dict[str, list[str]] = defaultdict(list)
         for number in sorted(self.finished):
             for path, _, line in self.finished[number].reports:
@@ -261,7 +300,8 @@ class Distributor:
             try:
                 folders.write_text(Path(report.start(path)), "".join(text))
             except (OSError, ValueError) as error:
-                # Hours of merging are not thrown away for it; mergekit-yaml would have stopped at the first tensor.
+                # Hours of merging are not thrown away for it; mergekit-yaml would have stopped at
+                # the first tensor.
                 name = f"monosoup-report{number or ''}.jsonl"
                 folders.write_text(self.work.files / name, "".join(text))
                 LOG.warning(
@@ -271,7 +311,10 @@ class Distributor:
                 )
 
     def shards(self) -> dict[str, str]:
-        """Final name → file in `done`, named as transformers expects; writes the index that goes with more than one."""
+        """Return final name → file in `done`, with the names that transformers expects.
+
+        Writes the index that goes with more than one.
+        """
         assert self._plan is not None
         safe = self._plan.writer.safe_serialization
         stem, suffix = ("model", "safetensors") if safe else ("pytorch_model", "bin")

@@ -1,4 +1,7 @@
-"""Who executes batches: this process, or workers that Ray starts. Both hand back results as they come, errors as values."""
+"""Who executes batches: this process, or workers that Ray starts.
+
+Both return results in the order in which they come, and errors as values.
+"""
 
 from __future__ import annotations
 
@@ -12,16 +15,18 @@ from typing import Any, Protocol
 
 from mergekit_monosoup.distributed.folder import Done
 from mergekit_monosoup.distributed.plan import Batch
-from mergekit_monosoup.distributed.worker import Failed, Job, execute
+from mergekit_monosoup.distributed.worker import Failed, MergeContext, execute
 
 LOG = logging.getLogger("mergekit_monosoup")
 
-# A batch is lost with its worker or node, and Ray starts it again; one that took four workers with it is the cause.
+# A batch is lost with its worker or node, and Ray starts it again; one that took four workers with
+# it is the cause.
 RETRIES = 3
 # Results are a few kilobytes each; Ray would reserve 30 % of the memory for them.
 OBJECT_STORE = 100 * 2**20
-# Places of downloads, for workers that other programs' environments surround. Not HF_TOKEN: it would be stored by Ray.
-HANDED_ON = ("HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE")
+# Environment variables that workers get from the driver: where downloads are, for nodes that were
+# started with other ones. Not HF_TOKEN: Ray would store it.
+DOWNLOAD_PLACES = ("HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE")
 
 
 class EngineError(RuntimeError):
@@ -29,13 +34,18 @@ class EngineError(RuntimeError):
 
 
 class Engine(Protocol):
-    """``workers``: batches in hand at a time. ``own_process``: they are not in the driver's process."""
+    """What executes batches.
+
+    Attributes:
+        workers: how many batches are in hand at a time.
+        own_process: the workers are not in the driver's process.
+    """
 
     workers: int
     own_process: bool
 
-    def run(self, job: Job, batches: Sequence[Batch]) -> Generator[Done | Failed]:
-        """Results in the order in which they come. Closing the iterator stops the workers."""
+    def run(self, context: MergeContext, batches: Sequence[Batch]) -> Generator[Done | Failed]:
+        """Yield results in the order in which they come. Closing the iterator stops the workers."""
         ...
 
     def close(self) -> None: ...
@@ -43,26 +53,36 @@ class Engine(Protocol):
 
 @dataclass
 class InProcess:
-    """One batch after the other, here."""
+    """One batch after the other, in this process."""
 
     workers: int = 1
     own_process: bool = False
 
-    def run(self, job: Job, batches: Sequence[Batch]) -> Generator[Done | Failed]:
+    def run(self, context: MergeContext, batches: Sequence[Batch]) -> Generator[Done | Failed]:
         for batch in batches:
-            yield execute(job, batch)
+            yield execute(context, batch)
 
     def close(self) -> None:
         pass
 
 
 class OnRay:
-    """Each batch is a Ray task: Ray places it where CPUs, memory and a GPU are free, and starts it anew when those are lost."""
+    """Batches as tasks of Ray.
+
+    Ray places each where CPUs, memory and a GPU are free, and starts it anew when those are lost.
+    """
 
     own_process = True
 
     def __init__(self, address: str | None, workers: int | None, threads: int, gpus: bool):
-        """``address``: of a running cluster, as `ray.init` takes it; None starts one on this machine for the time of the merge.
+        """Connect to a cluster, or start one.
+
+        Args:
+            address: of a running cluster, as `ray.init` takes it; None starts one on this machine
+                for the time of the merge.
+            workers: batches in hand at a time; None: as many as the cluster has room for.
+            threads: of each worker, which takes as many CPUs.
+            gpus: give each worker one GPU.
 
         Raises:
             ImportError: without Ray.
@@ -70,11 +90,11 @@ class OnRay:
         """
         self._ray = import_ray()
         self.threads, self.gpus = threads, gpus
-        self._ours = not self._ray.is_initialized()
-        if self._ours:
+        self._started = not self._ray.is_initialized()
+        if self._started:
             self._start(address, workers)
         try:
-            self.workers = workers or self._room()
+            self.workers = workers or self._capacity()
             self._memory = self._largest_node()
         except BaseException:
             self.close()
@@ -84,7 +104,7 @@ class OnRay:
         quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
         try:
             if address is not None:
-                _knock(address)
+                _check_listening(address)
                 self._ray.init(address=address, **quiet)
                 return
             cpus, cores = (workers or 1) * self.threads, _cores()
@@ -102,102 +122,124 @@ class OnRay:
             )
         except (ConnectionError, OSError, RuntimeError, ValueError) as error:
             raise EngineError(
-                f"no Ray cluster at {address}: {_first_line(error)}. Start one with `ray start --head`"
+                f"no Ray cluster at {address}: {_summary(error)}. Start one with `ray start --head`"
                 if address
-                else f"Ray does not start: {_first_line(error)}"
+                else f"Ray does not start: {_summary(error)}"
             ) from error
 
     def _nodes(self) -> list[dict[str, float]]:
         return [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
 
-    def _room(self) -> int:
-        """How many workers the cluster has room for."""
-        room = 0
+    def _capacity(self) -> int:
+        """Return the number of workers that the cluster has room for."""
+        capacity = 0
         for node in self._nodes():
-            here = int(node.get("CPU", 0)) // self.threads
-            room += min(here, int(node.get("GPU", 0))) if self.gpus else here
-        return room
+            workers = int(node.get("CPU", 0)) // self.threads
+            capacity += min(workers, int(node.get("GPU", 0))) if self.gpus else workers
+        return capacity
 
     def _largest_node(self) -> float:
-        able = [
+        """Return the bytes of memory of the largest node that can hold a worker.
+
+        Raises:
+            EngineError: there is none.
+        """
+        memories = [
             node.get("memory", 0.0)
             for node in self._nodes()
             if node.get("CPU", 0) >= self.threads and (not self.gpus or node.get("GPU", 0) >= 1)
         ]
-        if not able:
+        if not memories:
             needed = f"{self.threads} CPU(s)" + (" and a GPU" if self.gpus else "")
             raise EngineError(f"no node of the Ray cluster has {needed} for a worker")
-        return max(able)
+        return max(memories)
 
-    def run(self, job: Job, batches: Sequence[Batch]) -> Generator[Done | Failed]:
-        ray, waiting = self._ray, dict[Any, Batch]()
+    def run(self, context: MergeContext, batches: Sequence[Batch]) -> Generator[Done | Failed]:
+        ray, running = self._ray, dict[Any, Batch]()
+        self._warn_of_large(batches)
         remote = ray.remote(execute)
-        if large := [batch for batch in batches if batch.memory > self._memory]:
+        waiting = list(reversed(batches))
+        shared = ray.put(context)
+        try:
+            while waiting or running:
+                # As many as there are workers, no more: what is queued in Ray cannot be stopped
+                # cleanly, and shards that nobody has room to write would wait in memory.
+                while waiting and len(running) < self.workers:
+                    batch = waiting.pop()
+                    reference = remote.options(**self._options(batch)).remote(shared, batch)
+                    running[reference] = batch
+                ready, _ = ray.wait(list(running))
+                for reference in ready:
+                    batch = running.pop(reference)
+                    try:
+                        yield ray.get(reference)
+                    except ray.exceptions.RayError as error:
+                        raise EngineError(_loss_message(batch, error)) from error
+        finally:
+            for reference in running:
+                ray.cancel(reference, force=True)
+
+    def _warn_of_large(self, batches: Sequence[Batch]) -> None:
+        large = [batch for batch in batches if batch.memory > self._memory]
+        if large:
             LOG.warning(
-                "%d batches may need up to %.0f GB, more than the %.0f GB that the largest node has for Ray; the first is %s",
+                "%d batches may need up to %.0f GB, more than the %.0f GB that the largest node "
+                "has for Ray; the first is %s",
                 len(large),
                 large[0].memory / 1e9,
                 self._memory / 1e9,
                 large[0].tensors[0].tensor_name,
             )
-        environment = {name: os.environ[name] for name in HANDED_ON if name in os.environ}
+
+    def _options(self, batch: Batch) -> dict[str, Any]:
+        """Return what Ray has to know about the task of a batch."""
+        environment = {name: os.environ[name] for name in DOWNLOAD_PLACES if name in os.environ}
         # Before torch and SciPy are imported: their thread pools are made then.
         pools = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
         environment |= dict.fromkeys(pools, str(self.threads))
-        left = list(reversed(batches))
-        shared = ray.put(job)
-        try:
-            while left or waiting:
-                # As many as there are workers, no more: what is queued in Ray cannot be stopped cleanly, and shards that
-                # nobody has room to write would wait in memory.
-                while left and len(waiting) < self.workers:
-                    batch = left.pop()
-                    reference = remote.options(
-                        name=f"batch {batch.number}",
-                        num_cpus=self.threads,
-                        num_gpus=1 if self.gpus else 0,
-                        memory=min(batch.memory, self._memory),
-                        max_retries=RETRIES,
-                        scheduling_strategy="SPREAD",
-                        runtime_env={"env_vars": environment},
-                    ).remote(shared, batch)
-                    waiting[reference] = batch
-                ready, _ = ray.wait(list(waiting))
-                for reference in ready:
-                    batch = waiting.pop(reference)
-                    try:
-                        yield ray.get(reference)
-                    except ray.exceptions.RayError as error:
-                        raise EngineError(_lost(batch, error)) from error
-        finally:
-            for reference in waiting:
-                ray.cancel(reference, force=True)
+        return {
+            "name": f"batch {batch.number}",
+            "num_cpus": self.threads,
+            "num_gpus": 1 if self.gpus else 0,
+            "memory": min(batch.memory, self._memory),
+            "max_retries": RETRIES,
+            "scheduling_strategy": "SPREAD",
+            "runtime_env": {"env_vars": environment},
+        }
 
     def close(self) -> None:
-        if self._ours:
+        if self._started:
             self._ray.shutdown()
 
 
 def _cores() -> int:
-    """That this process may use: a container or a batch system may have left it fewer than there are."""
+    """Return the number of cores that this process may use.
+
+    A container or a batch system may have left it fewer than there are.
+    """
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _knock(address: str) -> None:
-    """Raises OSError: nobody listens there. Ray itself would try for minutes."""
+def _check_listening(address: str) -> None:
+    """Raise OSError if nobody listens at ``address``. Ray itself would try for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if port.isdigit():
         socket.create_connection((host, int(port)), timeout=10).close()
 
 
 def import_ray() -> Any:
-    """Raises ImportError: Ray is not installed; says how to get it."""
+    """Import Ray, with its reports to third parties switched off.
+
+    Raises:
+        ImportError: Ray is not installed; says how to get it.
+    """
     if importlib.util.find_spec("ray") is None:
         raise ImportError(
-            "several workers need Ray, which is not installed: pip install 'mergekit-monosoup[ray]' (Python below 3.14), or "
-            "leave out --workers and --ray: one process merges, as mergekit-yaml does"
+            "several workers need Ray, which is not installed: pip install "
+            "'mergekit-monosoup[ray]' (Python below 3.14), or leave out --workers and --ray: one "
+            "process merges, as mergekit-yaml does"
         )
-    # Both are read when Ray is imported or started. No word to a third party about merges; no tip about GPUs.
+    # Both are read when Ray is imported or started. The second stops a tip about GPUs.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
@@ -205,17 +247,17 @@ def import_ray() -> Any:
     return ray
 
 
-def _lost(batch: Batch, error: Exception) -> str:
-    names = batch.tensors[0].tensor_name + (
-        f" and {len(batch.tensors) - 1} more" if len(batch.tensors) > 1 else ""
-    )
+def _loss_message(batch: Batch, error: Exception) -> str:
+    others = len(batch.tensors) - 1
+    names = batch.tensors[0].tensor_name + (f" and {others} more" if others else "")
     return (
-        f"batch {batch.number} ({names}) was lost with its worker, {1 + RETRIES} times in a row: {_first_line(error)} If "
-        f"memory is short (about {batch.memory / 1e9:.1f} GB are needed), take fewer workers; --resume continues"
+        f"batch {batch.number} ({names}) was lost with its worker, {1 + RETRIES} times in a row: "
+        f"{_summary(error)} If memory is short (about {batch.memory / 1e9:.1f} GB are needed), "
+        "take fewer workers; --resume continues"
     )
 
 
-def _first_line(error: Exception) -> str:
-    return next(
-        (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
-    )
+def _summary(error: Exception) -> str:
+    """Return the first line of an error's text; Ray's go on for pages."""
+    lines = (line.strip() for line in str(error).splitlines() if line.strip())
+    return next(lines, type(error).__name__)

@@ -1,15 +1,19 @@
-"""The output folder of a merge: claimed, filled under names that no program takes for a model, published by renaming.
+"""The output folder of a merge that is not finished, and how it becomes a model.
+
+It is claimed by one driver, filled under names that no program takes for a model, and published by
+renaming.
 
     OUT/.mergekit-monosoup/     all of an unfinished merge; one driver at a time holds `lock`
         merge.json              what is being merged (fingerprint) and how it was divided
-        done/00012.json         the record of a finished batch: its files with checksums, its tensors
+        done/00012.json         record of a finished batch: its files with checksums, its tensors
         done/00012-1.safetensors
         making/00012@NODE@PID@… what a worker is writing; worthless once the worker is gone
         files/OUT/              config, index, tokenizer, model card, as mergekit writes them
         publish.json            written when all of it is there: which file goes where
     OUT/config.json             last of all
 
-Every step can be cut off by kill -9: what counts is renamed into place when it is on the disk, and publishing can be repeated.
+Every step can be cut off by kill -9: what counts is renamed into place when it is on the disk, and
+publishing can be repeated.
 """
 
 from __future__ import annotations
@@ -32,18 +36,21 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from mergekit_monosoup.distributed.fingerprint import Fingerprint, differences
+from mergekit_monosoup.distributed.dependencies import Dependencies, differences
 
 LOG = logging.getLogger("mergekit_monosoup")
 
 NAME = ".mergekit-monosoup"
 FORMAT = 1  # of what lies in the folder; raised when an older version could not continue it
-# As mergekit and transformers name them; model-1.safetensors is what mergekit-yaml leaves when it is interrupted.
+# As mergekit and transformers name them; model-1.safetensors is what mergekit-yaml leaves when it
+# is interrupted.
 WEIGHTS = re.compile(r"(model|pytorch_model)(-\d+(-of-\d+)?)?\.(safetensors|bin)(\.index\.json)?$")
 # What else belongs to a model: left beside another one, it would be loaded with that.
-BESIDE = re.compile(
-    r"(tokenizer(_config)?|special_tokens_map|added_tokens|vocab|generation_config|(pre)?processor_config|chat_template)\.json$"
-    r"|mergekit_config\.yml$|(merges|vocab)\.txt$|(tokenizer|spiece|sentencepiece.*)\.model$|chat_template\.jinja$"
+SIDE_FILES = re.compile(
+    r"(tokenizer(_config)?|special_tokens_map|added_tokens|vocab|generation_config"
+    r"|(pre)?processor_config|chat_template)\.json$"
+    r"|mergekit_config\.yml$|(merges|vocab)\.txt$"
+    r"|(tokenizer|spiece|sentencepiece.*)\.model$|chat_template\.jinja$"
 )
 CHUNK = 2**22  # bytes read at a time for a checksum
 READERS = 8  # files checked at a time
@@ -55,7 +62,7 @@ class FolderError(ValueError):
 
 @dataclass(frozen=True)
 class Shard:
-    """A finished file. ``tensors``: names in it."""
+    """A finished file of weights; ``tensors`` are the names in it."""
 
     file: str
     bytes: int
@@ -65,16 +72,17 @@ class Shard:
 
 @dataclass(frozen=True)
 class Done:
-    """Record of a finished batch.
+    """The record of a finished batch.
 
     Attributes:
         batch: its number.
         tensors: how many were asked for; optional ones may be in no shard.
+        shards: the files that hold them.
         bytes: of the tensors, without headers of files.
-        worker: who did it, NODE@PID.
+        worker: the process that merged it, NODE@PID.
         seconds, peak: wall time, and peak memory of the process so far (bytes).
         reports: [path, method, record as JSON text] for each line of a report.
-        logs: [logger, level, message] of what the worker had to say.
+        logs: [logger, level, message] of each line that the worker logged.
     """
 
     batch: int
@@ -103,14 +111,15 @@ class WorkFolder:
         self._header = self.path / "merge.json"
         self._publish = self.path / "publish.json"
 
-    # -- of the driver ------------------------------------------------------------------------------------------------
+    # -- of the driver -----------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def claimed(self, *, resume: bool, force: bool) -> Iterator[None]:
-        """Holds the folder for one driver. The lock goes with the process, however it ends.
+        """Hold the folder for one driver. The lock goes with the process, however it ends.
 
         Raises:
-            FolderError: another driver is at work, there is a finished model, or an unfinished merge nobody asked to resume.
+            FolderError: another driver is at work, there is a finished model, or an unfinished
+                merge that is neither to be resumed nor to be dropped.
         """
         check_free(self.out, resume=resume, force=force)
         new = not self.out.exists()
@@ -128,16 +137,16 @@ class WorkFolder:
                 self.out,
             )
         try:
-            if (
-                force or not self.begun
-            ):  # a tokenizer that a killed driver left may be another merge's
+            if force or not self.begun:
+                # A tokenizer that a killed driver left may be another merge's.
                 self.clear()
             if not self.publishing:
                 for leftover in (self.making, self.files):
                     shutil.rmtree(leftover, ignore_errors=True)
             for folder in (self.done, self.making, self.files):
                 folder.mkdir(parents=True, exist_ok=True)
-            # Workers compare it: one that sees another folder, or was left over by a killed driver, stops.
+            # Workers compare it: one that sees another folder, or was left over by a killed
+            # driver, stops.
             write_text(self.token, f"{uuid.uuid4().hex} of {socket.gethostname()}")
             yield
         finally:
@@ -149,7 +158,7 @@ class WorkFolder:
                         self.out.rmdir()  # only if empty
 
     def clear(self) -> None:
-        """Throws away what an earlier merge left unfinished; the lock stays."""
+        """Remove what an earlier merge left unfinished; the lock stays."""
         with contextlib.suppress(FileNotFoundError):
             os.remove(self._header)  # first: the rest means nothing without it
         for entry in self.path.iterdir():
@@ -158,44 +167,50 @@ class WorkFolder:
             elif entry.name != "lock":
                 entry.unlink()
 
-    def division(self, wanted: Fingerprint, limit: int) -> int:
-        """The bytes per batch of the merge that is resumed, or ``limit`` for a new one, which is recorded.
+    def division(self, needs: Dependencies, limit: int) -> int:
+        """Return the bytes per batch of the merge that is resumed.
+
+        A new merge gets ``limit``, which is recorded with its dependencies.
 
         Raises:
-            FolderError: what is there was merged from something else.
+            FolderError: the unfinished merge depends on something else than ``needs``.
         """
         if not self.begun:
-            header = {"format": FORMAT, "batch_bytes": limit, "fingerprint": wanted}
+            header = {"format": FORMAT, "batch_bytes": limit, "fingerprint": needs}
             write_text(self._header, json.dumps(header, indent=1))
             return limit
-        return self.check_same(wanted)["batch_bytes"]
+        return self.check_same(needs)["batch_bytes"]
 
-    def check_same(self, wanted: Fingerprint) -> dict[str, Any]:
-        """merge.json, if it agrees in the sections of ``wanted``.
+    def check_same(self, needs: Dependencies) -> dict[str, Any]:
+        """Return merge.json, if it agrees in the sections of ``needs``.
 
         Raises:
-            FolderError: it does not; the message says in what.
+            FolderError: it does not; the message says where.
         """
         if not self._header.exists():  # one process with --force has none: its model is complete
             return {}
-        wanted = json.loads(json.dumps(wanted))  # tuples become lists, as in the file
+        needs = json.loads(json.dumps(needs))  # tuples become lists, as in the file
         header: dict[str, Any] = json.loads(self._header.read_text(encoding="utf-8"))
         if header["format"] != FORMAT:
             raise FolderError(
-                f"{self.out}: the unfinished merge was begun by another version of mergekit-monosoup; --force starts over"
+                f"{self.out}: the unfinished merge was begun by another version of "
+                "mergekit-monosoup; --force starts over"
             )
-        if changed := differences(
-            {section: header["fingerprint"][section] for section in wanted}, wanted
-        ):
+        before = {section: header["fingerprint"][section] for section in needs}
+        if changes := differences(before, needs):
             raise FolderError(
-                f"{self.out}: cannot resume, for the result would be half of one merge and half of another:\n  "
-                + "\n  ".join(changed)
+                f"{self.out}: cannot resume, for the result would be half of one merge and half of "
+                "another:\n  "
+                + "\n  ".join(changes)
                 + "\nUndo the change, or start over with --force (without --resume)."
             )
         return header
 
     def finished(self) -> Iterator[Done | str]:
-        """Records of the finished batches whose files are whole, in order; a line about each that is not."""
+        """Yield the records of finished batches in order, or a line about damaged files of one.
+
+        The record of a batch with damaged files is removed: it is merged again.
+        """
         records = [read_done(path) for path in sorted(self.done.glob("*.json"))]
         with ThreadPoolExecutor(READERS) as pool:
             for record, fault in zip(records, pool.map(self._fault, records), strict=True):
@@ -206,6 +221,7 @@ class WorkFolder:
                     yield record
 
     def _fault(self, record: Done) -> str:
+        """Return what is wrong with the files of a batch; empty if nothing is."""
         for shard in record.shards:
             path = self.done / shard.file
             if not path.exists():
@@ -214,11 +230,11 @@ class WorkFolder:
                 return f"{path} is not what was written; merged again"
         return ""
 
-    # -- publishing -----------------------------------------------------------------------------------------------------
+    # -- publishing --------------------------------------------------------------------------------
 
     @property
     def begun(self) -> bool:
-        """Whether there is something to resume: at least one finished batch, or a model on its way into place."""
+        """Whether there is something to resume: a finished batch, or a model being published."""
         return self.publishing or (self._header.exists() and any(self.done.glob("*.json")))
 
     @property
@@ -227,25 +243,28 @@ class WorkFolder:
         return self._publish.exists()
 
     def prepare(self, shards: dict[str, str]) -> None:
-        """Decides which file goes where. ``shards``: final name → file in `done`; the rest is what lies in `files`."""
+        """Decide which file goes where, and write it down.
+
+        ``shards``: final name → file in `done`; the rest is what lies in `files`.
+        """
         others = sorted(
             str(path.relative_to(self.files)) for path in self.files.rglob("*") if path.is_file()
         )
         moves = {name: f"done/{file}" for name, file in shards.items()}
         moves |= {name: f"files/{self.files.name}/{name}" for name in others}
         moves["config.json"] = moves.pop("config.json")  # last: without it no program sees a model
-        there = os.listdir(self.out)
+        entries = os.listdir(self.out)
         # A tokenizer without a model is no old model's: somebody put it there.
-        model = any(name == "config.json" or WEIGHTS.match(name) for name in there)
+        model = any(name == "config.json" or WEIGHTS.match(name) for name in entries)
         old = [
             name
-            for name in there
-            if name not in moves and (WEIGHTS.match(name) or (model and BESIDE.match(name)))
+            for name in entries
+            if name not in moves and (WEIGHTS.match(name) or (model and SIDE_FILES.match(name)))
         ]
         write_text(self._publish, json.dumps({"remove": old, "move": moves}))
 
     def publish(self) -> None:
-        """Renames everything into place and removes the folder; may be repeated after a crash in the middle.
+        """Rename everything into place; may be repeated after a crash in the middle.
 
         Raises:
             FolderError: a file that should be renamed is gone.
@@ -268,14 +287,17 @@ class WorkFolder:
         sync_folder(self.out)
 
     def remove(self) -> None:
-        """After publishing. publish.json goes first, or a rest of the folder would look like work to do."""
+        """Remove the work folder, after publishing.
+
+        merge.json and publish.json go first, or a rest of the folder would look like work to do.
+        """
         for path in (self._header, self._publish):
             path.unlink(missing_ok=True)
         shutil.rmtree(self.path, ignore_errors=True)
 
 
 def check_free(out: str | Path, *, resume: bool, force: bool) -> None:
-    """Whether a merge into ``out`` may begin, or go on; changes nothing.
+    """Check that a merge into ``out`` may begin, or go on; change nothing.
 
     Raises:
         FolderError: it would destroy a model, or an unfinished merge.
@@ -291,25 +313,27 @@ def check_free(out: str | Path, *, resume: bool, force: bool) -> None:
         if not resume:
             count = len(list(folder.done.glob("*.json")))
             raise FolderError(
-                f"{out} holds an unfinished merge ({count} batches done): --resume continues it, --force starts over"
+                f"{out} holds an unfinished merge ({count} batches done): --resume continues it, "
+                "--force starts over"
             )
         return
-    there = sorted(
+    model_files = sorted(
         name for name in os.listdir(folder.out) if name == "config.json" or WEIGHTS.match(name)
     )
-    if "config.json" in there:
+    if "config.json" in model_files:
         raise FolderError(f"{out} holds a finished model; --force replaces it")
-    if there:
+    if model_files:
         raise FolderError(
-            f"{out} holds weights without a config.json ({there[0]}, …); --force replaces them"
+            f"{out} holds weights without a config.json ({model_files[0]}, …); --force replaces "
+            "them"
         )
 
 
-# -- of the workers ------------------------------------------------------------------------------------------------------
+# -- of the workers --------------------------------------------------------------------------------
 
 
 def attempt(folder: WorkFolder, batch: int) -> tuple[Path, str]:
-    """A new folder to write a batch to, whose name tells who does, and that name's NODE@PID."""
+    """Make a folder to write a batch to; return it and this worker, NODE@PID, which it names."""
     worker = f"{socket.gethostname()}@{os.getpid()}"
     path = folder.making / f"{batch:05d}@{worker}@{time.time():.0f}@{uuid.uuid4().hex[:8]}"
     path.mkdir()
@@ -317,7 +341,7 @@ def attempt(folder: WorkFolder, batch: int) -> tuple[Path, str]:
 
 
 def attempts(folder: WorkFolder) -> Iterable[tuple[int, str, float]]:
-    """(batch, worker, time of start) of what is being made, as far as the folder tells."""
+    """Yield (batch, worker, time of start) of each batch at work, as far as the folder tells."""
     with contextlib.suppress(OSError):
         for entry in os.scandir(folder.making):
             batch, node, pid, begun, _ = entry.name.split("@")
@@ -325,7 +349,10 @@ def attempts(folder: WorkFolder) -> Iterable[tuple[int, str, float]]:
 
 
 def keep(folder: WorkFolder, record: Done, files: Sequence[Path]) -> None:
-    """Moves the files of a batch (as ``record.shards``) to `done`, and then its record; both are on the disk by then."""
+    """Move the files of a batch (as ``record.shards``) to `done`, and then its record.
+
+    Both are on the disk by then.
+    """
     for path, shard in zip(files, record.shards, strict=True):
         sync_file(path)
         os.replace(path, folder.done / shard.file)
@@ -334,15 +361,17 @@ def keep(folder: WorkFolder, record: Done, files: Sequence[Path]) -> None:
 
 
 def read_done(path: Path) -> Done:
+    """Return the record of a finished batch, from its file in `done`."""
     values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     values["shards"] = [Shard(**shard) for shard in values["shards"]]
     return Done(**values)
 
 
-# -- files ---------------------------------------------------------------------------------------------------------------
+# -- files -----------------------------------------------------------------------------------------
 
 
 def sha256(path: Path) -> str:
+    """Return the checksum of a file, in hexadecimal."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(CHUNK):
@@ -351,11 +380,12 @@ def sha256(path: Path) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
+    """Write text as :func:`write_bytes` does."""
     write_bytes(path, text.encode())
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Whole or not at all, and on the disk afterwards."""
+    """Write a file whole or not at all; it is on the disk afterwards."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     with open(temporary, "wb") as file:
         file.write(content)
@@ -366,6 +396,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def sync_file(path: Path) -> None:
+    """Return when the content of a file is on the disk."""
     descriptor = os.open(path, os.O_RDWR)
     try:
         os.fsync(descriptor)
@@ -374,7 +405,10 @@ def sync_file(path: Path) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Makes renames in it last; some file systems know no such thing, and Windows opens no folders."""
+    """Return when renames in a folder are on the disk.
+
+    Some file systems know no such thing, and Windows opens no folders.
+    """
     with contextlib.suppress(OSError):
         descriptor = os.open(path, os.O_RDONLY)
         try:

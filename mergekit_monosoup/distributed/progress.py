@@ -14,24 +14,29 @@ from rich.text import Text
 from mergekit_monosoup.distributed.folder import Done
 
 LOG_EVERY = 30  # seconds between lines where stderr is a file
-SHOWN = 16  # workers under the bar
+MOST_WORKERS = 16  # lines under the bar
 
 Attempts = Callable[[], Iterable[tuple[int, str, float]]]
 
 
 class Bar(AbstractContextManager["Bar"]):
-    """Counts batches off.
+    """The progress of a merge, batch by batch.
+
+    Where stderr is a file there is no bar, but a line now and then.
 
     Args:
         tensors, size: of the whole merge; ``size`` in bytes of output.
-        attempts: (batch, worker, time of start) of what is being made.
+        attempts: returns (batch, worker, time of start) of each batch at work.
+        quiet: show nothing.
+        verbose: show the workers too, and a line for each batch.
     """
 
     def __init__(self, tensors: int, size: int, *, attempts: Attempts, quiet: bool, verbose: bool):
         self.console = Console(stderr=True)
-        self._all, self._size, self._quiet, self._verbose = tensors, size, quiet, verbose
-        self._tensors = self._bytes = 0
-        self._begun, self._told, self._before = time.monotonic(), time.monotonic(), 0
+        self._all_tensors, self._all_bytes = tensors, size
+        self._quiet, self._verbose = quiet, verbose
+        self._tensors = self._bytes = self._resumed_bytes = 0
+        self._begun = self._last_line = time.monotonic()
         self._live = _Live(
             attempts if verbose else list,
             self.console,
@@ -47,25 +52,32 @@ class Bar(AbstractContextManager["Bar"]):
         self._live.stop()
 
     def already(self, done: Iterable[Done]) -> None:
-        """Counts what an earlier run has finished; no part of the speed."""
+        """Count what an earlier run has finished; it is no part of the speed."""
         for record in done:
             self._add(record)
-        self._before = self._bytes
+        self._resumed_bytes = self._bytes
         self._live.reset(self._task, completed=self._bytes, state=self._state())
 
     def count(self, record: Done) -> None:
+        """Count a batch that has just been finished."""
         self._add(record)
         self._live.update(self._task, completed=self._bytes, state=self._state())
         if self._verbose:
             speed = f"{record.seconds:.1f} s, peak {record.peak / 1e9:.1f} GB"
-            self.say(
-                f"{record.worker}  batch {record.batch}: {record.tensors} tensors, {_size(record.bytes)} in {speed}"
+            self.print(
+                f"{record.worker}  batch {record.batch}: {record.tensors} tensors, "
+                f"{_size(record.bytes)} in {speed}"
             )
-        elif self._live.disable and not self._quiet and time.monotonic() > self._told + LOG_EVERY:
-            self._told = time.monotonic()
-            self.say(f"{self._state()}, {self._left()} left")
+        elif (
+            self._live.disable
+            and not self._quiet
+            and time.monotonic() > self._last_line + LOG_EVERY
+        ):
+            self._last_line = time.monotonic()
+            self.print(f"{self._state()}, {self._left()} left")
 
-    def say(self, line: str) -> None:
+    def print(self, line: str) -> None:
+        """Print a line above the bar."""
         if not self._live.disable:
             self._live.console.print(line, highlight=False, markup=False, soft_wrap=True)
         elif not self._quiet:
@@ -76,15 +88,18 @@ class Bar(AbstractContextManager["Bar"]):
         self._bytes += record.bytes
 
     def _state(self) -> str:
-        return f"{self._tensors}/{self._all} tensors, {_size(self._bytes)} of {_size(self._size)}"
+        tensors = f"{self._tensors}/{self._all_tensors} tensors"
+        return f"{tensors}, {_size(self._bytes)} of {_size(self._all_bytes)}"
 
     def _left(self) -> str:
-        speed = (self._bytes - self._before) / max(time.monotonic() - self._begun, 1e-3)
-        seconds = int((self._size - self._bytes) / speed) if speed else 0
+        speed = (self._bytes - self._resumed_bytes) / max(time.monotonic() - self._begun, 1e-3)
+        seconds = int((self._all_bytes - self._bytes) / speed) if speed else 0
         return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
 
 
 class _Live(Progress):
+    """rich's bar, with a line below it for each batch at work."""
+
     def __init__(self, attempts: Attempts, console: Console, *, disable: bool):
         self._attempts = attempts  # before super(), which renders once
         columns = (
@@ -107,13 +122,14 @@ class _Live(Progress):
     def get_renderables(self) -> Iterable[RenderableType]:
         yield from super().get_renderables()
         running = sorted(self._attempts(), key=lambda attempt: attempt[1])
-        for batch, worker, begun in running[:SHOWN]:
+        for batch, worker, begun in running[:MOST_WORKERS]:
             yield Text(f"  {worker}  batch {batch}, {time.time() - begun:.0f} s")
-        if len(running) > SHOWN:
-            yield Text(f"  and {len(running) - SHOWN} more")
+        if len(running) > MOST_WORKERS:
+            yield Text(f"  and {len(running) - MOST_WORKERS} more")
 
 
 def _size(number: float) -> str:
+    """Return a number of bytes in three digits, ``1.23 GB``."""
     for unit in ("B", "kB", "MB", "GB"):
         if number < 1000:
             return f"{number:.3g} {unit}"

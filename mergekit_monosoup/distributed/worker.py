@@ -1,4 +1,7 @@
-"""What a worker does with a batch: merge its tensors as mergekit does, write them, say what came of it."""
+"""What a worker does with a batch.
+
+It merges the tensors as mergekit does, writes them, and returns a record of the batch or its error.
+"""
 
 from __future__ import annotations
 
@@ -30,25 +33,29 @@ from mergekit.tokenizer import BuildTokenizer
 from transformers.trainer_utils import set_seed
 
 from mergekit_monosoup.distributed import folder as folders
-from mergekit_monosoup.distributed.fingerprint import versions
+from mergekit_monosoup.distributed.dependencies import versions
 from mergekit_monosoup.distributed.folder import Done, Shard, WorkFolder
 from mergekit_monosoup.distributed.plan import Batch
 from mergekit_monosoup.methods import JOURNAL
 
 
 @dataclass(frozen=True)
-class Job:
-    """All that a worker has to know about the merge.
+class MergeContext:
+    """What every worker has to know about a merge, whatever its batch.
 
     Attributes:
         out: the output folder.
         token: what `WorkFolder.token` must hold.
         node, cwd, versions: of the driver.
-        methods: that the plan asks for.
         sources: folder of each model as the driver resolved it (downloaded, adapters merged).
+        methods: names of the merge methods that the plan needs.
+        options: mergekit's.
+        writer: mergekit's task that makes the writer of the output.
+        tokenizer: mergekit's task that builds the tokenizer, if the merge builds one.
         math_device, storage_device: as mergekit gives them to its executor.
         threads: for the arithmetic; None leaves them as they are.
-        seed: each tensor gets a stream of random numbers of its own, from this and its name; None: drawing any is an error.
+        seed: each tensor gets a stream of random numbers of its own, from this and its name;
+            None: drawing any is an error.
         own_process: the worker's logging is collected for the driver, who is elsewhere.
     """
 
@@ -71,7 +78,13 @@ class Job:
 
 @dataclass(frozen=True)
 class Failed:
-    """Why a batch could not be done: what the merge method (or mergekit, or the machine) said, and where."""
+    """Why a batch could not be merged.
+
+    Attributes:
+        message: of the merge method, of mergekit or of the machine.
+        worker: NODE@PID.
+        traceback: as Python prints it.
+    """
 
     message: str
     worker: str
@@ -86,34 +99,37 @@ class RandomError(ValueError):
     """A merge method drew random numbers where that would break the promise of an equal result."""
 
 
-def execute(job: Job, batch: Batch) -> Done | Failed:
-    """Merges and writes a batch. Errors come back as values: an exception would arrive wrapped in three of Ray's."""
-    tensor: list[str] = []  # the one at work
+def execute(context: MergeContext, batch: Batch) -> Done | Failed:
+    """Merge and write a batch.
+
+    Errors are returned, not raised: an exception would arrive wrapped in three of Ray's.
+    """
+    current: list[str] = []  # its last entry is the tensor at work
     try:
-        _take_part(job)
-        with _logging(job) as logs:
-            record = _make(job, batch, tensor)
+        _join(context)
+        with _collected_log(context) as logs:
+            record = _merge_batch(context, batch, current)
         return replace(record, logs=logs)
     except Exception as error:
         message = str(error) or type(error).__name__
-        if tensor and tensor[-1] not in message and not isinstance(error, OSError):
-            message = f"{tensor[-1]}: {message}"
+        if current and current[-1] not in message and not isinstance(error, OSError):
+            message = f"{current[-1]}: {message}"
         return Failed(message, f"{socket.gethostname()}@{os.getpid()}", traceback.format_exc())
 
 
-def _make(job: Job, batch: Batch, tensor: list[str]) -> Done:
+def _merge_batch(context: MergeContext, batch: Batch, current: list[str]) -> Done:
     started = time.perf_counter()
-    work = WorkFolder(job.out)
+    work = WorkFolder(context.out)
     place, worker = folders.attempt(work, batch.number)
     try:
-        writer_task = job.writer.model_copy(update={"out_path": str(place)})
+        writer_task = context.writer.model_copy(update={"out_path": str(place)})
         writer = writer_task.execute()
         with JOURNAL.diverted() as reports:
             for save in batch.tensors:
-                tensor.append(save.tensor_name)
-                with _random_numbers(job, save):
-                    _merge(job, save, writer_task, writer)
-            tensor.clear()
+                current.append(save.tensor_name)
+                with _random_numbers(context, save):
+                    _merge_tensor(context, save, writer_task, writer)
+            current.clear()
         writer.finalize()
         files, shards = _shards(batch, place, writer)
         record = Done(
@@ -132,26 +148,33 @@ def _make(job: Job, batch: Batch, tensor: list[str]) -> Done:
         shutil.rmtree(place, ignore_errors=True)
 
 
-def _merge(job: Job, save: SaveTensor, writer_task: TensorWriterTask, writer: TensorWriter) -> None:
-    """One tensor, by mergekit's own executor, into the writer."""
+def _merge_tensor(
+    context: MergeContext, save: SaveTensor, writer_task: TensorWriterTask, writer: TensorWriter
+) -> None:
+    """Merge one tensor into the writer, by mergekit's own executor."""
     save = save.model_copy(update={"writer_task": writer_task})
     universe = TaskUniverse([save])
-    known: dict[Any, Any] = {universe.get_handle(writer_task): writer}
-    if job.tokenizer is not None and (handle := universe.get_handle(job.tokenizer)) is not None:
-        # Built once, by the driver: a union of vocabularies is ordered by Python's string hashes, which differ by process.
-        known[handle] = pickle.loads(WorkFolder(job.out).tokenizer.read_bytes())
+    values: dict[Any, Any] = {universe.get_handle(writer_task): writer}
+    task = context.tokenizer
+    if task is not None and (tokenizer := universe.get_handle(task)) is not None:
+        # Built once, by the driver: a union of vocabularies is ordered by Python's string hashes,
+        # which differ by process.
+        values[tokenizer] = pickle.loads(WorkFolder(context.out).tokenizer.read_bytes())
     executor = Executor(
         [universe.add_task(save)],
-        math_device=torch.device(job.math_device),
-        storage_device=torch.device(job.storage_device),
-        cached_values=known,
+        math_device=torch.device(context.math_device),
+        storage_device=torch.device(context.storage_device),
+        cached_values=values,
     )
     for _ in executor.run(quiet=True):
         pass
 
 
 def _shards(batch: Batch, place: Path, writer: TensorWriter) -> tuple[list[Path], list[Shard]]:
-    """The files that the writer left in ``place`` and what to call them. None if all tensors were optional and absent."""
+    """Return the files that the writer left in ``place``, and a record of each with its final name.
+
+    Both are empty if all tensors were optional and absent.
+    """
     names: dict[str, list[str]] = {}
     for tensor, file in writer.weight_map.items():
         names.setdefault(file, []).append(tensor)
@@ -173,97 +196,120 @@ def _shards(batch: Batch, place: Path, writer: TensorWriter) -> tuple[list[Path]
     return files, shards
 
 
-# -- the worker and the merge ----------------------------------------------------------------------------------------------
+# -- the worker and the merge ----------------------------------------------------------------------
 
 _joined = ""  # the token of the merge that this process has been prepared for
 
 
-def _take_part(job: Job) -> None:
-    """Makes this process ready, once per merge.
+def _join(context: MergeContext) -> None:
+    """Make this process ready for the merge, once per merge.
 
     Raises:
-        WorkerError: it sees other files or has other programs than the driver; what it wrote would be lost, or differ.
+        WorkerError: it sees other files or has other programs than the driver; what it wrote would
+            be lost, or differ.
     """
     global _joined
-    work, node = WorkFolder(job.out), socket.gethostname()
+    _check_token(context)
+    if context.threads is not None:
+        torch.set_num_threads(context.threads)
+    if _joined == context.token:
+        return
+    _check_programs(context)
+    if context.own_process:
+        if os.path.isdir(context.cwd):
+            # For relative paths of models, whose config.json mergekit reads anew.
+            os.chdir(context.cwd)
+        _open_models(context)
+    _joined = context.token
+
+
+def _check_token(context: MergeContext) -> None:
+    """Raise WorkerError unless this process sees the driver's folder, and of this merge."""
+    work, node = WorkFolder(context.out), socket.gethostname()
     try:
-        seen = work.token.read_text(encoding="utf-8")
+        token = work.token.read_text(encoding="utf-8")
     except OSError as error:
         raise WorkerError(
-            f"{node} cannot read {work.token}, which {job.node} has written ({error}): OUT must lie on storage that all "
-            "nodes share, under the same path"
+            f"{node} cannot read {work.token}, which {context.node} has written ({error}): OUT "
+            "must lie on storage that all nodes share, under the same path"
         ) from None
-    if seen != job.token:
+    if token != context.token:
         raise WorkerError(
-            f"{job.out}: another driver has taken over this merge, or {node} has another folder there"
+            f"{context.out}: another driver has taken over this merge, or {node} has another "
+            "folder there"
         )
-    if job.threads is not None:
-        torch.set_num_threads(job.threads)
-    if _joined == job.token:
-        return
-    here = versions()
-    if unlike := [
-        f"{name} {here[name]} (driver: {job.versions[name]})"
-        for name in here
-        if here[name] != job.versions[name]
-    ]:
+
+
+def _check_programs(context: MergeContext) -> None:
+    """Raise WorkerError if a package has another version here, or a merge method is unknown."""
+    node, installed = socket.gethostname(), versions()
+    different = [
+        f"{name} {installed[name]} (driver: {context.versions[name]})"
+        for name in installed
+        if installed[name] != context.versions[name]
+    ]
+    if different:
         raise WorkerError(
-            f"{node} has other versions than {job.node}: {', '.join(unlike)}. Install the same on all nodes"
+            f"{node} has other versions than {context.node}: {', '.join(different)}. Install the "
+            "same on all nodes"
         )
-    for method in job.methods:
+    for method in context.methods:
         try:
             merge_methods.get(method)
         except RuntimeError:
             raise WorkerError(
-                f"{node} does not know the merge method {method}: install what brings it on all nodes"
+                f"{node} does not know the merge method {method}: install what brings it on all "
+                "nodes"
             ) from None
-    if job.own_process:
-        if os.path.isdir(job.cwd):
-            os.chdir(job.cwd)  # for relative paths of models, whose config.json mergekit reads anew
-        cache = LoaderCache()
-        cache.setup(job.options)
-        for model, source in job.sources.items():
-            if not os.path.isdir(source):
-                raise WorkerError(
-                    f"{node} has no folder {source}, where {job.node} has {model}: all inputs must lie on storage that all "
-                    "nodes share (--transformers-cache and --lora-merge-cache choose where downloads and adapters go)"
-                )
-            cache.loaders[model] = LazyTensorLoader.from_disk(
-                source, lazy_unpickle=job.options.lazy_unpickle
+
+
+def _open_models(context: MergeContext) -> None:
+    """Give mergekit's loaders the folders of the models, as the driver resolved them."""
+    cache = LoaderCache()
+    cache.setup(context.options)
+    for model, source in context.sources.items():
+        if not os.path.isdir(source):
+            raise WorkerError(
+                f"{socket.gethostname()} has no folder {source}, where {context.node} has {model}: "
+                "all inputs must lie on storage that all nodes share (--transformers-cache and "
+                "--lora-merge-cache choose where downloads and adapters go)"
             )
-    _joined = job.token
+        cache.loaders[model] = LazyTensorLoader.from_disk(
+            source, lazy_unpickle=context.options.lazy_unpickle
+        )
 
 
 @contextmanager
-def _random_numbers(job: Job, save: SaveTensor) -> Iterator[None]:
-    """Lets a merge method draw random numbers only from a stream of the tensor's own.
+def _random_numbers(context: MergeContext, save: SaveTensor) -> Iterator[None]:
+    """Let a merge method draw random numbers only from a stream of the tensor's own.
 
     Raises:
         RandomError: it drew some though no seed for such streams was given.
     """
-    if job.seed is not None:
-        digest = hashlib.sha256(f"{job.seed}:{save.tensor_name}".encode()).digest()
+    if context.seed is not None:
+        digest = hashlib.sha256(f"{context.seed}:{save.tensor_name}".encode()).digest()
         set_seed(int.from_bytes(digest[:4], "big"))
         yield
         return
-    before = _random_state(job.math_device)
+    before = _random_state(context.math_device)
     yield
-    if _random_state(job.math_device) != before:
+    if _random_state(context.math_device) != before:
         raise RandomError(
-            f"merge method {method_of(save)} draws random numbers. mergekit-yaml takes them "
-            "for one tensor after the other from one stream, which several workers cannot repeat. Merge with mergekit-yaml, "
-            "or add --seed-per-tensor: each tensor gets a stream of its own, from --random-seed and its name; the same with "
-            "any number of workers, but other numbers than mergekit-yaml's"
+            f"merge method {method_of(save)} draws random numbers. mergekit-yaml takes them for "
+            "one tensor after the other from one stream, which several workers cannot repeat. "
+            "Merge with mergekit-yaml, or add --seed-per-tensor: each tensor gets a stream of its "
+            "own, from --random-seed and its name; the same with any number of workers, but other "
+            "numbers than mergekit-yaml's"
         )
 
 
 def method_of(save: SaveTensor) -> str:
-    return getattr(
-        save.tensor_task, "method_name", ""
-    )  # other kinds of tasks may save tensors one day
+    """Return the merge method of a tensor; empty for other kinds of tasks, should there be any."""
+    return getattr(save.tensor_task, "method_name", "")
 
 
 def _random_state(device: str) -> Hashable:
+    """Return the state of all generators that a merge method may draw from, for comparison."""
     _, keys, *rest = np.random.get_state()
     states = [
         random.getstate(),
@@ -277,6 +323,8 @@ def _random_state(device: str) -> Hashable:
 
 
 class _Collector(logging.Handler):
+    """Log records as (logger, level, message)."""
+
     def __init__(self) -> None:
         super().__init__()
         self.lines: list[tuple[str, int, str]] = []
@@ -286,14 +334,18 @@ class _Collector(logging.Handler):
 
 
 @contextmanager
-def _logging(job: Job) -> Iterator[list[tuple[str, int, str]]]:
-    """What is logged meanwhile, for the driver to repeat: a worker's own stderr ends in a file of Ray's."""
+def _collected_log(context: MergeContext) -> Iterator[list[tuple[str, int, str]]]:
+    """Collect what is logged meanwhile, for the driver to repeat.
+
+    A worker's own stderr ends in a file of Ray's.
+    """
     collector = _Collector()
-    if not job.own_process:
+    if not context.own_process:
         yield collector.lines
         return
     root = logging.getLogger()
-    root.setLevel({0: logging.WARNING, 1: logging.INFO}.get(job.options.verbosity, logging.DEBUG))
+    levels = {0: logging.WARNING, 1: logging.INFO}
+    root.setLevel(levels.get(context.options.verbosity, logging.DEBUG))
     root.addHandler(collector)
     try:
         yield collector.lines
@@ -302,11 +354,13 @@ def _logging(job: Job) -> Iterator[list[tuple[str, int, str]]]:
 
 
 def peak_memory() -> int:
-    """Bytes this process has held at most, pages of mapped files included; 0 where the system does not tell."""
+    """Return the bytes this process has held at most, pages of mapped files included.
+
+    0 where the system does not tell.
+    """
     try:
-        status = Path(
-            "/proc/self/status"
-        ).read_text()  # getrusage would start from the peak of the parent process
+        # getrusage would start from the peak of the parent process.
+        status = Path("/proc/self/status").read_text()
         return int(status.split("VmHWM:")[1].split()[0]) * 1024
     except (OSError, IndexError):
         return 0

@@ -17,7 +17,10 @@ import gated  # noqa: F401 - registers `gated`, `dice` and `deadly`
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory) -> Path:
-    """Pairs of several architectures, sharded; `wide` has more words, `faint` an update that rounding eats."""
+    """Pairs of several architectures, sharded.
+
+    `wide` has more words, `faint` an update that rounding eats.
+    """
     folder = tmp_path_factory.mktemp("world")
     for family in ("qwen3", "qwen3_moe", "llama"):
         checkpoints.pair(folder / family, family, dtype=torch.bfloat16, sharded=True, tuned=2)

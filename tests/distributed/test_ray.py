@@ -1,4 +1,7 @@
-"""`mergekit-monosoup run` with Ray: workers, a node and the driver are killed in the middle, and the model is the same."""
+"""`mergekit-monosoup run` with Ray.
+
+Workers, a node and the driver are killed in the middle, and the model is the same.
+"""
 
 from __future__ import annotations
 
@@ -24,11 +27,16 @@ ray = pytest.importorskip(
 )
 from ray.cluster_utils import Cluster  # noqa: E402
 
-pytestmark = pytest.mark.skipif(
-    not Path("/proc").is_dir(), reason="processes are looked up in /proc"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.alone,
+    pytest.mark.skipif(not Path("/proc").is_dir(), reason="processes are looked up in /proc"),
+]
 
-GATED = str(Path(__file__).with_name("gated"))
+# In front of what is inherited: a path on which the tests find the package is also the workers'.
+GATED = os.pathsep.join(
+    filter(None, (str(Path(__file__).with_name("gated")), os.environ.get("PYTHONPATH")))
+)
 PATIENCE = 120  # seconds; Ray starts a process in 2 to 20, by load
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
@@ -55,12 +63,12 @@ def finished(out: Path) -> int:
 
 def waiting(gate: Path) -> dict[str, list[int]]:
     """Tensors at the gate and the processes that have come there with them."""
-    found: dict[str, list[int]] = {}
+    pids: dict[str, list[int]] = {}
     for mark in gate.iterdir():
         if mark.name != "open":
             name, pid = mark.name.split("@")
-            found.setdefault(name, []).append(int(pid))
-    return found
+            pids.setdefault(name, []).append(int(pid))
+    return pids
 
 
 def processes(gate: Path) -> set[int]:
@@ -74,7 +82,7 @@ def alive(pid: int) -> bool:
         return False
 
 
-# -- on one machine ----------------------------------------------------------------------------------------------------------
+# -- on one machine --------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -85,7 +93,7 @@ def gate(tmp_path) -> Path:
 
 @pytest.fixture
 def start(gate) -> Iterator[Callable[..., subprocess.Popen]]:
-    """Starts the command as a shell does, in a process group of its own, which Ctrl-C reaches as a whole."""
+    """Start the command as a shell does: in a process group, which Ctrl-C reaches as a whole."""
     started = []
 
     def begin(*arguments: object) -> subprocess.Popen:
@@ -108,12 +116,12 @@ def test_ctrl_c(world, tmp_path, gate, start):
     driver = start(path, out, "--workers", 2, *SMALL)
     wait(lambda: finished(out) and waiting(gate), driver)
     os.killpg(driver.pid, signal.SIGINT)
-    _, said = driver.communicate(timeout=PATIENCE)
-    assert driver.returncode == 130
+    _, output = driver.communicate(timeout=PATIENCE)
+    assert driver.returncode == 130, output
     assert (
-        "Interrupted. 1 finished batch(es) kept" in said
-        and "Traceback" not in said
-        and "KeyboardInterrupt" not in said
+        "Interrupted. 1 finished batch(es) kept" in output
+        and "Traceback" not in output
+        and "KeyboardInterrupt" not in output
     )
     assert [p.name for p in out.iterdir()] == [NAME]
     wait(lambda: not any(map(alive, processes(gate))))
@@ -136,14 +144,14 @@ def test_a_worker_and_then_the_driver_are_killed(world, tmp_path, gate, start):
     wait(lambda: not any(map(alive, processes(gate))))  # Ray's processes go with the driver
     (gate / "open").touch()
 
-    said = run(
+    output = run(
         path, out, *SMALL, "--workers", 1, "-j", 1, "--resume"
     )  # the number of workers is free
-    assert "resuming: 1 of 3 batches are done" in said
+    assert "resuming: 1 of 3 batches are done" in output
     assert_same(out, mergekit(path, tmp_path / "a" / "out"))
 
 
-# -- on several nodes ------------------------------------------------------------------------------------------------------
+# -- on several nodes ------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -165,18 +173,18 @@ def cluster(tmp_path_factory) -> Iterator[Cluster]:
     """Two nodes with a CPU each, and this process as the driver."""
     node = {"num_cpus": 1, "object_store_memory": 80 * 2**20, "include_dashboard": False}
     with nodes_environment(tmp_path_factory.mktemp("gate")) as gate:
-        made = Cluster(initialize_head=True, head_node_args=node)
-        made.add_node(**node)
-        ray.init(address=made.address, log_to_driver=False)
-    made.gate = gate
-    yield made
+        nodes = Cluster(initialize_head=True, head_node_args=node)
+        nodes.add_node(**node)
+        ray.init(address=nodes.address, log_to_driver=False)
+    nodes.gate = gate
+    yield nodes
     ray.shutdown()
-    made.shutdown()
+    nodes.shutdown()
 
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
-    """References are merged in this process, with as many threads as a worker has: sums round alike then."""
+    """References are merged here, with as many threads as a worker has: sums round alike then."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -256,9 +264,9 @@ def test_a_node_dies_in_the_middle(cluster, world, tmp_path):
     with nodes_environment(cluster.gate):
         cluster.add_node(num_cpus=1, object_store_memory=80 * 2**20)
     wait(lambda: ray.cluster_resources().get("CPU") == 3)
-    said: list[str] = []
+    outputs: list[str] = []
     driver = threading.Thread(
-        target=lambda: said.append(run(path, out, *SMALL, "--ray", cluster.address))
+        target=lambda: outputs.append(run(path, out, *SMALL, "--ray", cluster.address))
     )
     driver.start()
     wait(lambda: len(waiting(cluster.gate)) == 2)
@@ -273,5 +281,5 @@ def test_a_node_dies_in_the_middle(cluster, world, tmp_path):
     wait(lambda: not any(map(alive, held[node])))
     (cluster.gate / "open").touch()
     driver.join(PATIENCE)
-    assert said and "worker(s)" in said[0]
+    assert outputs and "worker(s)" in outputs[0]
     assert_same(out, mergekit(path, tmp_path / "a" / "out"))

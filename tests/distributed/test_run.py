@@ -1,4 +1,4 @@
-"""`mergekit-monosoup run` in one process: the same model as mergekit-yaml's, whatever happens on the way."""
+"""`mergekit-monosoup run` in one process: the model of mergekit-yaml, whatever happens."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mergekit_monosoup import report
 from mergekit_monosoup.cli import main
-from mergekit_monosoup.distributed import command, engines, fingerprint, plan, worker
+from mergekit_monosoup.distributed import command, dependencies, engines, plan, worker
 from mergekit_monosoup.distributed import folder as folders
 from mergekit_monosoup.distributed.folder import WorkFolder
 
-# -- the same result -----------------------------------------------------------------------------------------------------
+# -- the same result -------------------------------------------------------------------------------
 
 
 def test_alone_it_is_mergekit_yaml(world, tmp_path):
@@ -106,7 +106,7 @@ def test_pickles(world, tmp_path):
 
 
 def test_vocabularies_of_two_sizes(world, tmp_path):
-    """The tokenizer is built once, and kept: mergekit orders a union of vocabularies differently each time."""
+    """The tokenizer is built once, and kept: mergekit orders unions differently each time."""
     models = [{"model": f"{world}/qwen3/tuned0"}, {"model": f"{world}/wide/base"}]
     path = config(
         world,
@@ -156,7 +156,7 @@ def test_adapter_and_bare_output(world, tmp_path):
     assert not (reference / "README.md").exists()
 
 
-# -- random numbers --------------------------------------------------------------------------------------------------------
+# -- random numbers --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -188,7 +188,7 @@ def test_a_stream_per_tensor_does_not_depend_on_the_batches(world, tmp_path):
     )
 
 
-# -- reports and errors ----------------------------------------------------------------------------------------------------
+# -- reports and errors ----------------------------------------------------------------------------
 
 
 def test_report_is_whole_and_in_order(world, tmp_path, caplog):
@@ -250,24 +250,25 @@ def test_errors_of_planning_leave_no_trace(world, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"), [("a: 1\n---\na: 2\n", "2 stages; mergekit-multi"), ("a: [b\n", "not YAML")]
+    ("text", "message"),
+    [("a: 1\n---\na: 2\n", "2 stages; mergekit-multi"), ("a: [b\n", "not YAML")],
 )
-def test_a_file_that_is_no_single_merge_is_named(text, said, tmp_path):
+def test_a_file_that_is_no_single_merge_is_named(text, message, tmp_path):
     path = tmp_path / "merge.yml"
     path.write_text(text)
-    answer = run(path, tmp_path / "out", "--resume", code=1)
-    assert said in answer and str(path) in answer and not (tmp_path / "out").exists()
+    output = run(path, tmp_path / "out", "--resume", code=1)
+    assert message in output and str(path) in output and not (tmp_path / "out").exists()
 
 
-# -- options ---------------------------------------------------------------------------------------------------------------
+# -- options ---------------------------------------------------------------------------------------
 
 
 def test_every_option_of_mergekit_has_been_looked_at():
-    assert set(MergeOptions.model_fields) == command.KNOWN
+    assert set(MergeOptions.model_fields) == command.SUPPORTED_OPTIONS
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (["--multi-gpu", "--resume"], "--workers N --gpus"),
         (["--gpu-rich", "--workers", "2"], "--workers N --gpus"),
@@ -278,9 +279,9 @@ def test_every_option_of_mergekit_has_been_looked_at():
         (["--workers", "2", "--resume", "--force"], "choose one"),
     ],
 )
-def test_what_cannot_be_honoured_is_refused(options, said, world, tmp_path, monkeypatch):
+def test_what_cannot_be_honoured_is_refused(options, message, world, tmp_path, monkeypatch):
     monkeypatch.setattr(command, "import_ray", lambda: None)  # there is none for the newest Python
-    assert said in run(config(world, tmp_path), tmp_path / "out", *options, code=1)
+    assert message in run(config(world, tmp_path), tmp_path / "out", *options, code=1)
     assert not (tmp_path / "out").exists()
 
 
@@ -357,7 +358,7 @@ def test_nothing_of_the_old_model_is_left_beside_the_new_one(world, tmp_path):
 
 
 def test_an_option_of_a_later_mergekit_is_refused(world, tmp_path, monkeypatch):
-    monkeypatch.setattr(command, "KNOWN", command.KNOWN - {"clone_tensors"})
+    monkeypatch.setattr(command, "SUPPORTED_OPTIONS", command.SUPPORTED_OPTIONS - {"clone_tensors"})
     output = run(config(world, tmp_path), tmp_path / "out", "--resume", "--clone-tensors", code=1)
     assert "--clone-tensors is newer than this mergekit-monosoup" in output
 
@@ -384,7 +385,7 @@ def test_help_is_that_of_the_command_with_mergekits_options():
     assert "mergekit-monosoup" not in result.output.split("Usage:")[0]
 
 
-# -- interrupted, and gone on with ------------------------------------------------------------------------------------------
+# -- interrupted, and gone on with -----------------------------------------------------------------
 
 
 @pytest.fixture
@@ -410,7 +411,9 @@ def test_resume_does_the_rest(interrupted, tmp_path, monkeypatch):
     path, out = interrupted
     begun = []
     monkeypatch.setattr(
-        engines, "execute", lambda job, batch: begun.append(batch) or worker.execute(job, batch)
+        engines,
+        "execute",
+        lambda context, batch: begun.append(batch) or worker.execute(context, batch),
     )
     output = run(path, out, *SMALL, "--resume")
     assert "resuming: 2 of 3 batches are done" in output and len(begun) == 1
@@ -442,7 +445,7 @@ def test_a_changed_shard_size_or_thread_count_is_refused(interrupted):
 
 def test_changed_versions_are_refused(interrupted, monkeypatch):
     path, out = interrupted
-    monkeypatch.setattr(fingerprint, "version", lambda package: "0.0")
+    monkeypatch.setattr(dependencies, "version", lambda package: "0.0")
     assert "versions: mergekit was 0.1.5, is 0.0" in run(path, out, *SMALL, "--resume", code=1)
 
 
@@ -524,7 +527,7 @@ def test_force_removes_weights_and_nothing_else(world, tmp_path):
 
 
 def test_what_fails_with_force_leaves_the_old_model_alone(world, tmp_path, monkeypatch):
-    """A misspelt path, a wrong method, Ctrl-C in the middle; and a model that is an input of the merge itself."""
+    """A misspelt path, a wrong method, Ctrl-C; and a model that is an input of the merge itself."""
     path, out = config(world, tmp_path), tmp_path / "out"
     run(path, out)
     before = {p.name: p.read_bytes() for p in out.iterdir()}
@@ -573,8 +576,9 @@ class Killed(BaseException):
     """As after kill -9: from one moment on, nothing of the process reaches the disk."""
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_it_can_be_resumed(world, tmp_path, monkeypatch):
-    """Every rename and removal in turn is the first that does not happen; none of the later ones does either."""
+    """Every rename and removal in turn is the first that does not happen, like all after it."""
     path = config(world, tmp_path, parameters={"report": f"{tmp_path}/r.jsonl"})
     reference = mergekit(path, tmp_path / "a" / "out")
     operations = {
@@ -613,81 +617,81 @@ def assert_same_but_for_the_folder(out: Path, reference: Path) -> None:
     assert_same(out.parent / "copy" / "out", reference)
 
 
-# -- a worker elsewhere ------------------------------------------------------------------------------------------------------
+# -- a worker elsewhere ----------------------------------------------------------------------------
 
 
 @pytest.fixture
 def assigned(world, tmp_path, monkeypatch):
-    """A job and a batch, as a worker of a merge gets them."""
+    """The context of a merge and a batch, as a worker gets them."""
     caught = []
     monkeypatch.setattr(engines, "execute", lambda *a: caught.append(a) or stop())
     run(config(world, tmp_path), tmp_path / "out", "--resume", code=130)
-    ((job, batch),) = caught
+    ((context, batch),) = caught
     out = WorkFolder(tmp_path / "out")
     out.making.mkdir(parents=True)
     out.done.mkdir()
-    out.token.write_text(job.token)
-    return replace(job, own_process=True, node="driver"), batch
+    out.token.write_text(context.token)
+    return replace(context, own_process=True, node="driver"), batch
 
 
-def failure(job, batch) -> str:
-    result = worker.execute(job, batch)
+def failure(context, batch) -> str:
+    result = worker.execute(context, batch)
     assert isinstance(result, worker.Failed)
     return result.message
 
 
 def test_a_worker_that_does_not_see_out(assigned):
-    job, batch = assigned
-    said = failure(replace(job, out="/nonexistent/out"), batch)
-    assert "cannot read /nonexistent/out" in said and "storage that all nodes share" in said
+    context, batch = assigned
+    message = failure(replace(context, out="/nonexistent/out"), batch)
+    assert "cannot read /nonexistent/out" in message and "storage that all nodes share" in message
 
 
 def test_a_worker_that_a_killed_driver_left_behind(assigned):
-    job, batch = assigned
-    WorkFolder(job.out).token.write_text("a later driver's")
-    assert "another driver has taken over" in failure(job, batch)
+    context, batch = assigned
+    WorkFolder(context.out).token.write_text("a later driver's")
+    assert "another driver has taken over" in failure(context, batch)
 
 
 def test_a_worker_with_other_versions(assigned):
-    job, batch = assigned
-    other = {**job.versions, "torch": "1.0"}
-    assert f"torch {job.versions['torch']} (driver: 1.0). Install the same" in failure(
-        replace(job, versions=other), batch
+    context, batch = assigned
+    other = {**context.versions, "torch": "1.0"}
+    assert f"torch {context.versions['torch']} (driver: 1.0). Install the same" in failure(
+        replace(context, versions=other), batch
     )
 
 
 def test_a_worker_without_the_method(assigned):
-    job, batch = assigned
-    job = replace(job, methods=frozenset({"monosoup", "from_elsewhere"}))
+    context, batch = assigned
+    context = replace(context, methods=frozenset({"monosoup", "from_elsewhere"}))
     assert "does not know the merge method from_elsewhere: install what brings it" in failure(
-        job, batch
+        context, batch
     )
 
 
 def test_a_worker_that_does_not_see_an_input(assigned):
-    job, batch = assigned
-    sources = dict.fromkeys(job.sources, "/nonexistent/model")
+    context, batch = assigned
+    sources = dict.fromkeys(context.sources, "/nonexistent/model")
     assert "has no folder /nonexistent/model, where driver has" in failure(
-        replace(job, sources=sources), batch
+        replace(context, sources=sources), batch
     )
 
 
 def test_a_worker_elsewhere_sends_its_log(assigned, monkeypatch):
-    job, batch = assigned
+    context, batch = assigned
     monkeypatch.setattr(worker, "_joined", "")
     monkeypatch.setattr(
         worker,
-        "_merge",
+        "_merge_tensor",
         lambda *a: logging.getLogger("mergekit").warning("no embedding for %r", "w1"),
     )
-    assert worker.execute(job, batch).logs[0] == (
+    assert worker.execute(context, batch).logs[0] == (
         "mergekit",
         logging.WARNING,
         "no embedding for 'w1'",
     )
 
 
-# -- the division --------------------------------------------------------------------------------------------------------
+# -- the division ----------------------------------------------------------------------------------
 
 
 class Named:
@@ -709,7 +713,7 @@ def test_division_keeps_to_the_limit_and_to_the_files():
         ["2"],
         ["5", "6"],
     ]
-    assert [batch.number for batch in plan.in_order(batches, 8)] == [2, 0, 1, 3], (
+    assert [batch.number for batch in plan.start_order(batches, 8)] == [2, 0, 1, 3], (
         "the large one first"
     )
     assert batches[0].memory == plan.PROCESS + 6 + 6
@@ -727,24 +731,24 @@ def test_batches_are_of_a_decent_size():
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
 def test_sizes_are_read_from_headers(family, world, tmp_path, monkeypatch):
-    """Sizes of what is written come out exact, for stacks of experts too; what is read is all that is there, once."""
-    seen = []
+    """Written sizes come out exact, for stacks of experts too; all that is there is read once."""
+    sizes_of_tensors = []
     divide = plan.divide
 
-    def noted(tensors, sizes, limit):
-        seen.extend(zip((t.tensor_name for t in tensors), sizes, strict=True))
+    def recording(tensors, sizes, limit):
+        sizes_of_tensors.extend(zip((t.tensor_name for t in tensors), sizes, strict=True))
         return divide(tensors, sizes, limit)
 
-    monkeypatch.setattr("mergekit_monosoup.distributed.driver.divide", noted)
+    monkeypatch.setattr("mergekit_monosoup.distributed.driver.divide", recording)
     run(config(world, tmp_path, family=family), tmp_path / "out", *SMALL, "--resume")
     result = stored(tmp_path / "out")
-    assert {name: size.written for name, size in seen} == {
+    assert {name: size.written for name, size in sizes_of_tensors} == {
         name: tensor.nbytes for name, tensor in result.items()
     }
-    assert sum(size.read for _, size in seen) == 2 * sum(
+    assert sum(size.read for _, size in sizes_of_tensors) == 2 * sum(
         tensor.nbytes for tensor in result.values()
     )
-    assert all(size.memory >= 2 * size.read for _, size in seen)
+    assert all(size.memory >= 2 * size.read for _, size in sizes_of_tensors)
 
 
 def test_memory_of_a_stack_grows_with_the_threads():
@@ -758,7 +762,7 @@ def test_memory_of_a_stack_grows_with_the_threads():
 
 def test_an_unknown_kind_of_plan_is_refused():
     with pytest.raises(plan.PlanError, match=r"not made as in 0\.1\.5"):
-        plan.take_apart([])
+        plan.split_plan([])
 
 
 def test_a_report_that_cannot_be_written_costs_no_merge(world, tmp_path, monkeypatch, caplog):

@@ -50,7 +50,9 @@ def pair(
     vocabulary: int = VOCABULARY,
     tuned_vocabulary: int = VOCABULARY,
 ) -> tuple[Path, list[Path]]:
-    """A pretrained checkpoint and fine-tuned ones, whose updates are a few directions plus noise of relative ``size``.
+    """Write a pretrained checkpoint and fine-tuned ones.
+
+    Their updates are a few directions plus noise of relative ``size``.
 
     Stands in for training only where the *plumbing* is tested; the demo trains for real.
     """

@@ -34,7 +34,8 @@ def local(config: Path, world: Path, folder: Path) -> Path:
 def run(config: Path, folder: Path) -> dict[str, torch.Tensor]:
     """Merge with the command that the file names (mergekit-yaml when it names none).
 
-    In this process: a fresh one per file would spend two minutes on imports; test_install.py starts real ones.
+    In this process: a fresh one per file would spend two minutes on imports; test_install.py starts
+    real ones.
     """
     text, out = config.read_text(), folder / "out"
     command, arguments = run_yaml.main, [config, out]

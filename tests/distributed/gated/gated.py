@@ -1,7 +1,10 @@
-"""A merge method that waits: so that a merge can be killed at a known place, without sleeping in the code under test.
+"""A merge method that waits, and two more for the tests of `run`.
 
-`gated` is the mean of the models. Tensors of layer 1 and the head leave a mark TENSOR@PID in the folder $GATE and then wait
-until the file `open` is there. `dice` draws random numbers, `deadly` ends its process as a lack of memory does.
+A merge can be killed at a registered place with it, without sleeping in the code under test.
+
+`gated` is the mean of the models. Tensors of layer 1 and the head leave a mark TENSOR@PID in the
+folder $GATE and then wait until the file `open` is there. `dice` draws random numbers, `deadly`
+ends its process as a lack of memory does.
 """
 
 from __future__ import annotations
@@ -44,7 +47,7 @@ def deadly(group: TensorGroup) -> torch.Tensor:
     os._exit(1)
 
 
-known = {method.spec.name for method in registered_methods()}
+registered = {method.spec.name for method in registered_methods()}
 for method in (gated, dice, deadly):
-    if method.spec.name not in known:
+    if method.spec.name not in registered:
         register(method)

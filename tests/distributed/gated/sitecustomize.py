@@ -1,4 +1,4 @@
-"""Registers the methods of gated.py in every process that has this folder on PYTHONPATH and imports mergekit."""
+"""Register the methods of gated.py wherever mergekit is imported with this folder on PYTHONPATH."""
 
 from importlib import import_module
 

@@ -26,8 +26,8 @@ PACKAGES = (
     "scipy",
 )
 
-# The options of mergekit that can change the weights or how they are cut into files. The rest says where things lie, how
-# loud the program is, or what the driver writes at the end.
+# The options of mergekit that can change the weights or how they are cut into files. The rest says
+# where things lie, how loud the program is, or what the driver writes at the end.
 OPTIONS = (
     "allow_crimes",
     "unsafe_truncate_embeddings",
@@ -37,73 +37,79 @@ OPTIONS = (
     "safe_serialization",
 )
 
-# Beside the weights: what decides shapes and vocabularies.
-_BESIDE = re.compile(r"\.json$|\.model$|\.jinja$|^merges\.txt$")
+# Files beside the weights that decide shapes and vocabularies.
+_SIDE_FILES = re.compile(r"\.json$|\.model$|\.jinja$|^merges\.txt$")
 
-Fingerprint = dict[str, dict[str, Any]]
+# Section → thing → its state. Stored in merge.json under "fingerprint".
+Dependencies = dict[str, dict[str, Any]]
 
 
 def versions() -> dict[str, str]:
-    found = {}
+    """Return the installed version of each of :data:`PACKAGES`."""
+    installed = {}
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            installed[package] = version(package)
         except PackageNotFoundError:  # on the path without an installation
-            found[package] = "not installed"
-    return found
+            installed[package] = "not installed"
+    return installed
 
 
-def document(source: str) -> Any:
-    """A configuration as JSON has it. mergekit's own dump of one fails where a model's path holds a space."""
+def as_json(source: str) -> Any:
+    """Return a configuration as JSON has it.
+
+    mergekit's own dump of one fails where a model's path holds a space.
+    """
     return json.loads(json.dumps(yaml.safe_load(source), default=str))
 
 
-def fingerprint(
+def dependencies(
     source: str,
     options: MergeOptions,
     loaders: Mapping[ModelReference, LazyTensorLoader],
     *,
     threads: int,
     seed: int | None,
-) -> Fingerprint:
-    """JSON of everything that the weights depend on.
+) -> Dependencies:
+    """Return everything that the weights depend on, in types that JSON knows.
 
     Args:
-        source: the configuration, as it was read.
+        source: text of the configuration, as it was read.
+        options: mergekit's.
         loaders: of every model that is referred to.
         threads: per worker; sums are rounded differently with another number.
         seed: of the streams per tensor; None where every tensor is to come out the same without.
     """
     settings = {name: getattr(options, name) for name in OPTIONS}
     return {
-        "configuration": document(source),
+        "configuration": as_json(source),
         "options": {**settings, "threads per worker (-j)": threads, "seed of each tensor": seed},
-        "inputs": {file: stamp for loader in loaders.values() for file, stamp in _stamps(loader)},
+        "inputs": {file: state for loader in loaders.values() for file, state in _files(loader)},
         "versions": versions(),
     }
 
 
-def _stamps(loader: LazyTensorLoader) -> Iterator[tuple[str, str]]:
-    """(absolute path, size and time of change) of each file of a model."""
+def _files(loader: LazyTensorLoader) -> Iterator[tuple[str, str]]:
+    """Yield (absolute path, size and time of change) of each file of a model."""
     folder = os.path.abspath(loader.index.base_path)
-    beside = [name for name in os.listdir(folder) if _BESIDE.search(name)]
-    for name in sorted({*beside, *(shard.filename for shard in loader.index.shards)}):
-        place = os.path.join(folder, name)
-        state = os.stat(place)
-        when = datetime.fromtimestamp(state.st_mtime, timezone.utc).isoformat(" ")
-        yield place, f"{state.st_size} bytes of {when}"
+    side_files = [name for name in os.listdir(folder) if _SIDE_FILES.search(name)]
+    for name in sorted({*side_files, *(shard.filename for shard in loader.index.shards)}):
+        path = os.path.join(folder, name)
+        state = os.stat(path)
+        changed = datetime.fromtimestamp(state.st_mtime, timezone.utc).isoformat(" ")
+        yield path, f"{state.st_size} bytes of {changed}"
 
 
-def differences(old: Fingerprint, new: Fingerprint) -> list[str]:
-    """A line for each thing that is not as it was."""
+def differences(old: Dependencies, new: Dependencies) -> list[str]:
+    """Return a line for each thing that is not as it was."""
     lines = []
     for section in {**old, **new}:
         before, now = old.get(section, {}), new.get(section, {})
         for key in {**before, **now}:
             if before.get(key) != now.get(key):
-                lines.append(f"{section}: {key} was {_shown(before, key)}, is {_shown(now, key)}")
+                lines.append(f"{section}: {key} was {_value(before, key)}, is {_value(now, key)}")
     return lines
 
 
-def _shown(section: Mapping[str, Any], key: str) -> str:
+def _value(section: Mapping[str, Any], key: str) -> str:
     return str(section[key]) if key in section else "absent"
