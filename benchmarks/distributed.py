@@ -1,11 +1,14 @@
-"""Two workers with a thread each against mergekit-yaml with one thread and with two, on a model of many medium matrices.
+"""Two workers with a thread each against mergekit-yaml with one thread and with two.
+
+On a model of many medium matrices.
 
     python benchmarks/distributed.py [--layers 28] [--hidden 1024] [--workers 2] [--folder DIR]
 
-A pair of random checkpoints shaped as Qwen3-0.6B (three matrices of 1024 x 3072 and four of attention per layer) with a small
-vocabulary, bf16, updates of 2 % of the weights; method monosoup. Every program is measured from outside: wall time, processor
-time of all its processes, the peak memory of each, and for `run` how long the busiest worker merged (the rest is starting).
-The tensors are compared bit for bit. The last line is JSON. Linux only.
+A pair of random checkpoints shaped as Qwen3-0.6B (three matrices of 1024 x 3072 and four of
+attention per layer) with a small vocabulary, bf16, updates of 2 % of the weights; method monosoup.
+Every program is measured from outside: wall time, processor time of all its processes, the peak
+memory of each, and for `run` how long the busiest worker merged (the rest is starting). The tensors
+are compared bit for bit. The last line is JSON. Linux only.
 """
 
 from __future__ import annotations
@@ -46,13 +49,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         rows, different = compare(options, options.folder or Path(temporary))
     print(
-        f"{'program':>24} {'wall s':>8} {'ratio':>6} {'merging s':>10} {'cpu s':>8}   peak GB of each process"
+        f"{'program':>24} {'wall s':>8} {'ratio':>6} {'merging s':>10} {'cpu s':>8}   peak GB of "
+        "each process"
     )
     for name, row in rows.items():
         peaks = ", ".join(f"{label} {peak:.2f}" for label, peak in row["peaks_gb"])
         ratio = next(iter(rows.values()))["wall"] / row["wall"]
         print(
-            f"{name:>24} {row['wall']:>8.1f} {ratio:>6.2f} {row['merging'] or '':>10} {row['cpu']:>8.1f}   {peaks}"
+            f"{name:>24} {row['wall']:>8.1f} {ratio:>6.2f} {row['merging'] or '':>10} "
+            f"{row['cpu']:>8.1f}   {peaks}"
         )
     print(f"tensors that differ from those of one thread: {different}")
     shape = {name: getattr(options, name) for name in ("layers", "hidden", "workers")}
@@ -102,14 +107,14 @@ def measured(command: list, threads: int) -> dict:
     seen: dict[int, Seen] = {}
     watcher = threading.Thread(target=watch, args=(process, seen))
     watcher.start()
-    said = process.communicate()[1]
+    output = process.communicate()[1]
     wall = time.perf_counter() - started
     watcher.join()
     if process.returncode:
-        raise SystemExit(f"{' '.join(map(str, command))} failed:\n{said}")
+        raise SystemExit(f"{' '.join(map(str, command))} failed:\n{output}")
     merging = [
         float(seconds)
-        for seconds in re.findall(r"@\d+: \d+ batches, \d+ tensors, ([\d.]+) s", said)
+        for seconds in re.findall(r"@\d+: \d+ batches, \d+ tensors, ([\d.]+) s", output)
     ]
     large = sorted((s for s in seen.values() if s.peak > SHOWN), key=lambda s: -s.peak)
     return {
@@ -153,14 +158,14 @@ def watch(process: subprocess.Popen, seen: dict[int, Seen]) -> None:
         time.sleep(0.5)
 
 
-def differing(one: Path, other: Path) -> int:
+def differing(first: Path, second: Path) -> int:
     """How many tensors differ in a bit."""
     import torch
     from safetensors.torch import load_file
 
     states = [
         {n: t for file in sorted(f.glob("*.safetensors")) for n, t in load_file(file).items()}
-        for f in (one, other)
+        for f in (first, second)
     ]
     assert states[0].keys() == states[1].keys()
     return sum(

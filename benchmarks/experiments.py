@@ -1,19 +1,24 @@
 """Ways to the edited update that the package does not take, beside the one it takes; any device.
 
-    python benchmarks/experiments.py [--device cpu] [--threads 1] [--shapes 1024x3072 1024x1024 2048x2048] [--repeat 2]
+    python benchmarks/experiments.py [--device cpu] [--threads 1] [--repeat 2]
+        [--shapes 1024x3072 1024x1024 2048x2048]
 
-* `float32`: Gram matrix, eigenvalues and eigenvectors in float32, with the error that a certificate predicts (`predicted`).
-  What rounding did is measured on random vectors as ‖E‖_F; ‖X(P̂ − P)‖_F² = Σ_{i<=k<j} E_ij²·(λ_i + λ_j)/(λ_i − λ_j)² to
-  first order, with ‖E‖_F/s for every E_ij, for rounding has no preferred direction.
-* `sign`: float64 eigenvalues, no eigenvectors; the projector is (1 + sign(G − μ))/2 by a scaled Newton-Schulz iteration
-  in float32 (Chen & Chow 2014), with Rayleigh-Ritz in float64 for the eigenvalues that it leaves between −1 and 1.
+* `float32`: Gram matrix, eigenvalues and eigenvectors in float32, with the error that a certificate
+  predicts (`predicted`). What rounding did is measured on random vectors as ‖E‖_F; to first order
+  ‖X(P̂ − P)‖_F² = Σ_{i<=k<j} E_ij²·(λ_i + λ_j)/(λ_i − λ_j)², with ‖E‖_F/s for every E_ij, for
+  rounding has no preferred direction.
+* `sign`: float64 eigenvalues, no eigenvectors; the projector is (1 + sign(G − μ))/2 by a scaled
+  Newton-Schulz iteration in float32 (Chen & Chow 2014), with Rayleigh-Ritz in float64 for the
+  eigenvalues that it leaves between −1 and 1.
 * `entropy`: no eigenvalues either, only the effective rank: Σσ ln σ is the derivative at 1/2 of
-  Σλ^α = (α sin πα/π)·∫ ln det(1 + G/t)·t^(α−1) dt, by the trapezoid rule in ln t, a Cholesky factor at every node.
+  Σλ^α = (α sin πα/π)·∫ ln det(1 + G/t)·t^(α−1) dt, by the trapezoid rule in ln t, a Cholesky factor
+  at every node.
 
-The first two clip outlying eigenvalues, beside which float32 would lose the others. Times are from X (rows, s) on the device
-to effective rank and edited update; `ratio` is the package's time over this one's. Errors are those of the edited
-update, relative to a float64 SVD, and of the effective rank. The programs take turns and the fastest run counts. Threads are
-set before anything is loaded, by starting again. The last line is JSON.
+The first two clip outlying eigenvalues, beside which float32 would lose the others. Times are from
+X (rows, s) on the device to effective rank and edited update; `ratio` is the package's time over
+this one's. Errors are those of the edited update, relative to a float64 SVD, and of the effective
+rank. The programs take turns and the fastest run counts. Threads are set before anything is loaded,
+by starting again. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -62,7 +67,8 @@ def main() -> None:
     if not limits.items() <= os.environ.items():
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | limits)
     print(
-        f"{'shape':>12} {'kind':>7} {'way':>8} {'seconds':>8} {'ratio':>6} {'rank off by':>12} {'error':>8} {'predicted':>9}"
+        f"{'shape':>12} {'kind':>7} {'way':>8} {'seconds':>8} {'ratio':>6} {'rank off by':>12} "
+        f"{'error':>8} {'predicted':>9}"
     )
     rows = []
     for shape in options.shapes:
@@ -102,7 +108,8 @@ def compare(shape: str, kind: str, options: argparse.Namespace) -> list[dict]:
         }
         words = [f"{value:.1e}" if value is not None else "-" for value in (error, predicted)]
         print(
-            f"{shape:>12} {kind:>7} {name:>8} {seconds:>8.3f} {row['ratio']:>6.2f} {row['rank_error']:>12.1e} "
+            f"{shape:>12} {kind:>7} {name:>8} {seconds:>8.3f} {row['ratio']:>6.2f} "
+            f"{row['rank_error']:>12.1e} "
             f"{words[0]:>8} {words[1]:>9}",
             flush=True,
         )
@@ -125,12 +132,12 @@ def cut(sigma: Tensor) -> tuple[int, tuple[float, float]]:
 
 
 def package(x: Tensor) -> Result:
-    found = Spectrum(lambda: x.split(ROWS), *x.shape, x.device)
-    k, (high, low) = cut(found.sigma)
-    basis, leading = found.projection(k, x.dtype)
+    spectrum = Spectrum(lambda: x.split(ROWS), *x.shape, x.device)
+    k, (high, low) = cut(spectrum.sigma)
+    basis, leading = spectrum.projection(k, x.dtype)
     inside, outside = (high, low) if leading else (low, high)
     return (
-        effective_rank(found.sigma),
+        effective_rank(spectrum.sigma),
         torch.addmm(x, x @ basis, basis.T, beta=outside, alpha=inside - outside),
         None,
     )
@@ -173,10 +180,12 @@ def sign(x: Tensor) -> Result:
     shifted.diagonal().sub_(middle)
     size = float((values - middle).abs().max())
     scales = scaling(OPEN)
-    found = (shifted / size).float()
+    iterate = (shifted / size).float()
     for scale in scales:
-        found = torch.addmm(found, found, found @ found, beta=1.5 * scale, alpha=-0.5 * scale**3)
-    projector = (found + found.T) / 4
+        iterate = torch.addmm(
+            iterate, iterate, iterate @ iterate, beta=1.5 * scale, alpha=-0.5 * scale**3
+        )
+    projector = (iterate + iterate.T) / 4
     projector.diagonal().add_(0.5)
 
     def unfinished(eigenvalues: Tensor) -> Tensor:
@@ -190,7 +199,7 @@ def sign(x: Tensor) -> Result:
         order, min(order, int((unfinished(values) > 1e-4).sum()) + 8), device=x.device
     )
     for _ in range(2):
-        basis = torch.linalg.qr(basis - found @ (found @ basis)).Q
+        basis = torch.linalg.qr(basis - iterate @ (iterate @ basis)).Q
     basis = torch.linalg.qr(basis.double()).Q
     inner, turn = torch.linalg.eigh(basis.T @ (clipped.matrix @ basis))
     left = unfinished(inner) > 1e-3
@@ -246,7 +255,7 @@ def sum_of_products(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 class Clipped:
-    """G with the eigenvalues that stand far above the others lowered to a ceiling, by subspace iteration."""
+    """Return G with its outlying eigenvalues lowered to a ceiling, by subspace iteration."""
 
     def __init__(self, gram: Tensor, block: int = 32, sweeps: int = 12):
         order = len(gram)

@@ -1,13 +1,16 @@
-"""Per layer on a GPU: the method against the loop of the reference on the same card, extrapolated to whole models.
+"""Per layer on a GPU: the method against the loop of the reference on the same card.
 
-    python benchmarks/gpu.py [--models Qwen3-0.6B ...] [--experts 16] [--repeat 3] [--skip-reference-above 3e7]
+    python benchmarks/gpu.py [--models Qwen3-0.6B ...] [--experts 16] [--repeat 3]
+        [--skip-reference-above 3e7]
 
-For every distinct shape of a model: seconds of both programs (the faster of `--repeat` runs after one to warm up), peak memory
-beside the inputs, and the share of the time that its matrix products alone would take (XᵀX in float64, XQQᵀ in float32 for
-half of the vectors). Stacks of experts are measured on `--experts` of them, in one call, and scaled up. The reference is
-`reference.py` with torch's default SVD; above the limit it is left out, and then there is no ratio for that model. Matrices are
-random bf16 pairs, as after a full fine-tune. `--device cpu --tiny` runs all of it at 1/64 of every size, as a test of the
-script. The last line is JSON.
+Seconds per layer are extrapolated to whole models.
+For every distinct shape of a model: seconds of both programs (the faster of `--repeat` runs after
+one to warm up), peak memory beside the inputs, and the share of the time that its matrix products
+alone would take (XᵀX in float64, XQQᵀ in float32 for half of the vectors). Stacks of experts are
+measured on `--experts` of them, in one call, and scaled up. The reference is `reference.py` with
+torch's default SVD; above the limit it is left out, and then there is no ratio for that model.
+Matrices are random bf16 pairs, as after a full fine-tune. `--device cpu --tiny` runs all of it at
+1/64 of every size, as a test of the script. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -33,7 +36,10 @@ from mergekit_monosoup.kernel.batch import Job, edit_each  # noqa: E402
 
 @dataclass(frozen=True)
 class Model:
-    """(out, rest) of each matrix in a layer and how many there are; stacks hold ``experts`` matrices each."""
+    """Return (out, rest) of each matrix in a layer and how many there are.
+
+    Stacks hold ``experts`` matrices each.
+    """
 
     layers: int
     dense: dict[tuple[int, int], int]
@@ -56,7 +62,8 @@ MODELS = {
     "Qwen3-8B": qwen3(36, 4096, 32, 12288),
     "Qwen3-14B": qwen3(40, 5120, 40, 17408),
     "Qwen3-32B": qwen3(64, 5120, 64, 25600),
-    # Attention and embeddings of Qwen3-30B-A3B; 128 experts with gate, up (768 x 2048) and down (2048 x 768).
+    # Attention and embeddings of Qwen3-30B-A3B; 128 experts with gate, up (768 x 2048) and down
+    # (2048 x 768).
     "Qwen3-30B-A3B": Model(
         48,
         {(4096, 2048): 1, (512, 2048): 2, (2048, 4096): 1},
@@ -82,29 +89,30 @@ def main() -> None:
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     print(f"{card}, torch {torch.__version__}, cuda {torch.version.cuda}")
     print(
-        f"{'shape':>14} {'matrices':>8} {'ours s':>9} {'reference s':>11} {'ratio':>6} {'peak GB':>8} {'products':>8}"
+        f"{'shape':>14} {'matrices':>8} {'ours s':>9} {'reference s':>11} {'ratio':>6} "
+        f"{'peak GB':>8} {'products':>8}"
     )
-    known: dict[tuple, dict] = {}
+    rows: dict[tuple, dict] = {}
     models = {}
     for name in options.models:
-        models[name] = whole(MODELS[name], options, device, known)
+        models[name] = whole(MODELS[name], options, device, rows)
         print(f"{name}: {words(models[name])}", flush=True)
     print(
         json.dumps(
-            {"card": card, "tiny": options.tiny, "rows": list(known.values()), "models": models}
+            {"card": card, "tiny": options.tiny, "rows": list(rows.values()), "models": models}
         )
     )
 
 
 def whole(
-    model: Model, options: argparse.Namespace, device: torch.device, known: dict[tuple, dict]
+    model: Model, options: argparse.Namespace, device: torch.device, rows: dict[tuple, dict]
 ) -> dict:
     """Seconds of a layer and of the model, by both programs."""
 
     def row(shape: tuple[int, int], count: int) -> dict:
-        if (shape, count) not in known:
-            known[shape, count] = measure(shape, count, options, device)
-        return known[shape, count]
+        if (shape, count) not in rows:
+            rows[shape, count] = measure(shape, count, options, device)
+        return rows[shape, count]
 
     layer = [(row(shape, 1), n) for shape, n in model.dense.items()]
     measured = min(options.experts, model.experts)
@@ -114,8 +122,11 @@ def whole(
     def total(key: str) -> dict[str, float] | None:
         if any(r[key] is None for r, _ in [*layer, *outside]):
             return None
-        one = sum(r[key] * n for r, n in layer)
-        return {"layer": one, "model": one * model.layers + sum(r[key] * n for r, n in outside)}
+        per_layer = sum(r[key] * n for r, n in layer)
+        return {
+            "layer": per_layer,
+            "model": per_layer * model.layers + sum(r[key] * n for r, n in outside),
+        }
 
     return {
         "ours": total("seconds"),
@@ -125,9 +136,10 @@ def whole(
 
 
 def words(model: dict) -> str:
-    text = f"{model['ours']['layer']:.2f} s a layer, {model['ours']['model']:.0f} s in all (extrapolated)"
-    if model["reference"]:
-        text += f"; reference {model['reference']['layer']:.2f} s and {model['reference']['model']:.0f} s"
+    ours, reference = model["ours"], model["reference"]
+    text = f"{ours['layer']:.2f} s a layer, {ours['model']:.0f} s in all (extrapolated)"
+    if reference:
+        text += f"; reference {reference['layer']:.2f} s and {reference['model']:.0f} s"
     return text + f"; at most {model['peak_gb']:.2f} GB beside the inputs"
 
 
@@ -135,7 +147,8 @@ def measure(
     shape: tuple[int, int], count: int, options: argparse.Namespace, device: torch.device
 ) -> dict:
     """``count`` matrices of a shape: one call of ours, a loop of the reference's."""
-    shape = tuple(max(2, n // 64) for n in shape) if options.tiny else shape  # type: ignore[assignment]
+    if options.tiny:
+        shape = max(2, shape[0] // 64), max(2, shape[1] // 64)
     W0 = 0.02 * torch.randn(count, *shape, device=device)
     W1 = (W0 + 2e-4 * torch.randn(count, *shape, device=device)).bfloat16()
     W0 = W0.bfloat16()
@@ -160,7 +173,8 @@ def measure(
     }
     left_out = "-"
     print(
-        f"{'x'.join(map(str, shape)):>14} {count:>8} {seconds:>9.4f} {f'{slow:.4f}' if slow else left_out:>11} "
+        f"{'x'.join(map(str, shape)):>14} {count:>8} {seconds:>9.4f} "
+        f"{f'{slow:.4f}' if slow else left_out:>11} "
         f"{f'{slow / seconds:.1f}' if slow else left_out:>6} {peak:>8.2f} {bound / seconds:>8.0%}",
         flush=True,
     )

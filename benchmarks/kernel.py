@@ -1,11 +1,12 @@
-"""Per matrix on the CPU: the kernel against a float32 SVD with reconstruction, side by side in one run.
+"""Per matrix on the CPU: the kernel against a float32 SVD with reconstruction, side by side.
 
     python benchmarks/kernel.py [--threads 1 2] [--shapes 1024x3072 ...] [--repeat 3]
 
-Claim: at least 5x faster as a geometric mean, and closer to a float64 SVD. Every shape is measured on two kinds of bf16
-pairs: `random` (a full fine-tune looks like it) and `lora` (rank 16, plus the rounding noise of bf16). The two programs take
-turns; the best of `--repeat` counts for each. Threads are set before anything is imported, in a process of their own.
-The last line is JSON. Errors are relative to a float64 SVD and are left out above `--oracle` elements (minutes each).
+Claim: at least 5x faster as a geometric mean, and closer to a float64 SVD. Every shape is measured
+on two kinds of bf16 pairs: `random` (a full fine-tune looks like it) and `lora` (rank 16, plus the
+rounding noise of bf16). The two programs take turns; the best of `--repeat` counts for each.
+Threads are set before anything is imported, in a process of their own. The last line is JSON.
+Errors are relative to a float64 SVD and are left out above `--oracle` elements (minutes each).
 """
 
 from __future__ import annotations
@@ -83,7 +84,8 @@ def run(threads: int, options: argparse.Namespace) -> list[dict]:
     ]
     command = [sys.executable, __file__, *map(str, arguments)]
     print(
-        f"{'threads':>7} {'shape':>12} {'kind':>7} {'k':>5} {'SVD s':>8} {'ours s':>8} {'ratio':>6}  error of SVD / ours",
+        f"{'threads':>7} {'shape':>12} {'kind':>7} {'k':>5} {'SVD s':>8} {'ours s':>8} "
+        f"{'ratio':>6}  error of SVD / ours",
         flush=True,
     )
     rows = []
@@ -100,7 +102,8 @@ def run(threads: int, options: argparse.Namespace) -> list[dict]:
                 else f"{row['reference_error']:.0e} / {row['error']:.0e}"
             )
             print(
-                f"{row['threads']:>7} {row['shape']:>12} {row['kind']:>7} {row['k']:>5} {row['reference_seconds']:>8.2f} "
+                f"{row['threads']:>7} {row['shape']:>12} {row['kind']:>7} {row['k']:>5} "
+                f"{row['reference_seconds']:>8.2f} "
                 f"{row['seconds']:>8.2f} {row['ratio']:>6.1f}  {errors}",
                 flush=True,
             )
@@ -149,22 +152,25 @@ def measure(shape: str, kind: str, options: argparse.Namespace) -> dict:
 
 
 def errors(W0, W1) -> dict:
-    """Relative errors of the edited update against float64, on float32 inputs with W0 = 0: no output rounding hides them."""
+    """Return relative errors of the edited update against float64, on float32 inputs with W0 = 0.
+
+    So no output rounding hides them.
+    """
     import numpy as np
-    import oracle
     import reference
     import torch
+    from helpers import oracle
 
     from mergekit_monosoup import edit
 
     delta = W1.float() - W0.float()
     zero = torch.zeros_like(delta)
     mono, _, numbers = oracle.monosoup(zero, delta)
-    found, record = edit(zero, delta)
+    edited, record = edit(zero, delta)
     assert record.k == numbers["k"], "not the oracle's cut"
     size = np.linalg.norm(mono)
     return {
-        "error": float(np.linalg.norm(found.numpy() - mono) / size),
+        "error": float(np.linalg.norm(edited.numpy() - mono) / size),
         "reference_error": float(
             np.linalg.norm(reference.edit(zero, delta)[0].numpy() - mono) / size
         ),

@@ -1,10 +1,13 @@
-"""A whole merge on the CPU: monosoup, linear (the floor of reading and writing), and the loop of the reference.
+"""A whole merge on the CPU: monosoup, linear, and the loop of the reference.
+
+linear is the floor of reading and writing.
 
     python benchmarks/merge.py [--threads 1] [--layers 2] [--folder DIR]
 
-A pair of random checkpoints in the shapes of Qwen3-0.6B (hidden 1024, vocabulary 151936, tied), with `--layers` of its 28
-layers, in bf16; updates of 1 % of the weights, half of the tensors random-like, half of rank 16 plus rounding noise. Each
-program is a process of its own; time and peak memory are the operating system's. The last line is JSON.
+A pair of random checkpoints in the shapes of Qwen3-0.6B (hidden 1024, vocabulary 151936, tied),
+with `--layers` of its 28 layers, in bf16; updates of 1 % of the weights, half of the tensors
+random-like, half of rank 16 plus rounding noise. Each program is a process of its own; time and
+peak memory are the operating system's. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -73,14 +76,16 @@ def main() -> None:
         }
         rows = {name: timed(command, options.threads) for name, command in commands.items()}
     print(
-        f"{'program':>10} {'wall s':>8} {'cpu s':>8} {'peak GB':>8}   ({options.layers} layers, {options.threads} threads)"
+        f"{'program':>10} {'wall s':>8} {'cpu s':>8} {'peak GB':>8}   ({options.layers} layers, "
+        f"{options.threads} threads)"
     )
     for name, row in rows.items():
         print(f"{name:>10} {row['wall']:>8.1f} {row['cpu']:>8.1f} {row['peak_gb']:>8.2f}")
     floor = rows["linear"]["wall"]
     edit = rows["monosoup"]["wall"] - floor
     print(
-        f"the edit adds {edit:.1f} s to {floor:.1f} s of reading and writing; reference / monosoup, whole processes: "
+        f"the edit adds {edit:.1f} s to {floor:.1f} s of reading and writing; reference / "
+        "monosoup, whole processes: "
         f"{rows['reference']['wall'] / rows['monosoup']['wall']:.1f}, less the floor: "
         f"{(rows['reference']['wall'] - floor) / edit:.1f}"
     )

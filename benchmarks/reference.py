@@ -1,6 +1,7 @@
-"""What the reference implementation does to one matrix, from its description: float32 SVD, then rebuild the two parts.
+"""The reference implementation for one matrix: float32 SVD, then rebuild the two parts.
 
-The yardstick of the benchmarks. Written from the published equations and the description of its scripts, not from its code.
+The yardstick of the benchmarks. Written from the published equations and the description of its
+scripts, not from its code.
 """
 
 from __future__ import annotations
@@ -12,7 +13,10 @@ from torch import Tensor
 
 
 def edit(W0: Tensor, W1: Tensor, mode: str = "freevariance", R: float = 0.8) -> tuple[Tensor, int]:
-    """(edited weight in the input dtype, k) of matrices (out, rest); full SVD and reconstruction in float32."""
+    """Return (edited weight in the input dtype, k) of matrices (out, rest).
+
+    Full SVD and reconstruction are in float32.
+    """
     delta = (W1 - W0).reshape(W0.shape[0], -1).float()
     U, sigma, Vt = torch.linalg.svd(delta, full_matrices=False)
     energy = sigma**2 / (sigma**2).sum()

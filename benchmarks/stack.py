@@ -1,9 +1,10 @@
-"""A stack of experts on the CPU: one expert per thread against all threads on one expert, side by side in one run.
+"""A stack of experts on the CPU: one expert per thread against all threads on one expert.
 
     python benchmarks/stack.py [--threads 2] [--experts 16] [--shape 2048x768] [--repeat 3]
 
-Claim: nearly `--threads` times as fast as one thread, where all threads on one matrix gain little. The three ways take turns;
-the best of `--repeat` counts for each. BLAS is told the number of threads before anything is imported. The last line is JSON.
+Claim: nearly `--threads` times as fast as one thread, where all threads on one matrix gain little.
+The three ways take turns; the best of `--repeat` counts for each. BLAS is told the number of
+threads before anything is imported. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -72,7 +73,8 @@ def measure(options: argparse.Namespace) -> None:
             best[name] = min(best[name], time.perf_counter() - started)
     same = all(map(torch.equal, results["one thread"], results["one expert per thread"]))
     print(
-        f"{options.experts} experts of {options.shape}, {options.threads} threads; same bits as one thread: {same}"
+        f"{options.experts} experts of {options.shape}, {options.threads} threads; same bits as "
+        f"one thread: {same}"
     )
     for name, seconds in best.items():
         print(f"{name:>24} {seconds:>8.2f} s {best['one thread'] / seconds:>6.2f}x")
