@@ -56,7 +56,7 @@ def _answers(
     )
     # (prompts, prompt length + answer length). Transformers' type for `self` of generate does not
     # fit its own models.
-    tokens = model.generate(**batch, generation_config=greedy)  # type: ignore[misc]
+    tokens = model.generate(**batch, generation_config=greedy)  # type: ignore[misc, unused-ignore]
     new = tokens[:, batch["input_ids"].shape[1] :]
     return [answer.strip() for answer in tokenizer.batch_decode(new, skip_special_tokens=True)]
 

@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
 from mergekit_monosoup import __version__
+from mergekit_monosoup.parameters import METHODS, MONOSOUP, Mode
 from mergekit_monosoup.waiting import announced
 
 if TYPE_CHECKING:
@@ -130,7 +131,12 @@ def _loading(command: Callable[..., None]) -> Callable[..., None]:
 @click.argument("base")
 @click.argument("tuned")
 @click.option(
-    "--R", "R", type=float, default=0.8, show_default=True, help="Energy threshold of `variance`."
+    "--R",
+    "R",
+    type=float,
+    default=MONOSOUP["R"].default,
+    show_default=True,
+    help="Energy threshold of `variance`.",
 )
 @click.option(
     "--cosine",
@@ -281,7 +287,7 @@ def _check_new_configuration(out: Path, force: bool) -> None:
 
 
 @main.command()
-@click.argument("method", type=click.Choice(["monosoup", "svc"]), default="monosoup")
+@click.argument("method", type=click.Choice(list(METHODS)), default=MONOSOUP.name)
 def parameters(method: str) -> None:
     """Print the parameters of METHOD as a Markdown table. Of monosoup if none is given."""
     from mergekit_monosoup.parameters import parameter_table
@@ -339,7 +345,7 @@ def report(file: Path, as_json: bool) -> None:
 @click.option("--out", required=True, type=FILE, help="PNG, SVG or PDF file.")
 @click.option(
     "--mode",
-    type=click.Choice(["freevariance", "variance"]),
+    type=click.Choice(get_args(Mode)),
     help="Draw only this mode of an inspection.",
 )
 def plot(files: Sequence[Path], out: Path, mode: str | None) -> None:

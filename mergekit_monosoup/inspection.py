@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mergekit_monosoup.checkpoints.names import matrices
 from mergekit_monosoup.checkpoints.reader import Checkpoints, named_errors, stored_dtype
-from mergekit_monosoup.kernel.monosoup import preview
+from mergekit_monosoup.kernel.monosoup import DEFAULTS, preview
 from mergekit_monosoup.kernel.similarity import cosine, inner_products
 from mergekit_monosoup.report import Record
 
@@ -27,9 +27,9 @@ def inspect_tensor(
     checkpoints: Checkpoints,
     name: str,
     *,
-    R: float = 0.8,
+    R: float = DEFAULTS.R,
     spectra: bool = False,
-    min_rel_update: float = 1e-6,
+    min_rel_update: float = DEFAULTS.min_rel_update,
 ) -> list[Record]:
     """Return the records of one tensor: for each of its matrices one per mode.
 

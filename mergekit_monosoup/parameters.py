@@ -97,7 +97,7 @@ class Parameter:
     per_model: bool = False
 
     def fault(self, value: object) -> str:
-        """Return what is wrong with a value, to be read after the parameter's name; else nothing."""
+        """Return what is wrong with a value, to be read after the name; empty if nothing."""
         return "" if self.values.accepts(value) else f"must be {self.values.words}, got {value!r}"
 
 
@@ -256,7 +256,7 @@ class Violation:
 
 
 def weight_violations(method: Method, weights: Sequence[object]) -> Iterator[Violation]:
-    """Check that at least one model has a positive weight; gradients and filters are passed over."""
+    """Check that at least one model has a positive weight; gradients are passed over."""
     numbers = [weight for weight in weights if isinstance(weight, int | float)]
     if weights and len(numbers) == len(weights) and not any(numbers):
         yield Violation(

@@ -1,4 +1,4 @@
-"""Every file in configs/ is checked and executed, with its hub names replaced by small checkpoints."""
+"""Every file in configs/ is checked and executed, with small checkpoints for its hub names."""
 
 from __future__ import annotations
 

@@ -232,7 +232,7 @@ def test_several_models_equal_linear_then_monosoup(tmp_path, qwen3):
 
 
 def test_lora_reference(tmp_path):
-    """base+adapter: mergekit merges the adapter, ΔW has the adapter's rank plus float32 rounding."""
+    """base+adapter: mergekit merges it, ΔW has the adapter's rank plus float32 rounding."""
     import peft
 
     base, _ = checkpoints.pair(tmp_path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 
 import pytest
 import torch
@@ -31,8 +32,8 @@ def inspected():
     for number, name in enumerate([*names, "model.embed_tokens.weight"]):
         W0 = torch.randn(24, 16)
         for record in preview(W0, W0 + 0.1 * torch.randn(24, 16), name=name, points=33):
-            record.cosine = {PAIRS[0]: 0.1 * number, PAIRS[1]: -0.06 * number}
-            records.append(record)
+            cosine = {PAIRS[0]: 0.1 * number, PAIRS[1]: -0.06 * number}
+            records.append(replace(record, cosine=cosine))
     return records
 
 

@@ -20,7 +20,7 @@ from mergekit.tokenizer import BuildTokenizer
 from mergekit_monosoup.checkpoints.inputs import Inputs, loads
 from mergekit_monosoup.checkpoints.names import matrices
 from mergekit_monosoup.kernel.batch import MEMORY as STACK_BUFFERS
-from mergekit_monosoup.methods import METHODS
+from mergekit_monosoup.parameters import METHODS
 
 # Every worker gets about this many batches: enough to even out batches of different cost, few
 # enough for decent shards.
@@ -30,10 +30,10 @@ SMALLEST_BATCH = 64 * 10**6  # bytes; below it a shard is all overhead
 # What a worker holds beside the tensors: Python, torch, transformers and mergekit, imported
 # (measured: 0.5 GB), rounded up.
 PROCESS = 10**9
-# The kernels of this package need five float64 squares of a matrix's shorter side (docs/method.md),
-# in a stack of experts for each thread, within a bound.
+# The kernels of this package need five float64 squares of a matrix's shorter side
+# (docs/methods.md), in a stack of experts for each thread, within a bound.
 SQUARES = 5 * 8
-LEAN = frozenset(method.spec.name for method in METHODS)
+LEAN = frozenset(METHODS)
 # Bytes for each entry of the inputs that any other method may need meanwhile: float32 copies,
 # masks, an order of 64-bit integers. Measured with stacks of experts: ties 17 with inputs and
 # result, linear 7. Both stay below the estimate.

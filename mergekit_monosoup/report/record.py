@@ -18,14 +18,15 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger("mergekit_monosoup")
 
-# Below this share of the edit surviving the rounding to the output dtype, the merge mostly did nothing.
+# Below this share of the edit surviving the rounding to the output dtype, the merge mostly did
+# nothing.
 REALISED_WARNING = 0.5
 
 # Marks fields that a line has only when they were asked for.
 ON_REQUEST = {"on_request": True}
 
 
-@dataclass
+@dataclass(frozen=True)
 class Record:
     """What happened to one matrix.
 

@@ -27,7 +27,8 @@ def layer_group(name: str) -> str:
 class Row:
     """One line of the table: means over the edited matrices of a layer group.
 
-    None where there are none. ``gamma_min`` and ``gamma_max`` are the extremes of the group, not means.
+    None where there are none. ``gamma_min`` and ``gamma_max`` are the extremes of the group, not
+    means.
     """
 
     group: str

@@ -45,7 +45,7 @@ PRINTS = {
 NOT_RUN = {
     "pip install .": "needs a clean environment: test_install.py installs the wheel into one",
     "make demo": "trains for minutes: the demo's parts have tests of their own",
-    "make evidence": "trains for half an hour: tests/evaluation/test_evidence.py has its parts",
+    "make evidence": "trains for half an hour: tests/evaluation/evidence has its parts",
     "python -m evaluation": "asks real models: tests/evaluation runs each program on small ones",
 }
 

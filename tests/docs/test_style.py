@@ -16,7 +16,8 @@ LINK = re.compile(r"\]\((?!https?:)([^)\s]*)\)")
 UNTOUCHED = re.compile(r"<!-- generated.*?<!-- end -->|^```.*?^```$", flags=re.M | re.S)
 # The end of a sentence and the beginning of the next, outside of code and abbreviations.
 TWO_SENTENCES = re.compile(
-    r"(?<!e\.g)(?<!i\.e)(?<!\bEq)(?<!\bapp)(?<!\bal)[.!?][)*\"”]* +(?:[A-Z*(]|mergekit|bfloat16|torch\b)"
+    r"(?<!e\.g)(?<!i\.e)(?<!\bEq)(?<!\bapp)(?<!\bal)[.!?][)*\"”]* +"
+    r"(?:[A-Z*(]|mergekit|bfloat16|torch\b)"
 )
 
 

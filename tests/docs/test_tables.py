@@ -46,7 +46,7 @@ def test_symbols_are_where_the_methods_page_says():
 
 
 def evidence() -> dict[str, list[str]]:
-    """The rows of docs/evidence.md: those of claims by what was measured, others by their first cell."""
+    """The rows of docs/evidence.md, by their first cell; those of claims by what was measured."""
     rows = pages.rows("| | |\n|---|---|\n" + pages.text("docs/evidence.md"))
     return {row[1] if row[1:] and " − " in row[1] else row[0]: row for row in reversed(rows)}
 

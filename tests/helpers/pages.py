@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-# Their code blocks are executed; those of CONTRIBUTING.md set up and publish, which a test must not.
+# Their code blocks are executed; those of CONTRIBUTING.md set up and publish, which a test must
+# not.
 WITH_BLOCKS = ("README.md", *(f"docs/{path.name}" for path in sorted(ROOT.glob("docs/*.md"))))
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.M | re.S)
 
