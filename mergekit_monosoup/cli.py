@@ -371,7 +371,7 @@ def plot(files: Sequence[Path], out: Path, mode: str | None) -> None:
 @contextmanager
 def _errors() -> Iterator[None]:
     """Show a wrong input as a message without a traceback; a bug keeps its traceback."""
-    from mergekit_monosoup.kernel.errors import SolverError
+    from mergekit_monosoup.errors import SolverError
 
     try:
         yield

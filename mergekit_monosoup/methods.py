@@ -35,10 +35,9 @@ from torch import Tensor
 
 from mergekit_monosoup import parameters
 from mergekit_monosoup.checkpoints.names import TRANSPOSED, Index, matrices
+from mergekit_monosoup.errors import NonFiniteError, SolverError
 from mergekit_monosoup.kernel.batch import Job, Result, calibrate_each, edit_each
-from mergekit_monosoup.kernel.eigen import SolverError
 from mergekit_monosoup.kernel.monosoup import edit
-from mergekit_monosoup.kernel.task_vector import NonFiniteError
 from mergekit_monosoup.parameters import (
     MONOSOUP,
     SVC,

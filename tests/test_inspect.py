@@ -24,8 +24,8 @@ from mergekit_monosoup import edit, inspection, report
 from mergekit_monosoup.checkpoints.names import layer, projection
 from mergekit_monosoup.checkpoints.reader import Checkpoints, Storage
 from mergekit_monosoup.cli import main
+from mergekit_monosoup.errors import SolverError
 from mergekit_monosoup.kernel import monosoup as kernel
-from mergekit_monosoup.kernel.eigen import SolverError
 from mergekit_monosoup.kernel.monosoup import preview
 from mergekit_monosoup.kernel.spectrum import quantile_curve
 from mergekit_monosoup.report import Record, inspected

@@ -22,8 +22,7 @@ from mergekit.io import LazyTensorLoader, ShardedTensorIndex
 from torch import Tensor
 
 from mergekit_monosoup.checkpoints.names import natural
-from mergekit_monosoup.kernel.errors import NonFiniteError, SolverError
-from mergekit_monosoup.kernel.task_vector import QUANTISED
+from mergekit_monosoup.errors import QUANTISED, NonFiniteError, SolverError
 
 MODEL_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")  # of a model that is a single file
 NAMES_IN_MESSAGE = 5  # tensors listed by name in a message; the rest are counted

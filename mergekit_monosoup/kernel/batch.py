@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mergekit_monosoup.errors import SolverError
 from mergekit_monosoup.kernel.eigen import (
     FAILURES,
     LOG,
     Eigen,
     SolvedElsewhere,
     Solver,
-    SolverError,
     eigh,
     out_of_memory,
 )

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mergekit_monosoup.kernel.errors import SolverError as SolverError
+from mergekit_monosoup.errors import SolverError
 from mergekit_monosoup.kernel.lapack import call, integers, solve
 
 LOG = logging.getLogger("mergekit_monosoup")

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mergekit_monosoup.errors import NonFiniteError
 from mergekit_monosoup.kernel import task_vector
-from mergekit_monosoup.kernel.task_vector import NonFiniteError
 
 
 def inner_products(pretrained: Tensor, finetuned: Sequence[Tensor]) -> Tensor:

@@ -18,7 +18,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from mergekit_monosoup.kernel.eigen import EPS, LOG, Eigen, SolverError
+from mergekit_monosoup.errors import SolverError
+from mergekit_monosoup.kernel.eigen import EPS, LOG, Eigen
 from mergekit_monosoup.kernel.lapack import call
 
 # Eigenvalues of G under this fraction of the largest are computed again. Measured over the test

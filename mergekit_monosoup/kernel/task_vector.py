@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mergekit_monosoup.errors import QUANTISED, NonFiniteError
 from mergekit_monosoup.kernel.eigen import LOG, out_of_memory
-from mergekit_monosoup.kernel.errors import NonFiniteError as NonFiniteError
 
 # 4 MiB of float32: the bound on extra memory, long enough for GEMM to run at full speed, and small
 # enough for the allocator to use the same pages again. Measured on 1024 x 3072, whole edits: 2^17
@@ -23,11 +23,6 @@ from mergekit_monosoup.kernel.errors import NonFiniteError as NonFiniteError
 BLOCK_ELEMENTS = 2**20
 # An accelerator wants few large kernels. Not measured.
 ACCELERATOR_BLOCK_ELEMENTS = 2**24
-
-QUANTISED = (
-    "8-bit numbers are codes, which mean a weight only with their scales; convert the checkpoint "
-    "to bfloat16 first"
-)
 
 
 def block_elements(device: torch.device) -> int:

@@ -18,11 +18,11 @@ from helpers import zoo
 from mergekit.merge_methods import merge_tensors
 
 from mergekit_monosoup import methods
+from mergekit_monosoup.errors import NonFiniteError
 from mergekit_monosoup.kernel import batch, lapack, task_vector
 from mergekit_monosoup.kernel.batch import Job, call_each, edit_batched, edit_each
 from mergekit_monosoup.kernel.monosoup import edit
 from mergekit_monosoup.kernel.spectrum import nonzero_rows
-from mergekit_monosoup.kernel.task_vector import NonFiniteError
 
 ROOT = Path(__file__).parents[2]
 EXPERTS = 6

@@ -15,9 +15,10 @@ import torch
 from helpers import oracle, zoo
 from mergekit.merge_methods import merge_tensors
 
+from mergekit_monosoup.errors import SolverError
 from mergekit_monosoup.kernel import eigen, monosoup
 from mergekit_monosoup.kernel.batch import Job, edit_batched
-from mergekit_monosoup.kernel.eigen import Eigen, SolverError
+from mergekit_monosoup.kernel.eigen import Eigen
 from mergekit_monosoup.kernel.monosoup import edit, preview
 
 SHAPE = (96, 144)

@@ -20,10 +20,10 @@ from helpers import oracle, zoo
 from mergekit.merge_methods import merge_tensors
 
 from mergekit_monosoup import calibrate
+from mergekit_monosoup.errors import NonFiniteError
 from mergekit_monosoup.kernel import task_vector
 from mergekit_monosoup.kernel.monosoup import Split, edit, split_rank
 from mergekit_monosoup.kernel.spectrum import Spectrum, effective_rank
-from mergekit_monosoup.kernel.task_vector import NonFiniteError
 
 SHAPES = [(192, 320), (320, 192), (256, 256)]
 MODES = ["freevariance", "variance"]

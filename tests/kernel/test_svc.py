@@ -28,10 +28,9 @@ from safetensors.torch import load_file, save_file
 
 from mergekit_monosoup import calibrate, report
 from mergekit_monosoup.cli import main
+from mergekit_monosoup.errors import NonFiniteError, SolverError
 from mergekit_monosoup.kernel import eigen, spectrum, task_vector
-from mergekit_monosoup.kernel.eigen import SolverError
 from mergekit_monosoup.kernel.svc import calibration, merge_weights
-from mergekit_monosoup.kernel.task_vector import NonFiniteError
 from mergekit_monosoup.methods import METHODS
 from mergekit_monosoup.parameters import parameter_table
 

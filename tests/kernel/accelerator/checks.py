@@ -16,6 +16,7 @@ from mergekit.options import MergeOptions
 from torch import Tensor
 
 from mergekit_monosoup import edit, report
+from mergekit_monosoup.errors import SolverError
 from mergekit_monosoup.kernel import eigen, monosoup, svc
 from mergekit_monosoup.kernel.batch import Job, edit_each
 
@@ -50,7 +51,7 @@ def apart(a: Tensor, b: Tensor, W0: Tensor) -> float:
 
 
 def fails(*given):
-    raise eigen.SolverError("injected")
+    raise SolverError("injected")
 
 
 # -- the device itself: if it let mistakes pass, nothing below would mean anything -----------------

@@ -1,8 +1,16 @@
-"""Errors that the kernels raise, without torch: whoever only names them must not wait for it."""
+"""Errors that the kernels raise.
+
+This file imports no torch: whoever only names an error must not wait for it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+
+QUANTISED = (
+    "8-bit numbers are codes, which mean a weight only with their scales; convert the checkpoint "
+    "to bfloat16 first"
+)
 
 
 class SolverError(RuntimeError):
