@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from typing import Any
 
 SWITCH = "MERGEKIT_MONOSOUP_AUTOLOAD"
-METHODS = "mergekit_monosoup.methods"
-NAMES = ("monosoup", "svc")  # of the methods that METHODS registers
+METHODS_MODULE = "mergekit_monosoup.methods"
+NAMES = ("monosoup", "svc")  # of the methods that METHODS_MODULE registers
 
 _lock = _thread.allocate_lock()
 
@@ -109,7 +109,7 @@ class MonosoupFinder:
         except Exception as error:
             # Another thread is importing our methods and importlib chose this one to break the
             # deadlock. The import over there goes on and registers at its end.
-            if _initialising(METHODS) or name in self.warned:
+            if _initialising(METHODS_MODULE) or name in self.warned:
                 return
             self.warned.add(name)
             # Not `warnings`: under `python -W error` a warning would break the import of mergekit.
@@ -123,7 +123,7 @@ class MonosoupFinder:
                 type(error).__name__,
                 error,
                 ", ".join(NAMES),
-                METHODS,
+                METHODS_MODULE,
                 SWITCH,
             )
 
@@ -162,18 +162,18 @@ class _ReportingLoader:
 
 def _register_methods(merge_methods: "ModuleType") -> None:
     """Import the module that registers our methods."""
-    if _initialising(METHODS):
+    if _initialising(METHODS_MODULE):
         # `import mergekit_monosoup.methods` is what imports mergekit here, or another thread does:
         # it registers at its end. Waiting for it would be a deadlock.
         return
     # Looked up, not remembered: mergekit may have been dropped from sys.modules and imported anew,
     # with an empty registry. Then methods.py is executed anew as well, for it holds on to the
     # classes of the mergekit that is gone.
-    if METHODS in sys.modules and all(
+    if METHODS_MODULE in sys.modules and all(
         method.spec.name not in NAMES for method in merge_methods.registered_methods()
     ):
-        del sys.modules[METHODS]
-    __import__(METHODS)  # registers at its end
+        del sys.modules[METHODS_MODULE]
+    __import__(METHODS_MODULE)  # registers at its end
 
 
 def _allow_in_evolve(genome: "ModuleType") -> None:

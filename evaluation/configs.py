@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from evaluation.sources import SourceError
 
-METHODS = ("monosoup", "wise_ft", "lines", "monosoup_wise")  # of `grid`
+KINDS = ("monosoup", "wise_ft", "lines", "monosoup_wise")  # of `grid`
 
 Config = dict[str, Any]
 
@@ -57,7 +57,7 @@ def grid(
 ) -> Iterator[tuple[str, Config]]:
     """Yield (name, configuration) of many settings, each MonoSoup beside its scalar control.
 
-    `methods` are some of METHODS, `energies` values of R, `alphas` weights on a curve. Weights 0
+    `methods` are some of KINDS, `energies` values of R, `alphas` weights on a curve. Weights 0
     and 1 of a curve are W0 and W1 themselves and are not merged.
     """
     if "monosoup" in methods:

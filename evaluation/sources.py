@@ -136,7 +136,12 @@ def _merged(path: Path, cache: Path) -> tuple[Path, Merge]:
         (unfinished / "evaluation-merge.json").write_text(
             json.dumps(asdict(merge), indent=1) + "\n", encoding="utf-8"
         )
-        unfinished.rename(target)  # last: what is interrupted must not look finished
+        try:
+            unfinished.rename(target)  # last: what is interrupted must not look finished
+        except OSError:  # another run made the same merge meanwhile
+            if not target.exists():
+                raise
+            shutil.rmtree(unfinished, ignore_errors=True)
     return target, merge
 
 
@@ -175,10 +180,14 @@ def _run_merge(config: Any, folder: Path) -> None:
 def _abandoned(unfinished: Path) -> bool:
     """Return whether nobody works on this folder any more.
 
-    That is so if it is a day old and no process of this machine has its number, nor, most likely,
-    one of another machine that shares the folder.
+    That is so if it is a day old and no process of this machine has its number. A process of
+    another machine that shares the folder would have finished within a day.
     """
-    if time.time() - unfinished.stat().st_mtime < 86400:
+    try:
+        age = time.time() - unfinished.stat().st_mtime
+    except FileNotFoundError:  # it has been finished and renamed just now
+        return False
+    if age < 86400:
         return False
     try:
         os.kill(int(unfinished.name.rpartition("-")[2]), 0)

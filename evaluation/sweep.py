@@ -14,7 +14,7 @@ from pathlib import Path
 
 from evaluation import configs, drawings, options, sources
 from evaluation.comparison import compare
-from evaluation.configs import METHODS, write_config
+from evaluation.configs import KINDS, write_config
 from evaluation.evaluator import evaluate
 from evaluation.formatting import difference_text
 from evaluation.sources import FINETUNED, PRETRAINED
@@ -91,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
         help="the same, of curves (default: 0:1:0.1)",
     )
     parser.add_argument(
-        "--methods", type=_methods, default=list(METHODS), help=f"default: {','.join(METHODS)}"
+        "--methods", type=_methods, default=list(KINDS), help=f"default: {','.join(KINDS)}"
     )
     parser.add_argument(
         "--out", type=Path, help="folder of the results (default: results/SUITE-sweep)"
@@ -108,9 +108,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _methods(text: str) -> list[str]:
     names = text.split(",")
-    if unknown := [name for name in names if name not in METHODS]:
+    if unknown := [name for name in names if name not in KINDS]:
         raise argparse.ArgumentTypeError(
-            f"unknown: {', '.join(unknown)}; there are {', '.join(METHODS)}"
+            f"unknown: {', '.join(unknown)}; there are {', '.join(KINDS)}"
         )
     return names
 

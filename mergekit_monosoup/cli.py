@@ -17,7 +17,15 @@ from typing import TYPE_CHECKING, Any, get_args
 import click
 
 from mergekit_monosoup import __version__
-from mergekit_monosoup.parameters import METHODS, MONOSOUP, Mode
+from mergekit_monosoup.parameters import (
+    METHODS,
+    MONOSOUP,
+    Count,
+    Mode,
+    Order,
+    Similarity,
+    parameter_table,
+)
 from mergekit_monosoup.waiting import announced
 
 if TYPE_CHECKING:
@@ -209,13 +217,13 @@ def inspect(
 @click.option("--scores", type=FILE, help="JSON or YAML: a number for each MODEL.")
 @click.option(
     "--order",
-    type=click.Choice(["given", "scores", "similarity"]),
+    type=click.Choice(get_args(Order)),
     help="Of the candidates; `similarity` takes the nearest to the soup next. "
     "Default: scores if given, else as listed.",
 )
 @click.option(
     "--count",
-    type=click.Choice(["matrices", "all"]),
+    type=click.Choice(get_args(Count)),
     default="matrices",
     show_default=True,
     help="Which tensors are compared.",
@@ -223,7 +231,7 @@ def inspect(
 @click.option(
     "--similarity",
     "how",
-    type=click.Choice(["mean", "whole"]),
+    type=click.Choice(get_args(Similarity)),
     default="mean",
     show_default=True,
     help="Mean of the matrices' cosines, or one cosine of the whole update.",
@@ -237,9 +245,9 @@ def soup(
     base: str,
     threshold: float,
     scores: Path | None,
-    order: Any,
-    count: Any,
-    how: Any,
+    order: Order | None,
+    count: Count,
+    how: Similarity,
     edit: bool,
     out: Path,
     force: bool,
@@ -290,8 +298,6 @@ def _check_new_configuration(out: Path, force: bool) -> None:
 @click.argument("method", type=click.Choice(list(METHODS)), default=MONOSOUP.name)
 def parameters(method: str) -> None:
     """Print the parameters of METHOD as a Markdown table. Of monosoup if none is given."""
-    from mergekit_monosoup.parameters import parameter_table
-
     click.echo(parameter_table(method))
 
 

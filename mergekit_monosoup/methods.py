@@ -83,8 +83,7 @@ def checked(method: Method, name: str) -> WrapValidator:
                 raise ValueError(value)
         except (ValidationError, ValueError):
             raise ValueError(
-                f"merge method {method.name}: `{name}` must be {parameter.values.words}, "
-                f"got {value!r}"
+                f"merge method {method.name}: `{name}` {parameter.refusal(value)}"
             ) from None
         if name == "report" and result is not None:
             try:
@@ -409,7 +408,7 @@ class EditingMethod(FunctionalGroupMergeMethod):
 monosoup = EditingMethod(_monosoup.spec, _monosoup.implementation)
 svc = EditingMethod(_svc.spec, _svc.implementation)
 
-METHODS: tuple[MergeMethod, ...] = (monosoup, svc)
+MERGE_METHODS: tuple[MergeMethod, ...] = (monosoup, svc)
 _LOCK = threading.Lock()
 
 
@@ -420,7 +419,7 @@ def register() -> None:
     """
     with _LOCK:
         known = {method.spec.name: method for method in registered_methods()}
-        for method in METHODS:
+        for method in MERGE_METHODS:
             name = method.spec.name
             if name not in known:
                 register_with_mergekit(method)

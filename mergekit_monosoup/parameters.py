@@ -18,6 +18,11 @@ from typing import Any, Literal, get_args
 Mode = Literal["freevariance", "variance"]
 Rule = Literal["monosoup", "rho", "cos", "uniform", "high", "low", "scalar"]
 
+# Of the command `soup`: order of the candidates, which tensors count, and how cosines are joined.
+Order = Literal["given", "scores", "similarity"]
+Count = Literal["matrices", "all"]
+Similarity = Literal["mean", "whole"]
+
 
 # -- what a value may be ---------------------------------------------------------------------------
 
@@ -37,7 +42,7 @@ class Number:
         try:
             # YAML's yes/no/on/off is a bool, which float() would read as 1 or 0.
             return not isinstance(value, bool | str) and self.contains(float(value))  # type: ignore[arg-type]
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             return False
 
 
@@ -98,7 +103,11 @@ class Parameter:
 
     def fault(self, value: object) -> str:
         """Return what is wrong with a value, to be read after the name; empty if nothing."""
-        return "" if self.values.accepts(value) else f"must be {self.values.words}, got {value!r}"
+        return "" if self.values.accepts(value) else self.refusal(value)
+
+    def refusal(self, value: object) -> str:
+        """Return what the parameter must be, and that it is ``value`` instead."""
+        return f"must be {self.values.words}, got {value!r}"
 
 
 @dataclass(frozen=True)
@@ -315,5 +324,6 @@ def unused_violations(merged: str, values: Mapping[str, Sequence[object]]) -> It
 
 def unread_violations(values: Mapping[str, Sequence[object]]) -> Iterator[Violation]:
     """Check that something reads `R`; ``values``: all that are written, by parameter."""
-    if values.get("R") and "variance" not in values.get("mode", ()):
-        yield Violation("R", "is read by `mode: variance` only, and the mode is freevariance")
+    modes = values.get("mode") or [MONOSOUP["mode"].default]
+    if values.get("R") and "variance" not in modes:
+        yield Violation("R", f"is read by `mode: variance` only, and the mode is {modes[0]}")

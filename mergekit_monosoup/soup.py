@@ -15,7 +15,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
@@ -24,13 +24,10 @@ from torch import Tensor
 from mergekit_monosoup.checkpoints.names import matrices
 from mergekit_monosoup.checkpoints.reader import Checkpoints, local_reference, named_errors
 from mergekit_monosoup.kernel.similarity import cosine, inner_products
+from mergekit_monosoup.parameters import Count, Order, Similarity
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-Order = Literal["given", "scores", "similarity"]
-Count = Literal["matrices", "all"]
-Similarity = Literal["mean", "whole"]
 
 # Squared norm of a soup relative to its members' under which they cancel, as τ and −τ do: what is
 # left is rounding, and its direction means nothing. Sums of float64 products err by about 1e-15.

@@ -405,8 +405,8 @@ configuration = MergeConfiguration.model_validate(yaml.safe_load(open(config)))
 run_merge(configuration, out, MergeOptions(quiet=True))
 
 from mergekit.evo.genome import METHOD_PARAM_MAPS, ModelGenomeDefinition
-from mergekit_monosoup.methods import METHODS
-names = [method.spec.name for method in METHODS]
+from mergekit_monosoup.methods import MERGE_METHODS
+names = [method.spec.name for method in MERGE_METHODS]
 facts["evolve"] = {name: METHOD_PARAM_MAPS.get(name) for name in names}
 genome = ModelGenomeDefinition(models=["a"], merge_method="monosoup", base_model="b")
 facts["genome"] = genome.merge_method

@@ -24,7 +24,7 @@ from mergekit_monosoup.parameters import (
     weight_violations,
 )
 
-SPECS = {method.spec.name: method.spec for method in methods.METHODS}
+SPECS = {method.spec.name: method.spec for method in methods.MERGE_METHODS}
 
 
 def messages(violations) -> list[str]:
@@ -67,6 +67,7 @@ def test_settings_are_the_parameters_that_reach_the_kernel():
         (MONOSOUP, "R", True, "must be a number in (0, 1], got True"),
         (MONOSOUP, "R", "0.5", "must be a number in (0, 1], got '0.5'"),
         (MONOSOUP, "R", None, "must be a number in (0, 1], got None"),
+        (MONOSOUP, "min_rel_update", 10**400, f"must be a number >= 0, got {10**400}"),
         (MONOSOUP, "mode", "variance", ""),
         (MONOSOUP, "mode", ["variance"], "must be one of freevariance, variance, got ['variance']"),
         (MONOSOUP, "min_rel_update", float("inf"), ""),

@@ -1,6 +1,6 @@
 """Language models, asked by lm-eval: its tasks, models loaded into it, samples of what it logs.
 
-The only file that imports lm-eval.
+The only file that imports lm-eval, but for a type.
 """
 
 from __future__ import annotations

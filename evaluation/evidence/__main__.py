@@ -14,8 +14,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from evaluation.engines import EvaluationError
 from evaluation.evidence import experiment, models
-from evaluation.options import exit_code
+from evaluation.options import exit_code, positive
 
 DOCS = Path("docs")
 
@@ -23,19 +24,24 @@ DOCS = Path("docs")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program and return its exit code."""
     options = _parser().parse_args(arguments)
-    options.docs = options.docs or (options.out if options.limit else DOCS)
+    options.docs = options.docs or (options.out if options.limit is not None else DOCS)
     if options.only is not None:
         folder, results = options.out / f"seed-{options.only}", options.docs / "evidence"
         return exit_code(lambda: experiment.run_seed(options.only, folder, results, options.limit))
+    return exit_code(lambda: _run(options))
+
+
+def _run(options: argparse.Namespace) -> None:
     failed = {} if options.tables else _run_all(options)
-    for seed, log in failed.items():
-        print(f"error: seed {seed} failed; the end of {log}:\n{_tail(log)}", file=sys.stderr)
     if failed:
-        print("Run the same command again: what is finished is not done again.", file=sys.stderr)
-        return 1
+        ends = [
+            f"seed {seed} failed; the end of {log}:\n{_tail(log)}" for seed, log in failed.items()
+        ]
+        again = "Run the same command again: what is finished is not done again."
+        raise EvaluationError("\n".join([*ends, again]))
     from evaluation.evidence import page  # matplotlib, which the seeds' processes do without
 
-    return exit_code(lambda: page.write(options.docs))
+    page.write(options.docs)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -44,7 +50,10 @@ def _parser() -> argparse.ArgumentParser:
         "--seeds", type=int, nargs="+", default=list(range(8)), help="default: 0 1 2 3 4 5 6 7"
     )
     parser.add_argument(
-        "--processes", type=int, default=2, help="seeds at a time, one thread each (default: 2)"
+        "--processes",
+        type=positive,
+        default=2,
+        help="seeds at a time, one thread each (default: 2)",
     )
     parser.add_argument(
         "--out",
@@ -64,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
         "(default: docs; with --limit OUT, where it harms nothing)",
     )
     parser.add_argument(
-        "--limit", type=int, help="only the first N items of each task, for a quick look"
+        "--limit", type=positive, help="only the first N items of each task, for a quick look"
     )
     parser.add_argument("--only", type=int, help=argparse.SUPPRESS)  # one seed, in this process
     return parser

@@ -64,7 +64,7 @@ def _settings(phase: training.Phase) -> dict[str, Any]:
 def merges(folder: Path) -> Iterator[tuple[str, Config]]:
     """Yield (name, configuration) of the suite `tiny`'s merges, but for the bfloat16 ones."""
     base, tuned = str(folder / PRETRAINED), str(folder / FINETUNED)
-    yield from configs.grid(base, tuned, configs.METHODS, ENERGIES, ALPHAS)
+    yield from configs.grid(base, tuned, configs.KINDS, ENERGIES, ALPHAS)
     for rule in ABLATIONS:
         yield f"{rule}_R{R:g}", monosoup(base, [tuned], mode="variance", R=R, coefficients=rule)
         if rule != "uniform":  # which asks for no cut

@@ -174,7 +174,9 @@ def disagreement(document: Document) -> Iterator[Finding]:
         return
     for parameter in method.parameters:
         if not parameter.per_model:
-            values = _of_models(document, parameter.name, "unset")
+            # What mergekit takes for a model that has no value of its own.
+            shared = _written(document.data).get(parameter.name, parameter.default)
+            values = _of_models(document, parameter.name, shared)
             yield from _violations(
                 document, rules.agreement_violations(method, parameter.name, values)
             )

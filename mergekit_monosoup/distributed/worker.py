@@ -56,7 +56,8 @@ class MergeContext:
         threads: for the arithmetic; None leaves them as they are.
         seed: each tensor gets a stream of random numbers of its own, from this and its name;
             None: drawing any is an error.
-        own_process: the worker's logging is collected for the driver, who is elsewhere.
+        own_process: the worker is not in the driver's process, so it opens the models itself, in
+            the driver's folder, and collects its logging for the driver.
     """
 
     out: str
@@ -132,7 +133,7 @@ def _merge_batch(context: MergeContext, batch: Batch, current: list[str]) -> Don
             current.clear()
         writer.finalize()
         files, shards = _shards(batch, place, writer)
-        record = Done(
+        done = Done(
             batch=batch.number,
             tensors=len(batch.tensors),
             shards=shards,
@@ -142,8 +143,8 @@ def _merge_batch(context: MergeContext, batch: Batch, current: list[str]) -> Don
             peak=peak_memory(),
             reports=[(path, method, record.to_json()) for path, method, record in reports],
         )
-        folders.keep(work, record, files)
-        return record
+        folders.keep(work, done, files)
+        return done
     finally:
         shutil.rmtree(place, ignore_errors=True)
 

@@ -125,9 +125,10 @@ def calibrate_each(
     """
     calls = []
     for job in jobs:
-        *tasks, last = job.tuned
-        given = {"tasks": tasks, "merged": last} if with_merged else {"tasks": job.tuned}
-        calls.append(partial(calibrate, job.pretrained, name=job.name, **given, **settings))
+        inputs: dict[str, Any] = {"tasks": job.tuned}
+        if with_merged:
+            inputs = {"tasks": job.tuned[:-1], "merged": job.tuned[-1]}
+        calls.append(partial(calibrate, job.pretrained, name=job.name, **inputs, **settings))
     return call_each(calls, jobs)
 
 
@@ -144,7 +145,7 @@ def _one_batch(jobs: Sequence[Job]) -> bool:
 
 
 def edit_batched(jobs: Sequence[Job], **settings: Any) -> Iterator[Result]:
-    """Yield the same for matrices of one shape, dtype and device (any).
+    """Yield the results of :func:`edit_each` for matrices of one shape, dtype and device.
 
     A batch takes one Gram product and one eigensolver call. One that the solver refuses is solved
     matrix by matrix; the records say so.
@@ -174,12 +175,12 @@ def _decomposed(
         values, vectors = eigh(grams)
         values = values.cpu()  # one transfer for the batch
     except FAILURES as error:
-        return [partial(Eigen, gram, [(name, partial(_refuse, str(error)))]) for gram in grams]
+        return [partial(Eigen, gram, [(name, partial(_fail, str(error)))]) for gram in grams]
     solved = [partial(SolvedElsewhere, name, *pair) for pair in zip(values, vectors, strict=True)]
     return [partial(Eigen, gram, [(name, rung)]) for gram, rung in zip(grams, solved, strict=True)]
 
 
-def _refuse(reason: str) -> Solver:
+def _fail(reason: str) -> Solver:
     raise SolverError(reason)
 
 

@@ -19,9 +19,8 @@ from typing import Any
 import numpy as np
 from scipy.linalg import cython_blas, cython_lapack
 
-_INTEGER = (
-    np.int32
-)  # SciPy's Cython interface is that of a 32-bit LAPACK, whatever NumPy's integers are
+# SciPy's Cython interface is that of a 32-bit LAPACK, whatever NumPy's integers are.
+_INTEGER = np.int32
 
 
 @cache

@@ -56,6 +56,11 @@ class Settings:
     def __post_init__(self) -> None:
         MONOSOUP.check(**vars(self))
 
+    @property
+    def threshold(self) -> float | None:
+        """R where the mode reads it, for records."""
+        return self.R if self.mode == "variance" else None
+
 
 DEFAULTS = Settings()
 
@@ -169,12 +174,17 @@ class Cut:
         """Whether a singular value lies below the cut; without one λ_low multiplies zero."""
         return self.k < self.spectrum.rank
 
+    @property
+    def remark(self) -> str:
+        """What limits the edit, for records; empty if nothing does."""
+        return "" if self.has_tail else "k = rank, no low-energy part"
+
     def record(self, record: Record) -> Record:
         """Return ``record`` with the numbers of this cut."""
         return replace(
             record,
             mode=self.settings.mode,
-            R=self.settings.R if self.settings.mode == "variance" else None,
+            R=self.settings.threshold,
             k=self.k,
             rank=self.spectrum.rank,
             effective_rank=effective_rank(self.spectrum.sigma),
@@ -228,9 +238,10 @@ def edit(
     applied in the precision of ΔW, in float64 where cancellation would show; one rounding to the
     input dtype at the end. The edited delta is within 1e-5 (relative, Frobenius) of a float64 SVD.
     Memory beside inputs and output: five (s, s) float64 buffers, s the shorter side, and about six
-    blocks of ``task_vector.BLOCK_ELEMENTS`` entries.
+    blocks of at most ``task_vector.block_elements`` entries.
 
     Raises:
+        TypeError: an input is no tensor.
         ValueError: a parameter out of range, shapes or dtypes that differ.
         NonFiniteError: NaN or infinite entries in an input.
         OverflowError: entries of the result leave the range of the input dtype, or squares that of
@@ -259,8 +270,8 @@ def _edit(
     else:
         spectrum = Spectrum(update.deltas, update.rows, update.width, update.device, eigen)
         cut = Cut.of(spectrum, settings)
-        reason = "" if cut.has_tail else "k = rank, no low-energy part"
-        weight, outcome = _apply(update, settings.alpha, Recombination.of(cut, update), reason)
+        recombine = Recombination.of(cut, update)
+        weight, outcome = _apply(update, settings.alpha, recombine, cut.remark)
         record = cut.record(describe(update, norms, outcome, spectrum.solver))
     return update.sent_back(weight), replace(record, seconds=time.perf_counter() - started)
 
@@ -398,11 +409,12 @@ def preview(
         curve = quantile_curve(spectrum.sigma[: spectrum.rank], points) if points else None
     records = []
     for mode in get_args(Mode):
-        record = describe(update, norms, Outcome("inspected", reason, 0.0))
+        of_mode = replace(settings, mode=mode)
         if spectrum is None:
-            record = replace(record, mode=mode, R=R if mode == "variance" else None)
+            record = describe(update, norms, Outcome("inspected", reason, 0.0))
+            record = replace(record, mode=mode, R=of_mode.threshold)
         else:
-            record = _predict(update, Cut.of(spectrum, replace(settings, mode=mode)), norms, dtype)
+            record = _predict(update, Cut.of(spectrum, of_mode), norms, dtype)
         # The spectrum is on the first one's account.
         seconds, started = time.perf_counter() - started, time.perf_counter()
         records.append(replace(record, spectrum=curve, seconds=seconds))
@@ -410,7 +422,7 @@ def preview(
 
 
 def _predict(update: TaskVector, cut: Cut, norms: Norms, dtype: torch.dtype) -> Record:
-    outcome = Outcome("inspected", "" if cut.has_tail else "k = rank, no low-energy part", 0.0)
+    outcome = Outcome("inspected", cut.remark, 0.0)
     recombine = Recombination.of(cut, update)
     if not recombine.keeps:
         try:

@@ -93,9 +93,8 @@ def quantile_curve(sigma: Tensor, points: int) -> list[float]:
     below = where.long()
     above = (below + 1).clamp(max=len(sigma) - 1)
     curve = torch.lerp(sigma[below], sigma[above], where - below) / sigma[0]
-    return [
-        float(f"{value:.4g}") for value in curve.tolist()
-    ]  # a drawing needs no more; a third of the bytes
+    # A drawing needs no more digits; a third of the bytes.
+    return [float(f"{value:.4g}") for value in curve.tolist()]
 
 
 class Spectrum:
@@ -120,8 +119,8 @@ class Spectrum:
         Memory: five (width, width) float64 buffers beside the block at hand.
 
         Args:
-            blocks: yields row blocks (rows_i, width) of X; it is called once, or twice if G leaves
-                a tail open.
+            blocks: yields row blocks (rows_i, width) of X; it is called once unless G is known
+                already, once more if G leaves a tail open, and once more for the last rung.
             rows, width, device: of X.
             eigen: decomposes a G that is known already.
 

@@ -38,7 +38,9 @@ SLACK = 1e-9
 
 
 def merge_weights(
-    weights: Sequence[float], scaling: float = 1.0, normalize: bool = False
+    weights: Sequence[float],
+    scaling: float = SVC["scaling"].default,
+    normalize: bool = SVC["normalize"].default,
 ) -> list[float]:
     """Return the coefficients c_i of ΔW = Σ c_i ΔW_i.
 
@@ -176,11 +178,13 @@ def calibrate(
         are those of the merged update, ``edit_norm`` and ``realised`` relate to the merge without
         calibration. Tensors of fewer than two dimensions stay as merged.
 
-    Precision: all in float64, one rounding at the end. Memory beside inputs and output: about five
-    (s, s) float64 buffers, s the shorter side, and 2·K + 5 float64 blocks of
-    ``task_vector.BLOCK_ELEMENTS`` entries.
+    Precision: all in float64 (a single task that is only merged in float32), one rounding at the
+    end. Memory beside inputs and output: about five
+    (s, s) float64 buffers, s the shorter side, and 2·K + 5 float64 blocks of at most
+    ``task_vector.block_elements`` entries.
 
     Raises:
+        TypeError: an input is no tensor.
         ValueError: a parameter out of range, shapes or dtypes that differ.
         NonFiniteError: NaN or infinite entries in an input.
         OverflowError: entries of the result leave the range of the input dtype, or squares that of
@@ -189,7 +193,7 @@ def calibrate(
     """
     if not tasks:
         raise ValueError("no task model was given")
-    SVC.check(alpha=alpha, scaling=scaling)
+    SVC.check(alpha=alpha, scaling=scaling, normalize=normalize)
     if merged is None:
         weights = weights if weights is not None else [1.0] * len(tasks)
         tuned, shares = list(tasks), merge_weights(weights, scaling, normalize)
@@ -211,7 +215,7 @@ def _calibrate(updates: TaskVector, tasks: int, alpha: float) -> tuple[Tensor, R
         record = describe(updates, norms, outcome)
     else:
         # The spectrum's buffers are as large as those to come: it must be gone by then.
-        record, calibrated = _plan(updates, norms, tasks, alpha)
+        record, calibrated = _prepare(updates, norms, tasks, alpha)
         weight, rounding = assemble(updates, calibrated)
         record = replace(record, edit_norm=rounding.edit_norm, realised=rounding.realised)
     return updates.sent_back(weight), replace(record, seconds=time.perf_counter() - started)
@@ -234,7 +238,7 @@ def _merge(updates: TaskVector, tasks: int, reason: str) -> tuple[Tensor, Outcom
     return weight, Outcome("copied", f"{reason}; merge of {tasks} models", rounding.edit_norm)
 
 
-def _plan(
+def _prepare(
     updates: TaskVector, norms: Norms, tasks: int, alpha: float
 ) -> tuple[Record, Calibration]:
     """Return γ of one matrix, ready to be applied, and the record but for what rounding makes."""

@@ -1,7 +1,7 @@
 """The task vector ΔW = W1 − W0 of one matrix, formed block by block after promotion.
 
 Nothing here is ever stored at full size: a 151936-row embedding is read in blocks, so no promoted
-copy ever exceeds :data:`BLOCK_ELEMENTS` entries.
+copy ever exceeds :func:`block_elements` entries.
 """
 
 from __future__ import annotations

@@ -21,6 +21,10 @@ PLANNING_ONLY: ContextVar[bool] = ContextVar("planning_only", default=False)
 
 OLD = ".old"  # what is appended to the name of the report of an earlier merge
 
+# Characters of a record: the cosines of dozens of models with long names take 70 thousand. A file
+# whose first line is longer is none of ours, and might not fit into memory.
+LONGEST_LINE = 2**24
+
 
 # -- the file --------------------------------------------------------------------------------------
 
@@ -70,7 +74,7 @@ def _replaceable(place: str) -> bool:
         return True
     try:
         with open(place, encoding="utf-8") as file:
-            return {"name", "action", "shape"} <= set(json.loads(file.readline(2**16)))
+            return {"name", "action", "shape"} <= set(json.loads(file.readline(LONGEST_LINE)))
     except (OSError, ValueError, TypeError):
         return False
 

@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pydantic import TypeAdapter, ValidationError
 
 from mergekit_monosoup.checkpoints.names import layer, natural
-
-if TYPE_CHECKING:
-    pass
-
-LOG = logging.getLogger("mergekit_monosoup")
 
 # Below this share of the edit surviving the rounding to the output dtype, the merge mostly did
 # nothing.

@@ -93,6 +93,14 @@ def test_models_that_disagree(write, models):
     assert messages(write(models=agreeing)) == []
 
 
+@pytest.mark.parametrize("shared", [{"R": 0.9}, {}])
+def test_a_model_may_repeat_what_holds_anyway(write, models, shared):
+    """mergekit takes the top-level value, or the default, for the model that says nothing."""
+    repeated = {"model": models[1][0], "parameters": {"R": shared.get("R", 0.8)}}
+    parameters = {"mode": "variance", **shared}
+    assert messages(write(models=[repeated, {"model": models[1][1]}], parameters=parameters)) == []
+
+
 @finds("PAR209")
 def test_weights_of_zero(write, models):
     none = [{"model": t, "parameters": {"weight": 0}} for t in models[1]]

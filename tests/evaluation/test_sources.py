@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -71,3 +72,18 @@ def test_what_a_killed_merge_left_is_removed(models, tmp_path):
         os.utime(path, (0, 0))  # younger ones may be another machine's
     sources.find("soup", str(models / "soup.yml"), tmp_path)
     assert not left.exists() and other.exists()
+
+
+def test_two_runs_that_make_the_same_merge_share_it(models, tmp_path, monkeypatch):
+    """The second one to finish finds the folder there, and takes it."""
+    run_merge = sources._run_merge
+
+    def with_another(config, folder):
+        run_merge(config, folder)
+        target = folder.with_name(folder.name.partition(".")[0])
+        shutil.copytree(folder, target)
+
+    monkeypatch.setattr(sources, "_run_merge", with_another)
+    source = sources.find("soup", str(models / "soup.yml"), tmp_path / "cache")
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [source.folder.name]
+    assert (source.folder / "model.safetensors").exists()

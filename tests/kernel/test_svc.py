@@ -30,8 +30,9 @@ from mergekit_monosoup import calibrate, report
 from mergekit_monosoup.cli import main
 from mergekit_monosoup.errors import NonFiniteError, SolverError
 from mergekit_monosoup.kernel import eigen, spectrum, task_vector
+from mergekit_monosoup.kernel.batch import Job, calibrate_each
 from mergekit_monosoup.kernel.svc import calibration, merge_weights
-from mergekit_monosoup.methods import METHODS
+from mergekit_monosoup.methods import MERGE_METHODS
 from mergekit_monosoup.parameters import parameter_table
 
 SHAPES = [(96, 160), (160, 96), (128, 128)]
@@ -398,6 +399,17 @@ def test_inputs_that_do_not_fit():
             calibrate(torch.zeros(3, 3), tasks, merged=merged)
 
 
+def test_flags_are_no_words():
+    """`normalize="no"` would be true."""
+    with pytest.raises(ValueError, match="normalize must be true or false, got 'no'"):
+        calibrate(torch.zeros(4, 3), [torch.ones(4, 3)] * 2, normalize="no")
+
+
+def test_a_job_without_task_models_is_named():
+    with pytest.raises(ValueError, match="no task model was given"):
+        list(calibrate_each([Job(torch.zeros(4, 3), [], "w")]))
+
+
 # -- inside mergekit -------------------------------------------------------------------------------
 
 
@@ -611,7 +623,7 @@ def test_table_of_a_report(tmp_path):
 
 def test_parameters_are_listed_for_every_method():
     choice = main.commands["parameters"].params[0].type.choices
-    assert sorted(choice) == sorted(method.spec.name for method in METHODS)
+    assert sorted(choice) == sorted(method.spec.name for method in MERGE_METHODS)
     printed = CliRunner().invoke(main, ["parameters", "svc"]).output
     assert printed.strip() == parameter_table("svc")
     assert {p.name for p in get("svc").spec.parameters} == {

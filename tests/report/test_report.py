@@ -155,6 +155,12 @@ def test_summary_by_hand():
     assert (total.group, total.edited, total.copied, total.parameters) == ("total", 2, 1, 28)
 
 
+def test_the_table_drops_what_is_in_nearly_every_name():
+    records = [record("model.layers.3.mlp.up_proj.weight")]
+    groups = report.table(records).columns[0]
+    assert list(groups.cells) == ["layers.*.mlp.up_proj", "total"]
+
+
 def test_groups():
     assert (
         layer_group("model.layers.12.mlp.experts.gate_up_proj[3].up")
@@ -221,6 +227,15 @@ def test_a_report_never_replaces_what_is_no_report(tmp_path, kind):
     with pytest.raises(ValueError, match=words):
         Journal().add([record("a")], str(target))
     assert sorted(tmp_path.iterdir()) == before and (kind == "folder" or path.read_bytes())
+
+
+def test_a_report_of_long_lines_is_one(tmp_path):
+    """`inspect --cosine` with dozens of models writes lines of more than 64 kB."""
+    path = tmp_path / "report.jsonl"
+    cosine = {f"{'model' * 200}{n}": 0.5 for n in range(80)}
+    path.write_text(record("w", cosine=cosine).to_json() + "\n")
+    assert path.stat().st_size > 2**16
+    assert report.check_path(str(path)) == str(path)
 
 
 def test_what_the_last_report_is_kept_as_may_be_somebodys_file(tmp_path):

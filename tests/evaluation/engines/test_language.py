@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import lm_eval.tasks
+import numpy as np
 import pytest
+import torch
 
 from evaluation import suite
 from evaluation.engines import EvaluationError, language
@@ -90,3 +93,11 @@ def test_without_network_the_data_set_is_named(manager, monkeypatch, tmp_path):
         match=r"gsm8k needs the data set openai/gsm8k, .* `tiny` needs no network",
     ):
         language.check_data(manager, suite.load("qwen-math").tasks)
+
+
+def test_what_is_logged_is_written_as_json():
+    """lm-eval logs NumPy's and torch's numbers, and objects that JSON does not know."""
+    logged = {"a": np.float64(0.5), 1: (torch.tensor(2), None), "dtype": torch.bfloat16}
+    plain = language._plain(logged)
+    assert plain == {"a": 0.5, "1": [2, None], "dtype": "torch.bfloat16"}
+    assert json.loads(json.dumps(plain)) == plain
