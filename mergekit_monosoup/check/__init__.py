@@ -11,12 +11,12 @@ not used again.
 
 To add a check, write one function in the file of its subject, for example::
 
-    @define_check("MOD306", "warning", title="one model", advice="nothing: it is copied")
-    def alone(document: Document) -> Iterator[Finding]:
-        if len(document.models) == 1:
-            yield document.warning("models", "is one model, which is copied")
+    @define_check("MOD306", "warning", title="a hundred models", advice="merge fewer at a time")
+    def many(document: Document) -> Iterator[Finding]:
+        if len(document.models) >= 100:
+            yield document.warning("models", f"are {len(document.models)}; each is read in full")
 
-then name it below (``models.alone``), and in the test file of the subject write a test that
+then name it below (``models.many``), and in the test file of the subject write a test that
 produces it. ``mergekit-monosoup check --list`` shows it then; ``tests/check/test_list.py`` fails
 until docs/check.md does, and a test produces the code. What several checks need, or takes time,
 is a property of ``Document`` (context.py) or ``Planning`` (planning.py).

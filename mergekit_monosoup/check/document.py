@@ -94,8 +94,10 @@ class File:
         try:
             with open(path, encoding="utf-8") as file:
                 documents = list(yaml.load_all(file, Loader=UniqueKeyLoader))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            return cls(str(path), fault=str(error))
+        except OSError as error:
+            return cls(str(path), fault=f"cannot be read: {error.strerror or error}")
+        except (UnicodeDecodeError, yaml.YAMLError) as error:
+            return cls(str(path), fault=f"cannot be read as YAML: {' '.join(str(error).split())}")
         return cls(str(path), tuple(d for d in documents if d is not None))
 
     @cached_property
@@ -126,12 +128,12 @@ class File:
 @define_check(
     "DOC001",
     "error",
-    title="file that cannot be read as YAML",
-    advice="correct the line that the message names; a key may appear only once",
+    title="file that cannot be read, or not as YAML",
+    advice="correct the path, or the line that the message names; a key may appear only once",
 )
 def unreadable(file: File) -> Iterator[Finding]:
     if file.fault:
-        yield Finding("error", file.path, f"cannot be read as YAML: {file.fault}")
+        yield Finding("error", file.path, file.fault)
 
 
 @define_check(

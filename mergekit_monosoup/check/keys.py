@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -12,8 +13,10 @@ from mergekit.common import ModelReference, dtype_from_name
 from mergekit.config import ConditionalParameter
 from pydantic import BaseModel, ValidationError
 
+from _mergekit_monosoup_autoload import SWITCH
 from mergekit_monosoup.check.context import Document
 from mergekit_monosoup.check.finding import Finding, define_check, nearest
+from mergekit_monosoup.parameters import METHODS
 
 Schemas = list[type[BaseModel]]
 
@@ -122,9 +125,11 @@ def _plain(error: ValidationError) -> dict[str, str]:
 def unknown_method(document: Document) -> Iterator[Finding]:
     name = document.data.get("merge_method")
     if isinstance(name, str) and document.method is None:
-        yield document.error(
-            "merge_method", f"{name!r} is not a merge method{nearest(name, document.methods)}"
-        )
+        if name in METHODS and os.environ.get(SWITCH):
+            end = f": this package is switched off by {SWITCH}={os.environ[SWITCH]}"
+        else:
+            end = nearest(name, document.methods)
+        yield document.error("merge_method", f"{name!r} is not a merge method{end}")
 
 
 @define_check(

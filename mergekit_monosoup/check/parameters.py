@@ -243,5 +243,7 @@ def unread_threshold(document: Document) -> Iterator[Finding]:
         name: [leaf for _, p, _ in document.sections for leaf in leaves(p.get(name))]
         for name in ("R", "mode")
     }
+    if not all(map(rules.MONOSOUP["mode"].values.accepts, values["mode"])):
+        return  # it is misspelt, and may be the mode that reads R
     for violation in rules.unread_violations(values):
         yield document.warning(violation.parameter, violation.message)

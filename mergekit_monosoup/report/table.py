@@ -95,7 +95,7 @@ def _row(group: str, records: Sequence[Record]) -> Row:
         gamma_median=_mean(r.gamma_median for r in edited),
         gamma_max=max((r.gamma_max for r in edited if r.gamma_max is not None), default=None),
         amplified=_mean(r.amplified for r in edited),
-        rel_update=_mean(r.rel_update for r in records),
+        rel_update=_mean(r.rel_update for r in edited or records),
         realised=_realised(edited),
         seconds=sum(r.seconds for r in records),
         reasons=tuple(dict.fromkeys(r.reason for r in records if r.reason)),
@@ -128,6 +128,9 @@ _LAST: Columns = [
 ]
 
 
+WIDE = 120  # columns of a terminal that hold all of them beside the longest layer groups
+
+
 def _number(value: float | None, form: str = ".3f") -> str:
     return "" if value is None else format(value, form)
 
@@ -140,7 +143,7 @@ def table(records: Iterable[Record], width: int = 160) -> Table:
     rows = summarise(records)
     calibrated = rows[-1].gamma_max is not None
     chosen = [*_FIRST, *(_CALIBRATION if calibrated else _SPLIT), *_LAST]
-    columns = [(header, value) for header, value, narrow in chosen if narrow or width >= 110]
+    columns = [(header, value) for header, value, narrow in chosen if narrow or width >= WIDE]
     title = f"{'SVC' if calibrated else 'MonoSoup'} by layer group: means over edited matrices"
     out = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     out.padding, out.pad_edge = (0, 1, 0, 0), False

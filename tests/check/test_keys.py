@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from click.testing import CliRunner
 from helpers.findings import messages
+from mergekit import merge_methods
 
 from mergekit_monosoup.cli import main
 
@@ -74,3 +75,14 @@ def test_narrower_output_is_mentioned(write):
     path = write(dtype="float32", out_dtype="bfloat16")
     assert "rounds to it after the method" in messages(path, "warning")[0]
     assert messages(write(dtype="bfloat16", out_dtype="float32"), "warning") == []
+
+
+def test_a_switched_off_package_is_no_typing_error(write, monkeypatch):
+    """MERGEKIT_MONOSOUP_AUTOLOAD=0 keeps mergekit from knowing the methods, as asked."""
+    others = [
+        m for m in merge_methods.registered_methods() if m.spec.name not in ("monosoup", "svc")
+    ]
+    monkeypatch.setattr(merge_methods, "registered_methods", lambda: others)
+    monkeypatch.setenv("MERGEKIT_MONOSOUP_AUTOLOAD", "0")
+    (message,) = messages(write())
+    assert "this package is switched off by MERGEKIT_MONOSOUP_AUTOLOAD=0" in message

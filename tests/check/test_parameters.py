@@ -176,3 +176,9 @@ def test_R_without_the_mode_that_reads_it(write):
     ]
     mode = [{"filter": "mlp", "value": "variance"}]
     assert check(write(parameters={"R": 0.1, "mode": mode})) == []
+
+
+def test_a_misspelt_mode_may_be_the_one_that_reads_r(write):
+    path = write(parameters={"mode": "varaince", "R": 0.9})
+    assert "`mode` must be one of" in messages(path)[0]
+    assert messages(path, "warning") == []
