@@ -13,7 +13,7 @@ from evaluation import configs, sources
 
 
 def test_configurations():
-    made = dict(configs.grid("base", "tuned", configs.METHODS, [0.5, 0.8], [0.0, 0.5, 1.0]))
+    made = dict(configs.grid("base", "tuned", configs.KINDS, [0.5, 0.8], [0.0, 0.5, 1.0]))
     settings = ("free", "R0.5", "R0.8")
     curves = {"wise_ft_0.5", "lines_0.5", "monosoup_wise_0.5"}
     pairs = {f"{kind}_{setting}" for kind in ("monosoup", "scalar") for setting in settings}
