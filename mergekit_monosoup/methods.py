@@ -120,7 +120,7 @@ def _refuse(method: Method, name: str, violations: Iterator[Violation]) -> None:
 
 # Every parameter is declared per non-base model, also the merge-wide ones: mergekit accepts such a
 # parameter globally *and* under a model, while a shared one written under a model is dropped
-# without a word. mergekit reads the types at run time, hence the literal defaults.
+# without a word.
 @merge_method(
     name=MONOSOUP.name,
     pretty_name="MonoSoup",

@@ -41,7 +41,9 @@ class Number:
     def accepts(self, value: object) -> bool:
         try:
             # YAML's yes/no/on/off is a bool, which float() would read as 1 or 0.
-            return not isinstance(value, bool | str) and self.contains(float(value))  # type: ignore[arg-type]
+            if isinstance(value, bool | str):
+                return False
+            return self.contains(float(value))  # type: ignore[arg-type] # TypeError otherwise
         except (TypeError, ValueError, OverflowError):
             return False
 

@@ -119,10 +119,10 @@ def _pickled(file: str) -> Iterator[Stored]:
     """Load a pickle onto the meta device, where tensors have no data."""
     state = torch.load(file, map_location="meta", weights_only=True, mmap=is_zipfile(file))
     if not isinstance(state, dict):
-        raise ValueError(f"holds a {type(state).__name__}, not a dictionary of tensors")
+        raise ValueError(f"{file} holds a {type(state).__name__}, not a dictionary of tensors")
     if "state_dict" in state:
         raise ValueError(
-            "wrapped in {'state_dict': …}, which mergekit-pytorch does not unwrap; "
+            f"{file} is wrapped in {{'state_dict': …}}, which mergekit does not unwrap; "
             "save the inner dictionary"
         )
     for name, value in state.items():

@@ -150,7 +150,8 @@ def _round_blocks(
             if update.pretrained.dtype != dtype:
                 actual.sub_(_rounding_error(block, dtype))
             intended = change.sub_(block.delta).to(actual.dtype)
-            a, i, d = (flat(x).to(accurate) for x in (actual, intended, block.delta))
+            a, i = flat(actual).to(accurate), flat(intended).to(accurate)
+            d = flat(block.delta).to(accurate)
             dots = [torch.dot(x, y) for x, y in ((a, i), (i, i), (a, a), (d, d))]
             sums += torch.stack(dots).double()
         products = _Products(*sums.tolist())
