@@ -202,7 +202,7 @@ def _kernel_buffers(name: str, shape: tuple[int, ...], threads: int) -> int:
     if not parts:
         return 0
     matrix = torch.empty(shape, device="meta")[parts[0][1]]
-    per_matrix = SQUARES * min(len(matrix), matrix.numel() // len(matrix)) ** 2
+    per_matrix = SQUARES * min(len(matrix), math.prod(matrix.shape[1:])) ** 2
     return max(per_matrix, min(per_matrix * min(threads, len(parts)), STACK_BUFFERS))
 
 

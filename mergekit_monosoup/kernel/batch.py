@@ -53,11 +53,12 @@ Result = tuple[Tensor, Record]
 def buffers(job: Job) -> int:
     """Return the bytes that a matrix needs at most, beside its inputs and its output.
 
-    :func:`svc.calibrate` needs most; see there.
+    :func:`svc.calibrate` needs most; see there. At least 1: memory is divided by it, and a matrix
+    with no entries needs none.
     """
     side = TaskVector.tall(job.pretrained).shape[1]
     block = min(job.pretrained.numel(), block_elements(job.pretrained.device))
-    return 8 * (5 * side**2 + (2 * len(job.tuned) + 5) * block)
+    return max(1, 8 * (5 * side**2 + (2 * len(job.tuned) + 5) * block))
 
 
 # -- one matrix per thread -------------------------------------------------------------------------
@@ -139,9 +140,10 @@ def _one_batch(jobs: Sequence[Job]) -> bool:
     shapes = {(job.pretrained.shape, job.pretrained.dtype, job.pretrained.device) for job in jobs}
     if len(jobs) < 2 or len(shapes) > 1:
         return False
-    # MPS has no float64: each of its matrices goes to the CPU by itself.
+    # MPS has no float64: each of its matrices goes to the CPU by itself. Without entries there is
+    # nothing to decompose.
     first = jobs[0].pretrained
-    return first.ndim > 1 and first.device.type not in ("cpu", "mps")
+    return first.ndim > 1 and first.numel() > 0 and first.device.type not in ("cpu", "mps")
 
 
 def edit_batched(jobs: Sequence[Job], **settings: Any) -> Iterator[Result]:

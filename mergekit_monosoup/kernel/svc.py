@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mergekit_monosoup.kernel.assemble import Outcome, assemble, describe
 from mergekit_monosoup.kernel.spectrum import Spectrum, effective_rank
-from mergekit_monosoup.kernel.task_vector import Norms, TaskVector, normalise
+from mergekit_monosoup.kernel.task_vector import NO_ENTRIES, Norms, TaskVector, normalise
 from mergekit_monosoup.parameters import SVC
 from mergekit_monosoup.report.record import Record
 
@@ -223,6 +223,8 @@ def _calibrate(updates: TaskVector, tasks: int, alpha: float) -> tuple[Tensor, R
 
 def _reason_to_skip(updates: TaskVector, norms: Norms, tasks: int) -> str:
     """Return why the merge is not calibrated; empty when it is."""
+    if updates.empty:
+        return NO_ENTRIES
     if updates.pretrained.ndim < 2:
         return "fewer than two dimensions"
     if tasks < 2:
@@ -232,7 +234,7 @@ def _reason_to_skip(updates: TaskVector, norms: Norms, tasks: int) -> str:
 
 def _merge(updates: TaskVector, tasks: int, reason: str) -> tuple[Tensor, Outcome]:
     """Return the merge without calibration; one that was given is handed back itself."""
-    if len(updates.finetuned) > tasks:
+    if len(updates.finetuned) > tasks or updates.empty:
         return updates.finetuned[-1], Outcome("copied", reason, 0.0)
     weight, rounding = assemble(updates, torch.clone)
     return weight, Outcome("copied", f"{reason}; merge of {tasks} models", rounding.edit_norm)

@@ -24,6 +24,9 @@ BLOCK_ELEMENTS = 2**20
 # An accelerator wants few large kernels. Not measured.
 ACCELERATOR_BLOCK_ELEMENTS = 2**24
 
+# Reason in the record of a tensor of which one dimension is 0.
+NO_ENTRIES = "no entries"
+
 
 def block_elements(device: torch.device) -> int:
     """Return the bound on the entries of a block on ``device``."""
@@ -172,6 +175,16 @@ class TaskVector:
             return weight.reshape(-1, 1)
         matrix = weight.flatten(1)  # unlike reshape(out, -1), also of an empty tensor
         return matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is no entry, as in (0, n), (n, 0) or (0,)."""
+        return self.pretrained.numel() == 0
+
+    @property
+    def rounded(self) -> bool:
+        """Whether ΔW is off by one rounding to float32 per entry; other inputs leave it exact."""
+        return self.dtype == self.pretrained.dtype == torch.float32
 
     @property
     def transposed(self) -> bool:

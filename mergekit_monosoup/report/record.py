@@ -36,6 +36,8 @@ class Record:
         mode, R: how k was chosen (R only in ``variance``).
         k, rank, effective_rank: cut, number of non-zero singular values of ΔW, exp(entropy of
             σ/Σσ).
+        gap: (σ_k − σ_{k+1})/σ_k, how far the cut is from going through equal singular values;
+            None in reports of versions that did not write it.
         P_k, rho, cos_alpha, lambda_high, lambda_low: paper, Eqs. 6-8.
         gamma_min, gamma_median, gamma_max, amplified: `svc` only: γ_r over the non-zero singular
             values, and the share of them with γ_r > 1.
@@ -64,6 +66,7 @@ class Record:
     k: int | None = None
     rank: int | None = None
     effective_rank: float | None = None
+    gap: float | None = None
     P_k: float | None = None
     rho: float | None = None
     cos_alpha: float | None = None

@@ -719,6 +719,11 @@ def test_division_keeps_to_the_limit_and_to_the_files():
     assert batches[0].memory == plan.PROCESS + 6 + 6
 
 
+@pytest.mark.parametrize("shape", [(0, 4), (4, 0), (0, 0), (0,), (2, 0, 3)])
+def test_tensors_without_entries_need_no_memory(shape):
+    assert plan._kernel_buffers("layers.0.mlp.experts.down_proj", shape, threads=2) == 0
+
+
 def test_batches_are_of_a_decent_size():
     gigabyte = 10**9
     assert plan.batch_bytes(470 * gigabyte, 64, 5 * gigabyte) == pytest.approx(

@@ -22,8 +22,10 @@ from mergekit.merge_methods import merge_tensors
 from mergekit_monosoup import calibrate
 from mergekit_monosoup.errors import NonFiniteError
 from mergekit_monosoup.kernel import task_vector
-from mergekit_monosoup.kernel.monosoup import Split, edit, split_rank
+from mergekit_monosoup.kernel.batch import Job, calibrate_each, edit_batched, edit_each
+from mergekit_monosoup.kernel.monosoup import Split, edit, preview, split_rank
 from mergekit_monosoup.kernel.spectrum import Spectrum, effective_rank
+from mergekit_monosoup.report import read
 
 SHAPES = [(192, 320), (320, 192), (256, 256)]
 MODES = ["freevariance", "variance"]
@@ -545,10 +547,62 @@ def test_parameters_of_modules_are_ordinary_inputs():
     )
 
 
-@pytest.mark.parametrize("shape", [(0, 4), (4, 0), (0,)])
+EMPTY = [(0, 4), (4, 0), (0, 0), (0,), (2, 0, 3), (0, 3, 3), (3, 3, 0, 2)]
+
+
+@pytest.mark.parametrize("shape", EMPTY)
 def test_empty_tensors_stay(shape):
-    weight, record = edit(torch.zeros(shape), torch.zeros(shape))
-    assert weight.shape == shape and record.action == "copied"
+    """Each way into the kernel: one matrix, many, a batch, both methods, a prediction."""
+    W0, W1, W2 = (torch.zeros(shape) for _ in range(3))
+    jobs = [Job(W0, [W1, W2], "a"), Job(W0, [W1, W2], "b")]
+    found = [
+        edit(W0, W1),
+        edit(W0, [W1, W2], alpha=0.5),
+        calibrate(W0, [W1, W2]),
+        calibrate(W0, [W1], merged=W2),
+        *edit_each(jobs),
+        *edit_batched(jobs),
+        *calibrate_each(jobs),
+    ]
+    for weight, record in found:
+        assert weight.shape == record.shape == shape
+        assert (record.action, record.reason, record.edit_norm) == ("copied", "no entries", 0.0)
+    assert {(r.action, r.reason) for r in preview(W0, W1)} == {("inspected", "no entries")}
+
+
+@pytest.mark.parametrize("method", ["monosoup", "svc"])
+@pytest.mark.parametrize(
+    ("name", "shape", "matrices"),
+    [
+        ("w", (0, 4), 1),
+        ("experts.w", (4, 0), 1),
+        ("mlp.experts.down_proj", (0, 3, 4), 1),  # no expert: the stack itself has a record
+        ("mlp.experts.down_proj", (2, 0, 4), 2),
+        ("mlp.experts.gate_up_proj", (2, 0, 4), 4),
+        ("mlp.experts.gate_up_proj", (2, 6, 0), 4),
+    ],
+)
+def test_empty_tensors_and_experts_are_merged(tmp_path, method, name, shape, matrices):
+    report = tmp_path / "report.jsonl"
+    merged = merge_tensors(
+        [torch.zeros(shape) for _ in range(3)],
+        method,
+        base_index=0,
+        name=f"layers.0.{name}",
+        parameters={"report": str(report)},
+    )
+    assert merged.shape == shape
+    assert [record.reason for record in read(report)] == ["no entries"] * matrices
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1), (1, 5), (5, 1), (1, 1, 1)])
+def test_a_single_row_column_or_number(shape):
+    """No tail in any of them: stays as fine-tuned, is averaged, is interpolated."""
+    W0, W1, W2 = torch.zeros(shape), torch.full(shape, 0.25), torch.full(shape, 0.75)
+    assert edit(W0, W1)[0] is W1
+    assert torch.equal(edit(W0, [W1, W2])[0], (W1 + W2) / 2)
+    assert torch.equal(edit(W0, W1, alpha=0.5)[0], W1 / 2)
+    assert torch.allclose(calibrate(W0, [W2, W2], normalize=True)[0], W2)
 
 
 def test_as_many_weights_as_models():
