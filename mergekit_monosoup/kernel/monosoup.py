@@ -191,15 +191,17 @@ class Cut:
         """Return what errors of ΔW do to the edited update, relative to ‖ΔW‖.
 
         An error turns the vectors next to the cut into each other by its size over the gap
-        (Wedin's theorem), and what is turned gets the other λ. docs/methods.md derives it.
+        (Wedin's theorem), by a right angle at most, and what is turned gets the other λ.
+        docs/methods.md derives it.
 
         Args:
             noise: size of the error between these two vectors, u_kᵀ E v_{k+1}, relative to ‖ΔW‖.
         """
-        high, low = self.coefficients
-        if self.gap is None or high == low:
+        if self.gap is None:
             return 0.0
-        return abs(high - low) * noise / self.gap if self.gap > 0 else math.inf
+        high, low = self.coefficients
+        turned = float(self.spectrum.sigma[self.k - 1] / self.spectrum.sigma.norm())
+        return abs(high - low) * (min(turned, noise / self.gap) if self.gap > 0 else turned)
 
     @property
     def remark(self) -> str:
@@ -302,25 +304,30 @@ def _edit(
         record = describe(update, norms, outcome)
     else:
         spectrum = Spectrum(update.deltas, update.rows, update.width, update.device, eigen)
-        cut = _refined(Cut.of(spectrum, settings), update)
+        cut = Cut.of(spectrum, settings)
+        if too_close(cut, update):
+            del spectrum, cut  # its buffers are as large as those to come
+            cut = Cut.of(_exact_spectrum(update), settings)
         recombine = Recombination.of(cut, update)
         weight, outcome = _apply(update, settings.alpha, recombine, cut.remark)
         record = cut.record(describe(update, norms, outcome, cut.spectrum.solver))
     return update.sent_back(weight), replace(record, seconds=time.perf_counter() - started)
 
 
-def _refined(cut: Cut, update: TaskVector) -> Cut:
-    """Return the cut of ΔW in float64 where float32 is not enough for a gap as small as this one.
+def too_close(cut: Cut, update: TaskVector) -> bool:
+    """Return whether the cut needs ΔW in float64, for a float32 difference is rounded.
 
-    The rounding of a float32 difference changed the edit by 3.5e-4 at a gap of 1.6e-6, in a matrix
-    of 64 columns. Random matrices have such a gap once in some ten thousand.
+    That rounding changed the edit by 3.5e-4 at a gap of 1.6e-6, in a matrix of 64 columns. Random
+    matrices have gaps that are too small once in some ten thousand.
     """
     noise = torch.finfo(torch.float32).eps / math.sqrt(update.rows * update.width)
-    if not update.rounded or cut.error(noise) <= PROMISED:
-        return cut
+    return update.rounded and cut.error(noise) > PROMISED
+
+
+def _exact_spectrum(update: TaskVector) -> Spectrum:
+    """Return the spectrum of ΔW in float64, in which all that follows is done, too."""
     update.dtype = torch.float64
-    spectrum = Spectrum(update.deltas, update.rows, update.width, update.device)
-    return Cut.of(spectrum, cut.settings)
+    return Spectrum(update.deltas, update.rows, update.width, update.device)
 
 
 def _apply(
@@ -465,8 +472,10 @@ def preview(
             record = describe(update, norms, Outcome("inspected", reason, 0.0))
             record = replace(record, mode=mode, R=of_mode.threshold)
         else:
-            cut = _refined(Cut.of(spectrum, of_mode), update)
-            spectrum = cut.spectrum
+            cut = Cut.of(spectrum, of_mode)
+            if too_close(cut, update):
+                spectrum = _exact_spectrum(update)
+                cut = Cut.of(spectrum, of_mode)
             record = _predict(update, cut, norms, dtype)
         # The spectrum is on the first one's account.
         seconds, started = time.perf_counter() - started, time.perf_counter()

@@ -25,6 +25,7 @@ FIELDS = [
     "k",
     "rank",
     "effective_rank",
+    "gap",
     "P_k",
     "rho",
     "cos_alpha",
@@ -56,6 +57,15 @@ def test_a_line_holds_every_field_and_reads_back(tmp_path):
     assert json.loads(line)["rel_update"] is None  # W0 = 0; Infinity is not JSON
     (back,) = read(path)
     assert back.k == made.k and back.lambda_low == made.lambda_low and back.R == 0.8
+
+
+def test_a_report_of_a_version_without_gap_reads(tmp_path):
+    _, made = edit(torch.zeros(6, 4), torch.randn(6, 4), name="a.weight", mode="variance")
+    line = json.loads(made.to_json())
+    assert 0 < line.pop("gap") < 1
+    (tmp_path / "old.jsonl").write_text(json.dumps(line) + "\n")
+    (back,) = read(tmp_path / "old.jsonl")
+    assert back.gap is None and back.k == made.k
 
 
 def test_a_second_merge_starts_the_file_anew_and_keeps_the_old_one(tmp_path):
