@@ -38,6 +38,7 @@ from mergekit_monosoup.checkpoints.names import TRANSPOSED, Index, matrices
 from mergekit_monosoup.errors import NonFiniteError, SolverError
 from mergekit_monosoup.kernel.batch import Job, Result, calibrate_each, edit_each
 from mergekit_monosoup.kernel.monosoup import edit
+from mergekit_monosoup.kernel.padding import Padding
 from mergekit_monosoup.parameters import (
     MONOSOUP,
     SVC,
@@ -166,7 +167,7 @@ def _monosoup(
             merged, records = _without_update(name, tuned, weights, "not in the base model")
         else:
             kernel = partial(edit_each, weights=weights, **settings)
-            merged, records = _merge_matrices(name, group.base.tensor, tuned, kernel)
+            merged, records = _merge_matrices(group, group.base.tensor, tuned, kernel)
     JOURNAL.add(records, path)
     return merged
 
@@ -222,10 +223,10 @@ def _svc(
         elif flagged:
             kernel = partial(calibrate_each, with_merged=True, alpha=settings["alpha"])
             inputs = [*tensors, flagged[0].tensor]
-            result, records = _merge_matrices(name, group.base.tensor, inputs, kernel)
+            result, records = _merge_matrices(group, group.base.tensor, inputs, kernel)
         else:
             kernel = partial(calibrate_each, weights=weights, **settings)
-            result, records = _merge_matrices(name, group.base.tensor, tensors, kernel)
+            result, records = _merge_matrices(group, group.base.tensor, tensors, kernel)
     JOURNAL.add(records, path, SVC.name)
     return result
 
@@ -241,13 +242,16 @@ def _only_in_base(name: str, group: TensorGroup) -> Tensor:
 
 
 def _merge_matrices(
-    name: str, base: Tensor, tuned: Sequence[Tensor], kernel: Kernel
+    group: TensorGroup, base: Tensor, tuned: Sequence[Tensor], kernel: Kernel
 ) -> tuple[Tensor, list[Record]]:
     """Return the merged tensor and a record for each of its matrices; ``kernel`` merges them."""
+    name = group.metadata.name or ""
     parts = matrices(name, base.shape)
     if parts == [("", ())]:
-        ((merged, record),) = kernel([Job(base, tuned, name)])
-        return merged, [record]
+        padding = Padding.of([base, *tuned], group.metadata.vocabulary_axis)
+        job = Job(padding.without(base), [padding.without(w) for w in tuned], name)
+        ((merged, record),) = kernel([job])
+        return padding.restored(merged), [padding.noted(record)]
     if not parts:
         # No matrix in it: through the kernel all the same, for the average, alpha and the check
         # for NaN.

@@ -144,9 +144,7 @@ def test_a_small_gap_at_the_cut(dtype, gap, shape):
 
 def test_a_wide_gap_leaves_the_work_in_float32(monkeypatch):
     made = []
-    monkeypatch.setattr(
-        monosoup, "Spectrum", lambda *args: made.append(args) or Spectrum(*args)
-    )
+    monkeypatch.setattr(monosoup, "Spectrum", lambda *args: made.append(args) or Spectrum(*args))
     for gap, count in ((1e-2, 1), (1e-6, 2)):
         W0, W1, R = around_a_gap(gap, torch.float32)
         made.clear()
