@@ -320,7 +320,9 @@ def too_close(cut: Cut, update: TaskVector) -> bool:
     That rounding changed the edit by 3.5e-4 at a gap of 1.6e-6, in a matrix of 64 columns. Random
     matrices have gaps that are too small once in some ten thousand.
     """
-    noise = torch.finfo(torch.float32).eps / math.sqrt(update.rows * update.width)
+    # eps/√(entries) where all entries move alike; few rows that move have fewer entries, but never
+    # less than rank².
+    noise = torch.finfo(torch.float32).eps / cut.spectrum.rank
     return update.rounded and cut.error(noise) > PROMISED
 
 
