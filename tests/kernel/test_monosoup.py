@@ -132,7 +132,7 @@ def around_a_gap(gap: float, dtype: torch.dtype, shape=(80, 64)):
 @pytest.mark.parametrize("gap", [1e-2, 1e-4, 1.6e-6, 1e-7])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_small_gap_at_the_cut(dtype, gap, shape):
-    """Measured: at most 3e-6, with ΔW in float32 alone 7e-4."""
+    """Measured: at most 4e-6, with ΔW in float32 alone 2e-3."""
     W0, W1, R = around_a_gap(gap, dtype, shape)
     weight, record = edit(W0, W1, mode="variance", R=R)
     expected, _, numbers = oracle.monosoup(W0.double(), W1.double(), mode="variance", R=R)

@@ -56,7 +56,7 @@ def merge(method, weights, axis, **parameters):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("method", "models"), [("monosoup", 2), ("monosoup", 3), ("svc", 3)])
 def test_tokens_get_the_bits_of_the_unpadded_edit(tmp_path, method, models, dtype, multiple):
-    """With padding in the spectrum the difference was 4e-3 of ΔW."""
+    """With padding in the spectrum they differ by 4e-5 of ΔW here, by 4e-3 in a tiny Llama."""
     weights = embeddings(models, dtype)
     expected = merge(method, weights, 0)
     found = merge(method, padded(weights, multiple=multiple), 0, report=str(tmp_path / "r.jsonl"))
