@@ -102,30 +102,26 @@ class MonosoupFinder:
     def act(self, name: str, module: "ModuleType") -> None:
         """Do what the target was waited for.
 
-        A failure is one log record per target and process, never an exception.
+        A failure is one log record per target and process, never an exception: not even a
+        SystemExit, which some packages raise where they cannot work. What the user's own program
+        raises meanwhile, by Ctrl-C or from a signal handler, is left alone.
         """
         try:
             TARGETS[name](module)
-        except Exception as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            if _from_a_signal(error):
+                raise
             # Another thread is importing our methods and importlib chose this one to break the
             # deadlock. The import over there goes on and registers at its end.
             if _initialising(METHODS_MODULE) or name in self.warned:
                 return
             self.warned.add(name)
-            # Not `warnings`: under `python -W error` a warning would break the import of mergekit.
-            import logging
-
-            logging.getLogger("mergekit_monosoup").warning(
-                "mergekit-monosoup could not hook into %s: %s: %s. mergekit itself is unaffected, "
-                "but does not know the methods %s. See the whole error with `python -c 'import "
-                "%s'`, check versions with `pip check`, or turn this off with %s=0.",
-                name,
-                type(error).__name__,
-                error,
-                ", ".join(NAMES),
-                METHODS_MODULE,
-                SWITCH,
-            )
+            try:  # noqa: SIM105 - contextlib would be one more import in every start of Python
+                _warn(name, error)
+            except Exception:  # of a log handler of the program's own
+                pass
 
 
 class _ReportingLoader:
@@ -158,6 +154,41 @@ class _ReportingLoader:
         # The comment on the next line is for whoever reads it in a traceback.
         self.real.exec_module(module)  # what fails below fails without mergekit-monosoup too
         self.finder.act(module.__name__, module)
+
+
+def _from_a_signal(error: BaseException) -> bool:
+    """Return whether an exception comes out of a signal handler of the program.
+
+    Such as the SystemExit by which many end themselves on SIGTERM.
+    """
+    import signal
+
+    handlers = [signal.getsignal(number) for number in signal.valid_signals()]
+    codes = [code for handler in handlers if (code := getattr(handler, "__code__", None))]
+    trace = error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code in codes:
+            return True
+        trace = trace.tb_next
+    return False
+
+
+def _warn(name: str, error: BaseException) -> None:
+    """Log that a target could not be hooked into, in one line."""
+    # Not `warnings`: under `python -W error` a warning would break the import of mergekit.
+    import logging
+
+    logging.getLogger("mergekit_monosoup").warning(
+        "mergekit-monosoup could not hook into %s: %s: %s. mergekit itself is unaffected, but does "
+        "not know the methods %s. See the whole error with `python -c 'import %s'`, check versions "
+        "with `pip check`, or turn this off with %s=0.",
+        name,
+        type(error).__name__,
+        " ".join(str(error).split()),  # in one line
+        ", ".join(NAMES),
+        METHODS_MODULE,
+        SWITCH,
+    )
 
 
 def _register_methods(merge_methods: "ModuleType") -> None:

@@ -217,9 +217,7 @@ def test_wheel_contents(wheel: Path) -> None:
     assert {
         name for name in names if name.startswith("mergekit_monosoup/") and name.endswith(".py")
     } == sources
-    assert (
-        text[PTH] == "import _mergekit_monosoup_autoload; _mergekit_monosoup_autoload.install()\n"
-    )
+    assert text[PTH] == (ROOT / "_mergekit_monosoup_autoload" / PTH).read_text()
     assert text[START] == "_mergekit_monosoup_autoload:install\n"
     assert text[HOOK] == (ROOT / HOOK).read_text()
     recorded = {line.rsplit(",", 2)[0] for line in text[f"{info}/RECORD"].splitlines()}
