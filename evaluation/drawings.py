@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from evaluation.comparison import Comparison
 from evaluation.families import MONOSOUP, SCALAR, curves
+from evaluation.formatting import file_name
 from evaluation.statistics import Difference
+from mergekit_monosoup import files
 
 Z = 1.959964  # of a 95 % normal interval
 # More bars than these beside each other cannot be told apart, nor can the colours.
@@ -23,8 +26,10 @@ def draw(comparisons: Sequence[Comparison], out: Path, suffix: str) -> Iterator[
         if any(name.startswith(MONOSOUP) for name in curves(comparison)):
             kinds["R"] = energy
         for kind, figure in kinds.items():
-            path = out / f"{comparison.suite.name}-{kind}.{suffix}"
-            figure(comparison).savefig(path, bbox_inches="tight", dpi=150)
+            path = out / f"{file_name(comparison.suite.name)}-{kind}.{suffix}"
+            drawn = io.BytesIO()  # whole first: an earlier figure survives a full disk
+            figure(comparison).savefig(drawn, format=suffix, bbox_inches="tight", dpi=150)
+            files.write_bytes(path, drawn.getvalue())
             yield path
 
 

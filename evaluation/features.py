@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from evaluation.formatting import file_name
 from evaluation.sources import PRETRAINED, Source, SourceError
 
 Matrix = NDArray[np.float64]
@@ -112,11 +113,13 @@ def similarities(
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         for number, source in enumerate(ordered, 1):
             print(f"[{number}/{len(ordered)}] {source.name}: {source.folder}", flush=True)
-            own = Path(temporary, source.name)
+            own = Path(temporary, file_name(source.name))
             _write_features(source, texts, own, reading)
             for name in texts:
-                reference = Path(temporary, PRETRAINED, f"{name}.npy")
-                values[name][source.name] = _by_block(reference, own / f"{name}.npy", source.name)
+                reference = Path(temporary, PRETRAINED, f"{file_name(name)}.npy")
+                values[name][source.name] = _by_block(
+                    reference, own / f"{file_name(name)}.npy", source.name
+                )
             if source.name != PRETRAINED:
                 shutil.rmtree(own)
     return values
@@ -164,7 +167,7 @@ def _write_features(
             if out is None:
                 shape = (len(pooled), len(lines), pooled.shape[-1])
                 out = np.lib.format.open_memmap(
-                    folder / f"{name}.npy", mode="w+", dtype=np.float32, shape=shape
+                    folder / f"{file_name(name)}.npy", mode="w+", dtype=np.float32, shape=shape
                 )
             out[:, start : start + pooled.shape[1]] = pooled.numpy()
         out.flush()

@@ -66,9 +66,9 @@ def positive(text: str) -> int:
 def named_path(text: str) -> tuple[str, str]:
     """Return (name, path) of NAME=PATH."""
     name, separator, path = text.partition("=")
-    if not separator or not path or not re.fullmatch(r"[\w.,+-]+", name):
+    if not separator or not path or not re.fullmatch(r"(?!\.)[\w.,+-]+", name):
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not NAME=PATH (a name: letters, digits, _ . , + -)"
+            f"{text!r} is not NAME=PATH (a name: letters, digits, _ . , + -, no dot in front)"
         )
     return name, path
 

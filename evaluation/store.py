@@ -5,7 +5,8 @@
     NAME/<model>.<suite>.partial/KEY/      one file per finished task, until all are
 
 KEY is of model, suite and settings. Every file is written under another name and renamed: what has
-its name is whole.
+its name is whole. Names of models, suites and tasks may come out of files of others: those of files
+are made of them by `formatting.file_name`, which leads nowhere else.
 """
 
 from __future__ import annotations
@@ -25,9 +26,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from evaluation.engines import Settings
 from evaluation.fingerprint import ModelDigests
+from evaluation.formatting import file_name
 from evaluation.sources import Origin
 from evaluation.statistics import Estimate
 from evaluation.suite import GroupName, Suite
+from mergekit_monosoup import files
 
 
 class DamagedError(ValueError):
@@ -125,9 +128,10 @@ class ResultFiles:
     """The files of one model and one suite in a results folder."""
 
     def __init__(self, folder: Path, model: str, suite: str) -> None:
-        self.result = folder / f"{model}.{suite}.json"
-        self.samples = folder / f"{model}.{suite}.samples.jsonl.gz"
-        self.partial = folder / f"{model}.{suite}.partial"
+        stem = f"{file_name(model)}.{file_name(suite)}"
+        self.result = folder / f"{stem}.json"
+        self.samples = folder / f"{stem}.samples.jsonl.gz"
+        self.partial = folder / f"{stem}.partial"
 
     def finished(self, key: str) -> Result | None:
         """Return the result under this key; None if it is missing, of another key, or damaged."""
@@ -151,11 +155,14 @@ class ResultFiles:
 
         It was made from other weights, settings or versions, and may have taken hours.
         """
-        existed = self.result.exists()
-        for path in (self.result, self.samples):
+        # Without a result, samples are what a full disk left of the next one: they must not drive
+        # out those of the result that is kept.
+        if not self.result.exists():
+            return False
+        for path in (self.samples, self.result):  # samples first: a result alone is not finished
             if path.exists():
                 os.replace(path, path.with_name(path.name + ".old"))
-        return existed
+        return True
 
     def resume(self, key: str) -> dict[str, TaskResult]:
         """Return the tasks finished under this key by a run that was interrupted."""
@@ -174,14 +181,14 @@ class ResultFiles:
     def _parts(self, key: str) -> Path:
         # A folder for each key: a quick look with --limit must not cost the tasks of the whole run
         # that it came between.
-        return self.partial / key[:16]
+        return self.partial / file_name(key[:16])
 
     def keep(self, key: str, result: TaskResult) -> None:
         """Save one finished task."""
         rows = [asdict(sample) for sample in result.samples]
         content = {"key": key, "task": result.task, "rows": rows, "info": result.info}
         zipped = _zipped([json.dumps(content, ensure_ascii=False)])
-        _write(self._parts(key) / f"{result.task}.json.gz", zipped)
+        _write(self._parts(key) / f"{file_name(result.task)}.json.gz", zipped)
 
     def write_samples(self, results: Iterable[TaskResult]) -> SamplesFile:
         """Write the samples of all tasks, which the result then names by their digest."""
@@ -235,6 +242,8 @@ def _read_result(path: Path) -> Result:
 
 def _read_samples(path: Path, result: Result) -> dict[str, list[Sample]]:
     file = path.parent / result.samples.file
+    if file.name != result.samples.file:
+        raise DamagedError(f"{path}: names samples in another folder, {result.samples.file!r}")
     if not file.is_file() or _sha256(file) != result.samples.sha256:
         raise DamagedError(
             f"{file}: missing, or not the answers that {path.name} was made from; run it again"
@@ -254,9 +263,7 @@ def _zipped(lines: Iterable[str]) -> bytes:
 
 def _write(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    other = path.with_name(f".{path.name}.{os.getpid()}")
-    other.write_bytes(content)
-    os.replace(other, path)
+    files.write_bytes(path, content)
 
 
 def _sha256(path: Path) -> str:

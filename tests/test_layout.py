@@ -14,8 +14,9 @@ ROOT = Path(__file__).parents[1]
 ALLOWED = {
     "mergekit_monosoup/parameters.py": set(),
     "mergekit_monosoup/errors.py": set(),
+    "mergekit_monosoup/files.py": set(),
     "mergekit_monosoup/checkpoints": {"errors"},
-    "mergekit_monosoup/report": {"checkpoints"},
+    "mergekit_monosoup/report": {"checkpoints", "files"},
     "mergekit_monosoup/kernel": {"errors", "parameters", "report"},
     "mergekit_monosoup/check": {"checkpoints", "parameters", "report"},
 }

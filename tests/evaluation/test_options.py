@@ -36,3 +36,10 @@ def test_the_exit_code_says_how_it_ended(capsys):
     assert capsys.readouterr().err == "interrupted; bye\n"
     with pytest.raises(KeyError):
         options.exit_code(lambda: fail(KeyError("a defect is not hidden")))
+
+
+@pytest.mark.parametrize("name", ["..", ".", ".hidden", "a/b", ""])
+def test_a_name_that_would_lead_elsewhere_is_refused(name):
+    assert options.named_path("a.b-1=x") == ("a.b-1", "x")
+    with pytest.raises(argparse.ArgumentTypeError, match="is not NAME=PATH"):
+        options.named_path(f"{name}=x")

@@ -8,6 +8,7 @@ import pytest
 from helpers import evaluations
 
 from evaluation import store
+from evaluation.formatting import file_name
 
 # A result as it has been written since the first version, but for its samples.
 ESTIMATE = {"mean": 0.5, "standard_error": 0.25}
@@ -83,3 +84,54 @@ def test_parts_of_another_key_or_half_written_are_not_used(tmp_path):
     assert set(files.resume("old")) == {"a"} and files.resume("key") == {}
     finish("old")
     assert not files.partial.exists()
+
+
+# -- names that come out of files ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["m-1.2+x,y_z", "größe"])
+def test_plain_names_stay(name):
+    assert file_name(name) == name
+
+
+@pytest.mark.parametrize(
+    "name", ["../../x", "/etc/x", "..", ".", "", "a\\b", "C:x", "a\nb", "a\0b", "x" * 300, "\ud800"]
+)
+def test_any_name_is_one_file_of_the_folder(name, tmp_path):
+    made = tmp_path / f"{file_name(name)}.json"
+    made.write_text("")
+    assert list(tmp_path.rglob("*")) == [made] and not made.name.startswith(".")
+    assert file_name(name) != file_name(name + "_")
+
+
+def test_results_of_any_names_stay_in_the_folder(tmp_path):
+    folder = tmp_path / "a" / "b" / "results"
+    files = store.ResultFiles(folder, "../../m", "../../s")
+    files.keep("../../../key", store.TaskResult("../../../task", []))
+    files.rewrite(evaluations.result(files.write_samples([])))
+    assert {p.parent for p in tmp_path.rglob("*.json*")} <= {folder, *files.partial.iterdir()}
+    assert files.partial.parent == folder
+
+
+def test_samples_of_another_folder_are_not_read(tmp_path):
+    evaluations.write(tmp_path / "in", "m", {"a": [1], "b": [1], "c": [1]})
+    file = tmp_path / "in" / "m.made.json"
+    data = json.loads(file.read_text())
+    samples = tmp_path / "in" / data["samples"]["file"]
+    samples.rename(tmp_path / samples.name)
+    data["samples"]["file"] = f"../{samples.name}"
+    file.write_text(json.dumps(data))
+    with pytest.raises(store.DamagedError, match="names samples in another folder"):
+        store.read(tmp_path / "in")
+
+
+def test_a_full_disk_loses_no_earlier_result(tmp_path):
+    """The samples that were written last, and no result, do not drive out those of the old one."""
+    evaluations.write(tmp_path, "m", {"a": [1], "b": [1], "c": [1]})
+    files = store.ResultFiles(tmp_path, "m", "made")
+    good = files.samples.read_bytes()
+    for _ in range(2):
+        files.keep_old()
+        files.write_samples([])  # and then the disk is full
+    assert (tmp_path / f"{files.samples.name}.old").read_bytes() == good
+    assert (tmp_path / f"{files.result.name}.old").exists()
