@@ -8,8 +8,11 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import signal
 import socket
-from collections.abc import Generator, Sequence
+import threading
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -24,6 +27,7 @@ LOG = logging.getLogger("mergekit_monosoup")
 RETRIES = 3
 # Results are a few kilobytes each; Ray would reserve 30 % of the memory for them.
 OBJECT_STORE = 100 * 2**20
+PATIENCE = 0.5  # seconds until Ctrl-C is looked for again
 # Environment variables that workers get from the driver: where downloads are, for nodes that were
 # started with other ones. Not HF_TOKEN: Ray would store it.
 DOWNLOAD_PLACES = ("HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE")
@@ -161,23 +165,39 @@ class OnRay:
         waiting = list(reversed(batches))
         shared = ray.put(context)
         try:
-            while waiting or running:
-                # As many as there are workers, no more: what is queued in Ray cannot be stopped
-                # cleanly, and shards that nobody has room to write would wait in memory.
-                while waiting and len(running) < self.workers:
-                    batch = waiting.pop()
-                    reference = remote.options(**self._options(batch)).remote(shared, batch)
-                    running[reference] = batch
-                ready, _ = ray.wait(list(running))
-                for reference in ready:
-                    batch = running.pop(reference)
-                    try:
-                        yield ray.get(reference)
-                    except ray.exceptions.RayError as error:
-                        raise EngineError(_loss_message(batch, error)) from error
+            with ctrl_c_noted() as check_ctrl_c:
+                yield from self._results(remote, shared, waiting, running, check_ctrl_c)
         finally:
             for reference in running:
                 ray.cancel(reference, force=True)
+
+    def _results(
+        self,
+        remote: Any,
+        shared: Any,
+        waiting: list[Batch],
+        running: dict[Any, Batch],
+        check_ctrl_c: Callable[[], None],
+    ) -> Generator[Done | Failed]:
+        """Move batches from ``waiting`` to ``running``, and yield the result of each."""
+        ray = self._ray
+        while waiting or running:
+            # As many as there are workers, no more: what is queued in Ray cannot be stopped
+            # cleanly, and shards that nobody has room to write would wait in memory.
+            while waiting and len(running) < self.workers:
+                batch = waiting.pop()
+                reference = remote.options(**self._options(batch)).remote(shared, batch)
+                running[reference] = batch
+            ready, _ = ray.wait(list(running), timeout=PATIENCE)
+            check_ctrl_c()
+            for reference in ready:
+                batch = running.pop(reference)
+                try:
+                    result = ray.get(reference)
+                except ray.exceptions.RayError as error:
+                    raise EngineError(_loss_message(batch, error)) from error
+                yield result
+        check_ctrl_c()
 
     def _warn_of_large(self, batches: Sequence[Batch]) -> None:
         large = [batch for batch in batches if batch.memory > self._memory]
@@ -210,6 +230,38 @@ class OnRay:
     def close(self) -> None:
         if self._started:
             self._ray.shutdown()
+
+
+@contextmanager
+def ctrl_c_noted() -> Iterator[Callable[[], None]]:
+    """Yield a function that raises KeyboardInterrupt if Ctrl-C was pressed meanwhile.
+
+    Raised where it comes, it may hit code of Ray that cannot pass it on: a traceback would be
+    printed and the merge go on. A second Ctrl-C is raised at once.
+    """
+    noted = False
+
+    def note(*_: object) -> None:
+        nonlocal noted
+        if noted:
+            raise KeyboardInterrupt
+        noted = True
+
+    def check() -> None:
+        if noted:
+            raise KeyboardInterrupt
+
+    if (
+        threading.current_thread() is not threading.main_thread()
+        or signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+    ):
+        yield check
+        return
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield check
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _cores() -> int:
