@@ -53,7 +53,8 @@ from mergekit_monosoup.parameters import (
     unused_violations,
     weight_violations,
 )
-from mergekit_monosoup.report.journal import Journal, check_path
+from mergekit_monosoup.report.journal import Journal
+from mergekit_monosoup.report.output import check_path
 from mergekit_monosoup.report.record import Record
 
 LOG = logging.getLogger("mergekit_monosoup")

@@ -9,7 +9,9 @@ command line down:
     plan.py          mergekit's plan divided into batches of tensors, by size and memory
     engines.py       who executes batches: this process, or workers of Ray
     worker.py        what a worker does with a batch
-    folder.py        OUT while the merge is unfinished: what is kept on disk, and publishing
+    folder.py        OUT while the merge is unfinished: what is kept on disk
+    publication.py   which file of a complete merge goes where, and no file elsewhere
+    vocabulary.py    the tokenizer, and the order of its tokens for a merge that is resumed
     dependencies.py  what the result depends on, so that only an unchanged merge is resumed
     progress.py      the bar on stderr
 """

@@ -5,17 +5,18 @@ It has mergekit-yaml's options, and those that divide a merge among workers.
 
 from __future__ import annotations
 
-import json
+import errno
 import os
 import traceback
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
+import torch
 import yaml
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
@@ -23,10 +24,18 @@ from mergekit.scripts import run_yaml
 from safetensors import SafetensorError
 
 from mergekit_monosoup.checkpoints.headers import read_header
-from mergekit_monosoup.distributed.driver import MergeError, Request, merge
+from mergekit_monosoup.distributed.dependencies import (
+    asked,
+    local_input_files,
+    states,
+    weight_files,
+)
+from mergekit_monosoup.distributed.driver import MergeError, Request, check_inputs, merge
 from mergekit_monosoup.distributed.engines import InProcess, OnRay, import_ray
 from mergekit_monosoup.distributed.folder import Done, WorkFolder
+from mergekit_monosoup.distributed.plan import SMALLEST_BATCH
 
+FULL = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))  # as libraries in Rust say it, too
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 NEEDS_WORKERS = (
     "--gpus gives each of several workers a GPU: add --workers N, or take --cuda for one"
@@ -95,6 +104,12 @@ SUPPORTED_OPTIONS = frozenset(
     help="For methods that draw random numbers: from --random-seed and the name "
     "of the tensor, so with any number of workers the same, but not mergekit-yaml's.",
 )
+@click.option(
+    "--hash-inputs",
+    is_flag=True,
+    help="Know the models' files by their content, not by size and time of change: for --resume, "
+    "and to notice files that were replaced meanwhile. Reads each file once more at both ends.",
+)
 @add_merge_options
 def run(
     config_file: str,
@@ -105,18 +120,21 @@ def run(
     resume: bool,
     force: bool,
     seed_per_tensor: bool,
+    hash_inputs: bool,
     merge_options: MergeOptions,
 ) -> None:
     """Merge CONFIG into OUT as mergekit-yaml does, tensor for tensor the same, by several workers.
 
     Without --workers (or with one), --ray, --resume and --seed-per-tensor this is mergekit-yaml in
-    this process, but that it leaves a finished model in OUT alone. What --workers and --ray merge
-    can be resumed; for one worker, give --resume from the start. A worker has -j threads, 1 by
-    default; the result is that of mergekit-yaml with as many.
+    this process, but that OUT gets the model when it is complete, and keeps a finished one. What
+    --workers and --ray merge can be resumed; for one worker, give --resume from the start. A worker
+    has -j threads, 1 by default; the result is that of mergekit-yaml with as many.
     """
     on_ray = address is not None or (workers or 1) > 1
     if not (on_ray or resume or seed_per_tensor):
-        _run_mergekit_yaml(config_file, out_path, merge_options, gpus=gpus, force=force)
+        _run_mergekit_yaml(
+            config_file, out_path, merge_options, gpus=gpus, force=force, hash_inputs=hash_inputs
+        )
         return
     with _errors(out_path, merge_options.verbosity > 0):
         options = _check_options(merge_options, on_ray, gpus)
@@ -130,33 +148,39 @@ def run(
         config, source = _read_configuration(config_file)
         _check_places(out_path, config)
         seed = (options.random_seed or 0) if seed_per_tensor else None
-        request = Request(config, source, Path(out_path), options, threads, seed, engine)
+        out = Path(out_path)
+        request = Request(config, source, out, options, threads, seed, hash_inputs, engine)
         records = merge(request, resume=resume, force=force)
     if not options.quiet:
-        _print_summary(out_path, records, options.verbosity > 0)
+        _print_summary(out_path, records, options.verbosity > 0, workers or 1)
 
 
 def _run_mergekit_yaml(
-    config_file: str, out_path: str, options: MergeOptions, *, gpus: bool, force: bool
+    config_file: str,
+    out_path: str,
+    options: MergeOptions,
+    *,
+    gpus: bool,
+    force: bool,
+    hash_inputs: bool,
 ) -> None:
-    """Merge by mergekit-yaml's own function, unless that would destroy a model in OUT."""
+    """Merge by mergekit-yaml's own function, and put the model into OUT when it is complete."""
     work = WorkFolder(out_path)
-    with _errors(out_path, verbose=False):
-        if gpus:
-            raise ValueError(NEEDS_WORKERS)
-        config, _ = _read_configuration(config_file)
-        _check_places(out_path, config)
-        with work.claimed(resume=False, force=force):
-            pass
     callback: Any = run_yaml.main.callback
     mergekit_yaml = partial(callback, config_file=config_file, **options.model_dump())
     with _errors(out_path, options.verbosity > 0):
-        if not force:
-            mergekit_yaml(out_path=out_path)
-            return
-        # The old model stays until the new one is complete.
-        with work.claimed(resume=False, force=True):
+        if gpus:
+            raise ValueError(NEEDS_WORKERS)
+        config, source = _read_configuration(config_file)
+        _check_places(out_path, config)
+        with work.claimed(resume=False, force=force):
+            inputs = states(local_input_files(config), hashed=hash_inputs)
+            threads = options.num_threads or torch.get_num_threads()
+            needs = asked(source, options, threads=threads, seed=None, hash_inputs=hash_inputs)
+            # Only for the case that it is killed while it renames, and resumed.
+            work.record({**needs, "inputs": inputs})
             mergekit_yaml(out_path=str(work.files))
+            check_inputs(work.out, inputs, hashed=hash_inputs)
             work.prepare({})
             work.publish()
             work.remove()
@@ -208,21 +232,9 @@ def _check_places(out_path: str, config: MergeConfiguration) -> None:
             raise ValueError(
                 f"{out_path} is an input of this merge, which would replace it: name another folder"
             )
-        for file in _weights(Path(folder)):
-            read_header(str(file))
-
-
-def _weights(folder: Path) -> Iterator[Path]:
-    """Yield the safetensors files that mergekit will open, whatever else lies beside them."""
-    names = {"model.safetensors", "adapter_model.safetensors"}
-    with suppress(OSError, ValueError, KeyError, AttributeError):
-        index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
-        names = set(index["weight_map"].values())
-    yield from sorted(
-        path
-        for name in names
-        if (path := folder / name).is_file() and path.suffix == ".safetensors"
-    )
+        for name in sorted(weight_files(Path(folder))):
+            if name.endswith(".safetensors"):
+                read_header(os.path.join(folder, name))
 
 
 def _check_options(options: MergeOptions, on_ray: bool, gpus: bool) -> MergeOptions:
@@ -275,10 +287,13 @@ def _errors(out_path: str, verbose: bool) -> Iterator[None]:
         if verbose:
             details = error.details if isinstance(error, MergeError) else traceback.format_exc()
             click.echo(details, err=True)
-        hint = _resume_hint(out_path) if isinstance(error, RuntimeError) else ""
         # The text of these two means little without their name.
         named = isinstance(error, KeyError | SafetensorError)
         message = f"{type(error).__name__}: {error}" if named else str(error)
+        full = any(words in message for words in FULL)
+        hint = _resume_hint(out_path) if full or isinstance(error, RuntimeError) else ""
+        if full and not hint:
+            hint = f"Nothing of this merge is left in {out_path}; what was there before still is."
         raise click.ClickException(f"{message}\n{hint}".rstrip()) from error
 
 
@@ -294,7 +309,7 @@ def _resume_hint(out_path: str) -> str:
     )
 
 
-def _print_summary(out_path: str, records: Sequence[Done], verbose: bool) -> None:
+def _print_summary(out_path: str, records: Sequence[Done], verbose: bool, workers: int) -> None:
     """Print size and files of the model, and with ``verbose`` what each worker did."""
     by_worker: dict[str, list[Done]] = defaultdict(list)
     for record in records:
@@ -310,6 +325,19 @@ def _print_summary(out_path: str, records: Sequence[Done], verbose: bool) -> Non
     size = sum(record.bytes for record in records)
     shards = sum(len(record.shards) for record in records)
     click.echo(
-        f"{out_path}: {size / 1e9:.2f} GB in {shards} file(s), by {len(by_worker)} worker(s)",
+        f"{out_path}: {size / 1e9:.2f} GB in {shards} file(s), by {len(by_worker)} worker(s)"
+        f"{_fewer(len(by_worker), workers, len(records))}",
         err=True,
+    )
+
+
+def _fewer(used: int, workers: int, batches: int) -> str:
+    """Return why fewer workers took part than were asked for; empty if all did."""
+    if used >= workers:
+        return ""
+    if batches >= workers:
+        return f", of {workers}: the others had not started yet when all was done"
+    return (
+        f", of {workers}: the model was divided into {batches} part(s) only, for one is at least "
+        f"{SMALLEST_BATCH / 1e6:.0f} MB (--out-shard-size makes smaller ones)"
     )

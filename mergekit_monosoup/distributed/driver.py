@@ -23,23 +23,26 @@ import mergekit.merge
 import torch
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
-from mergekit.graph import Executor, Task
+from mergekit.graph import Task
 from mergekit.io import LazyTensorLoader
 from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
-from mergekit.tokenizer import BuildTokenizer, TokenizerInfo
 
-from mergekit_monosoup import report
+from mergekit_monosoup import files, report
 from mergekit_monosoup.checkpoints.inputs import Inputs
 from mergekit_monosoup.distributed import folder as folders
+from mergekit_monosoup.distributed import vocabulary
 from mergekit_monosoup.distributed.dependencies import (
     Dependencies,
     as_json,
-    dependencies,
+    asked,
+    changed_inputs,
+    input_files,
+    states,
     versions,
 )
 from mergekit_monosoup.distributed.engines import Engine
-from mergekit_monosoup.distributed.folder import Done, FolderError, WorkFolder
+from mergekit_monosoup.distributed.folder import Done, WorkFolder
 from mergekit_monosoup.distributed.plan import (
     Batch,
     Plan,
@@ -51,6 +54,7 @@ from mergekit_monosoup.distributed.plan import (
     start_order,
 )
 from mergekit_monosoup.distributed.progress import Bar
+from mergekit_monosoup.distributed.publication import FolderError
 from mergekit_monosoup.distributed.worker import Failed, MergeContext, method_of
 
 LOG = logging.getLogger("mergekit_monosoup")
@@ -75,6 +79,7 @@ class Request:
         options: mergekit's.
         threads: of each worker; None: as many as this process has.
         seed: see :class:`mergekit_monosoup.distributed.worker.MergeContext`.
+        hash_inputs: know the models' files by their content, not by size and time of change.
         engine: starts the workers, once it is clear that there is something for them to do.
     """
 
@@ -84,7 +89,18 @@ class Request:
     options: MergeOptions
     threads: int | None
     seed: int | None
+    hash_inputs: bool
     engine: Callable[[], Engine]
+
+    def asked(self) -> Dependencies:
+        """Return the part of what the result depends on that is no file."""
+        return asked(
+            self.source,
+            self.options,
+            threads=self.threads or torch.get_num_threads(),
+            seed=self.seed,
+            hash_inputs=self.hash_inputs,
+        )
 
 
 def merge(request: Request, *, resume: bool, force: bool) -> list[Done]:
@@ -103,7 +119,7 @@ def merge(request: Request, *, resume: bool, force: bool) -> list[Done]:
     original = request.config.model_copy(deep=True)
     with work.claimed(resume=resume, force=force):
         if work.publishing:
-            work.check_same({"configuration": as_json(request.source)})
+            work.check_complete(request.asked())
         else:
             distributor = Distributor(request, original, work)
             with distributor.in_place_of_executor():
@@ -114,10 +130,25 @@ def merge(request: Request, *, resume: bool, force: bool) -> list[Done]:
                 )
             distributor.write_reports()
             work.prepare(distributor.shards())
-        records = list(map(folders.read_done, sorted(work.done.glob("*.json"))))
+        records = work.records()
         work.publish()
         work.remove()
     return records
+
+
+def check_inputs(out: Path, before: Mapping[str, str], *, hashed: bool) -> None:
+    """Check, before a model is published, that its inputs are still those that it was begun with.
+
+    Raises:
+        FolderError: they are not; the message names the files.
+    """
+    if changes := changed_inputs(before, hashed=hashed):
+        raise FolderError(
+            f"{out}: inputs were changed while they were merged, so nothing is published: the "
+            "result would be half of one model and half of another:\n  "
+            + "\n  ".join(changes)
+            + "\nMerge again with --force when nobody writes to them."
+        )
 
 
 class Distributor:
@@ -132,6 +163,7 @@ class Distributor:
         self.request, self.config, self.work = request, config, work
         self.finished: dict[int, Done] = {}
         self._plan: Plan | None = None
+        self._built = b""
         # Only for the warning that is given once per merge: the workers cannot know of each other.
         self._journal = report.Journal()
         self._logged: set[tuple[str, int, str]] = set()
@@ -173,7 +205,9 @@ class Distributor:
         if self.work.begun:
             self.work.check_same(needs)
         if plan.tokenizer is not None:
-            yield plan.tokenizer, self._tokenizer(plan.tokenizer)
+            info = vocabulary.build(plan.tokenizer, self.work.vocabulary, resuming=self.work.begun)
+            self._built = pickle.dumps(info)
+            yield plan.tokenizer, info
         inputs = Inputs(loaders, request.options.trust_remote_code)
         footprints = [footprint(inputs, task, self._threads) for task in plan.tensors]
         size = sum(tensor.written for tensor in footprints)
@@ -189,6 +223,7 @@ class Distributor:
                     if batch.number not in self.finished
                 ]
                 self._execute(engine, self._context(plan, loaders, engine), waiting, bar)
+        check_inputs(self.work.out, needs["inputs"], hashed=request.hash_inputs)
 
     def _bar(self, tensors: int, size: int) -> Bar:
         return Bar(
@@ -219,21 +254,9 @@ class Distributor:
         return self.request.threads or torch.get_num_threads()
 
     def _dependencies(self, loaders: Mapping[ModelReference, LazyTensorLoader]) -> Dependencies:
-        request = self.request
-        return dependencies(
-            request.source, request.options, loaders, threads=self._threads, seed=request.seed
-        )
-
-    def _tokenizer(self, task: BuildTokenizer) -> TokenizerInfo:
-        """Return the tokenizer, built once per merge and kept.
-
-        A union of vocabularies comes out in another order in another process.
-        """
-        if not self.work.tokenizer.exists():
-            targets: list[Task[Any]] = [task]
-            ((_, value),) = Executor(targets).run(quiet=True)
-            folders.write_bytes(self.work.tokenizer, pickle.dumps(value))
-        return pickle.loads(self.work.tokenizer.read_bytes())
+        """Return everything that the weights depend on, in types that JSON knows."""
+        inputs = states(input_files(loaders.values()), hashed=self.request.hash_inputs)
+        return {**self.request.asked(), "inputs": inputs, "versions": versions()}
 
     def _resume(self, batches: Sequence[Batch], bar: Bar) -> None:
         """Take over the batches that an earlier run has finished."""
@@ -248,16 +271,35 @@ class Distributor:
                     f"{self.work.out}: the merge was divided in another way; start over with "
                     "--force"
                 )
+            if foreign := {path for path, _, _ in record.reports} - self._reports():
+                raise FolderError(
+                    f"{self.work.out}: a finished batch names a report that the configuration does "
+                    f"not ({foreign.pop()!r}); start over with --force"
+                )
             self._take(record)
         if self.finished:
             bar.already(self.finished.values())
             bar.print(f"resuming: {len(self.finished)} of {len(batches)} batches are done")
 
+    def _reports(self) -> set[str | None]:
+        """Return the values of `report` in the configuration, wherever they stand; and None."""
+        found: set[str | None] = {None}
+        waiting: list[tuple[bool, Any]] = [(False, as_json(self.request.source))]
+        while waiting:
+            within, value = waiting.pop()
+            if isinstance(value, str) and within:
+                found.add(value)
+            elif isinstance(value, dict):
+                waiting += [(within or key == "report", entry) for key, entry in value.items()]
+            elif isinstance(value, list):
+                waiting += [(within, entry) for entry in value]
+        return found
+
     def _take(self, record: Done) -> None:
         """Count a batch as finished, and repeat what its worker logged."""
         self.finished[record.batch] = record
         for _, method, line in record.reports:
-            self._journal.add([report.Record(**json.loads(line))], None, method)
+            self._journal.add([report.Record.from_json(line)], None, method)
         for name, level, message in record.logs:
             logger = logging.getLogger(name)
             if (name, level, message) not in self._logged and logger.isEnabledFor(level):
@@ -280,6 +322,7 @@ class Distributor:
             options=self.request.options,
             writer=plan.writer,
             tokenizer=plan.tokenizer,
+            built=self._built,
             math_device=self._devices[0],
             storage_device=self._devices[1],
             threads=self.request.threads,
@@ -298,12 +341,12 @@ class Distributor:
                     lines[os.path.abspath(os.path.expanduser(path))].append(line + "\n")
         for number, (path, text) in enumerate(lines.items()):
             try:
-                folders.write_text(Path(report.start(path)), "".join(text))
+                report.replace(path, "".join(text))
             except (OSError, ValueError) as error:
                 # Hours of merging are not thrown away for it; mergekit-yaml would have stopped at
                 # the first tensor.
                 name = f"monosoup-report{number or ''}.jsonl"
-                folders.write_text(self.work.files / name, "".join(text))
+                files.write_text(self.work.files / name, "".join(text))
                 LOG.warning(
                     "the report could not be written (%s): it is %s instead",
                     error,
@@ -337,7 +380,7 @@ class Distributor:
                 for tensor in shard.tensors
             },
         }
-        folders.write_text(
+        files.write_text(
             self.work.files / f"{stem}.{suffix}.index.json", json.dumps(index, indent=2)
         )
         return {name: shard.file for name, shard in zip(names, shards, strict=True)}

@@ -5,6 +5,7 @@ renaming.
 
     OUT/.mergekit-monosoup/     all of an unfinished merge; one driver at a time holds `lock`
         merge.json              what is being merged (fingerprint) and how it was divided
+        vocabulary.json         the order of the tokens, where the merge builds a tokenizer
         done/00012.json         record of a finished batch: its files with checksums, its tensors
         done/00012-1.safetensors
         making/00012@NODE@PID@… what a worker is writing; worthless once the worker is gone
@@ -14,50 +15,49 @@ renaming.
 
 Every step can be cut off by kill -9: what counts is renamed into place when it is on the disk, and
 publishing can be repeated.
+
+Whoever resumes a merge reads a folder that somebody else may have written to: everything in it is
+JSON of known types, or tensors that are never opened; nothing is unpickled, no name in it leads
+out of OUT, and links are refused.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
 import os
 import re
 import shutil
 import socket
+import sys
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
-from filelock import FileLock, Timeout
+from pydantic import TypeAdapter, ValidationError
 
-from mergekit_monosoup.distributed.dependencies import Dependencies, differences
+from mergekit_monosoup import files, report
+from mergekit_monosoup.distributed import publication as publications
+from mergekit_monosoup.distributed.dependencies import (
+    ABSENT,
+    HASHED,
+    READERS,
+    Dependencies,
+    differences,
+    sha256,
+    states,
+)
+from mergekit_monosoup.distributed.publication import WEIGHTS, FolderError
 
 LOG = logging.getLogger("mergekit_monosoup")
 
 NAME = ".mergekit-monosoup"
-FORMAT = 1  # of what lies in the folder; raised when an older version could not continue it
-# As mergekit and transformers name them; model-1.safetensors is what mergekit-yaml leaves when it
-# is interrupted.
-WEIGHTS = re.compile(r"(model|pytorch_model)(-\d+(-of-\d+)?)?\.(safetensors|bin)(\.index\.json)?$")
-# What else belongs to a model: left beside another one, it would be loaded with that.
-SIDE_FILES = re.compile(
-    r"(tokenizer(_config)?|special_tokens_map|added_tokens|vocab|generation_config"
-    r"|(pre)?processor_config|chat_template)\.json$"
-    r"|mergekit_config\.yml$|(merges|vocab)\.txt$"
-    r"|(tokenizer|spiece|sentencepiece.*)\.model$|chat_template\.jinja$"
-)
-CHUNK = 2**22  # bytes read at a time for a checksum
-READERS = 8  # files checked at a time
-
-
-class FolderError(ValueError):
-    """The output folder cannot be used for this merge; the message says why and what to do."""
+FORMAT = 2  # of what lies in the folder; raised when an older version could not continue it
+SHARD = re.compile(r"\d{5,}-\d+\.(safetensors|bin)")  # a finished file of weights, in `done`
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,18 @@ class Done:
     logs: list[tuple[str, int, str]] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Header:
+    """What merge.json holds: what the merge depends on, and how it was divided.
+
+    ``batch_bytes`` is 0 where it was not.
+    """
+
+    format: int
+    fingerprint: Dependencies
+    batch_bytes: int = 0
+
+
 class WorkFolder:
     """The unfinished merge in an output folder, as the driver and the workers see it."""
 
@@ -106,8 +118,9 @@ class WorkFolder:
         self.making = self.path / "making"
         # mergekit's model card bears the name of the folder that it is written to.
         self.files = self.path / "files" / (self.out.name or "model")
-        self.tokenizer = self.path / "tokenizer.pickle"
+        self.vocabulary = self.path / "vocabulary.json"
         self.token = self.path / "token"
+        self._lock = self.path / "lock"
         self._header = self.path / "merge.json"
         self._publish = self.path / "publish.json"
 
@@ -117,55 +130,117 @@ class WorkFolder:
     def claimed(self, *, resume: bool, force: bool) -> Iterator[None]:
         """Hold the folder for one driver. The lock goes with the process, however it ends.
 
+        What is not worth resuming is removed at the end, before others may come.
+
         Raises:
             FolderError: another driver is at work, there is a finished model, or an unfinished
                 merge that is neither to be resumed nor to be dropped.
         """
         check_free(self.out, resume=resume, force=force)
-        new = not self.out.exists()
-        self.path.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.path / "lock", timeout=0)
+        made = files.missing(self.out)
         try:
-            lock.acquire()
-        except Timeout:
-            raise FolderError(
-                f"{self.out}: another `mergekit-monosoup run` is merging into it right now"
-            ) from None
-        except NotImplementedError:
-            LOG.warning(
-                "%s: the file system has no locks; take care that only one driver merges into it",
-                self.out,
-            )
+            lock = self._claim()
+        except BaseException:
+            files.remove_empty([self.path, *made])
+            raise
         try:
+            check_free(self.out, resume=resume, force=force)  # nobody else can change it now
             if force or not self.begun:
-                # A tokenizer that a killed driver left may be another merge's.
+                # A vocabulary that a killed driver left may be another merge's.
                 self.clear()
-            if not self.publishing:
-                for leftover in (self.making, self.files):
-                    shutil.rmtree(leftover, ignore_errors=True)
-            for folder in (self.done, self.making, self.files):
-                folder.mkdir(parents=True, exist_ok=True)
-            # Workers compare it: one that sees another folder, or was left over by a killed
-            # driver, stops.
-            write_text(self.token, f"{uuid.uuid4().hex} of {socket.gethostname()}")
+            self._make_folders()
             yield
         finally:
-            lock.release()
-            if not self.begun:  # nothing to resume: leave no trace
-                shutil.rmtree(self.path, ignore_errors=True)
-                if new:
-                    with contextlib.suppress(OSError):
-                        self.out.rmdir()  # only if empty
+            try:
+                if not self.begun:  # nothing to resume: leave no trace
+                    self._erase()
+            finally:
+                if lock is not None:
+                    os.close(lock)
+            if sys.platform == "win32" and not self.begun:  # no open file can be removed there
+                self._erase()
+            files.remove_empty(made)
+
+    def _claim(self) -> int | None:
+        """Make the folder and lock it; return the lock, None where there are none.
+
+        Raises:
+            FolderError: another driver has it, or links in it lead elsewhere.
+        """
+        while True:
+            self.path.mkdir(parents=True, exist_ok=True)
+            try:
+                self._refuse_links()
+                return files.lock(self._lock)
+            except files.LockedError:
+                raise FolderError(
+                    f"{self.out}: another `mergekit-monosoup run` is merging into it right now"
+                ) from None
+            except FileNotFoundError:  # another driver has just removed the folder
+                continue
+            except NotImplementedError:
+                LOG.warning(
+                    "%s: the file system has no locks; take care that only one driver merges into "
+                    "it",
+                    self.out,
+                )
+                return None
+
+    def _refuse_links(self) -> None:
+        """Raise FolderError if anything at the top of the folder is a symbolic link.
+
+        What is written or removed through it would be somebody else's.
+        """
+        links = [path for path in (self.path, *self.path.iterdir()) if path.is_symlink()]
+        for path in links:
+            raise FolderError(
+                f"{path} is a symbolic link, which no merge makes: it leads to files that a merge "
+                "must not touch. Remove it and merge again"
+            )
+
+    def _make_folders(self) -> None:
+        if not self.publishing:
+            for leftover in (self.making, self.files.parent):
+                shutil.rmtree(leftover, ignore_errors=True)
+        for folder in (self.done, self.making, self.files):
+            folder.mkdir(parents=True, exist_ok=True)
+        self._drop_strays()
+        # Workers compare it: one that sees another folder, or was left over by a killed driver,
+        # stops.
+        files.write_text(self.token, f"{uuid.uuid4().hex} of {socket.gethostname()}")
+
+    def _drop_strays(self) -> None:
+        """Remove shards that a full disk or a kill left without the record of their batch."""
+        if not self.publishing:
+            for path in self.done.iterdir():
+                batch = re.split("[-.]", path.name)[0]
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                elif not (self.done / f"{batch}.json").exists():
+                    path.unlink()
 
     def clear(self) -> None:
         """Remove what an earlier merge left unfinished; the lock stays."""
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(self._header)  # first: the rest means nothing without it
+        # First, and in this order: without the header the rest means nothing, and what is being
+        # published must not outlive the word of which merge it is.
+        for path in (self._publish, self._header):
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(path)
         for entry in self.path.iterdir():
-            if entry.is_dir():
+            if entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry)
-            elif entry.name != "lock":
+            elif entry != self._lock:
                 entry.unlink()
+
+    def _erase(self) -> None:
+        """Remove the folder, the lock last: until then no other driver can begin in it."""
+        try:
+            self.clear()
+            self._lock.unlink(missing_ok=True)
+            self.path.rmdir()
+        except OSError as error:
+            if sys.platform != "win32" and self.path.exists():
+                LOG.warning("%s is left over and may be removed (%s)", self.path, error)
 
     def division(self, needs: Dependencies, limit: int) -> int:
         """Return the bytes per batch of the merge that is resumed.
@@ -176,27 +251,24 @@ class WorkFolder:
             FolderError: the unfinished merge depends on something else than ``needs``.
         """
         if not self.begun:
-            header = {"format": FORMAT, "batch_bytes": limit, "fingerprint": needs}
-            write_text(self._header, json.dumps(header, indent=1))
+            self.record(needs, limit)
             return limit
-        return self.check_same(needs)["batch_bytes"]
+        return self.check_same(needs).batch_bytes
 
-    def check_same(self, needs: Dependencies) -> dict[str, Any]:
+    def record(self, needs: Dependencies, batch_bytes: int = 0) -> None:
+        """Write down what is merged."""
+        header = Header(FORMAT, needs, batch_bytes)
+        files.write_text(self._header, json.dumps(asdict(header), indent=1))
+
+    def check_same(self, needs: Dependencies) -> Header:
         """Return merge.json, if it agrees in the sections of ``needs``.
 
         Raises:
             FolderError: it does not; the message says where.
         """
-        if not self._header.exists():  # one process with --force has none: its model is complete
-            return {}
         needs = json.loads(json.dumps(needs))  # tuples become lists, as in the file
-        header: dict[str, Any] = json.loads(self._header.read_text(encoding="utf-8"))
-        if header["format"] != FORMAT:
-            raise FolderError(
-                f"{self.out}: the unfinished merge was begun by another version of "
-                "mergekit-monosoup; --force starts over"
-            )
-        before = {section: header["fingerprint"][section] for section in needs}
+        header = self._read_header()
+        before = {section: header.fingerprint.get(section, {}) for section in needs}
         if changes := differences(before, needs):
             raise FolderError(
                 f"{self.out}: cannot resume, for the result would be half of one merge and half of "
@@ -206,29 +278,73 @@ class WorkFolder:
             )
         return header
 
+    def check_complete(self, needs: Dependencies) -> None:
+        """Check that the model that only has to be put into place is the one that is asked for.
+
+        Inputs may be gone by now, but not have changed: the same command would merge others.
+
+        Raises:
+            FolderError: it is another one; the message says where.
+        """
+        inputs = self._read_header().fingerprint.get("inputs", {})
+        now = states(inputs, hashed=any(HASHED in str(state) for state in inputs.values()))
+        there = {file: now[file] for file in inputs if now[file] != ABSENT}
+        gone = {file: state for file, state in inputs.items() if file not in there}
+        self.check_same({**needs, "inputs": {**there, **gone}})
+
+    def _read_header(self) -> Header:
+        """Return merge.json.
+
+        Raises:
+            FolderError: it is missing, damaged, or of another version.
+        """
+        try:
+            header = TypeAdapter(Header).validate_json(self._header.read_bytes())
+        except FileNotFoundError:
+            raise FolderError(
+                f"{self.out}: nothing says what the unfinished merge in it is of ({self._header} "
+                "is missing), so it cannot be resumed; --force starts over"
+            ) from None
+        except (OSError, ValidationError):
+            raise FolderError(f"{self._header}: damaged; --force starts over") from None
+        if header.format != FORMAT:
+            raise FolderError(
+                f"{self.out}: the unfinished merge was begun by another version of "
+                "mergekit-monosoup; --force starts over"
+            )
+        return header
+
     def finished(self) -> Iterator[Done | str]:
         """Yield the records of finished batches in order, or a line about damaged files of one.
 
         The record of a batch with damaged files is removed: it is merged again.
         """
-        records = [read_done(path) for path in sorted(self.done.glob("*.json"))]
+        paths = sorted(self.done.glob("*.json"))
         with ThreadPoolExecutor(READERS) as pool:
-            for record, fault in zip(records, pool.map(self._fault, records), strict=True):
-                if fault:
-                    os.remove(self.done / f"{record.batch:05d}.json")
-                    yield fault
-                else:
-                    yield record
+            for path, found in zip(paths, pool.map(self._checked, paths), strict=True):
+                if isinstance(found, str):
+                    os.remove(path)
+                yield found
 
-    def _fault(self, record: Done) -> str:
-        """Return what is wrong with the files of a batch; empty if nothing is."""
+    def records(self) -> list[Done]:
+        """Return the records of finished batches, without a look at their files."""
+        return [done for path in sorted(self.done.glob("*.json")) if (done := _readable(path))]
+
+    def _checked(self, path: Path) -> Done | str:
+        """Return the record of a batch, or what is wrong with it or its files."""
+        try:
+            record = read_done(path)
+        except ValueError:
+            return f"{path} is not what was written; merged again"
         for shard in record.shards:
-            path = self.done / shard.file
-            if not path.exists():
-                return f"{path} is gone; merged again"
-            if path.stat().st_size != shard.bytes or sha256(path) != shard.sha256:
-                return f"{path} is not what was written; merged again"
-        return ""
+            file = self.done / shard.file
+            if not file.exists():
+                return f"{file} is gone; merged again"
+            if file.is_symlink() or not file.is_file():
+                return f"{file} is no file of weights; merged again"
+            if file.stat().st_size != shard.bytes or sha256(file) != shard.sha256:
+                return f"{file} is not what was written; merged again"
+        return record
 
     # -- publishing --------------------------------------------------------------------------------
 
@@ -248,52 +364,41 @@ class WorkFolder:
         ``shards``: final name → file in `done`; the rest is what lies in `files`.
         """
         others = sorted(
-            str(path.relative_to(self.files)) for path in self.files.rglob("*") if path.is_file()
+            path.relative_to(self.files).as_posix()
+            for path in self.files.rglob("*")
+            if path.is_file()
         )
-        moves = {name: f"done/{file}" for name, file in shards.items()}
-        moves |= {name: f"files/{self.files.name}/{name}" for name in others}
-        moves["config.json"] = moves.pop("config.json")  # last: without it no program sees a model
-        entries = os.listdir(self.out)
-        # A tokenizer without a model is no old model's: somebody put it there.
-        model = any(name == "config.json" or WEIGHTS.match(name) for name in entries)
-        old = [
-            name
-            for name in entries
-            if name not in moves and (WEIGHTS.match(name) or (model and SIDE_FILES.match(name)))
-        ]
-        write_text(self._publish, json.dumps({"remove": old, "move": moves}))
+        publication = publications.compose(
+            self.out,
+            {name: f"done/{file}" for name, file in shards.items()},
+            {name: f"files/{self.files.name}/{name}" for name in others},
+        )
+        publications.check(publication, self.out, self.path)
+        files.write_text(self._publish, json.dumps(asdict(publication)))
 
     def publish(self) -> None:
         """Rename everything into place; may be repeated after a crash in the middle.
 
         Raises:
-            FolderError: a file that should be renamed is gone.
+            FolderError: a file that should be renamed is gone, or is none of this merge.
         """
-        steps = json.loads(self._publish.read_text(encoding="utf-8"))
-        # An old model in the folder stops being one before the first new file comes.
-        old = ["config.json"] if (self.path / steps["move"]["config.json"]).exists() else []
-        for name in [*old, *steps["remove"]]:
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(self.out / name)
-        for name, source in steps["move"].items():
-            target = self.out / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if (self.path / source).exists():
-                os.replace(self.path / source, target)
-            elif not target.exists():
-                raise FolderError(
-                    f"{target} is gone, and {self.path / source} too; start over with --force"
-                )
-        sync_folder(self.out)
+        publications.execute(publications.read(self._publish), self.out, self.path)
 
     def remove(self) -> None:
-        """Remove the work folder, after publishing.
+        """Let the folder be removed when it is released, after publishing.
 
-        merge.json and publish.json go first, or a rest of the folder would look like work to do.
+        The records of batches go first, and then publish.json: in another order, what a kill
+        leaves would look like work to do.
         """
-        for path in (self._header, self._publish):
+        shutil.rmtree(self.done, ignore_errors=True)
+        for path in (self._publish, self._header):
             path.unlink(missing_ok=True)
-        shutil.rmtree(self.path, ignore_errors=True)
+
+
+def _readable(path: Path) -> Done | None:
+    with contextlib.suppress(ValueError):
+        return read_done(path)
+    return None
 
 
 def check_free(out: str | Path, *, resume: bool, force: bool) -> None:
@@ -348,70 +453,39 @@ def attempts(folder: WorkFolder) -> Iterable[tuple[int, str, float]]:
             yield int(batch), f"{node}@{pid}", float(begun)
 
 
-def keep(folder: WorkFolder, record: Done, files: Sequence[Path]) -> None:
+def keep(folder: WorkFolder, record: Done, paths: Sequence[Path]) -> None:
     """Move the files of a batch (as ``record.shards``) to `done`, and then its record.
 
-    Both are on the disk by then.
+    Both are on the disk by then. If the disk is full, the batch leaves nothing there.
     """
-    for path, shard in zip(files, record.shards, strict=True):
-        sync_file(path)
-        os.replace(path, folder.done / shard.file)
-    sync_folder(folder.done)
-    write_text(folder.done / f"{record.batch:05d}.json", json.dumps(asdict(record)))
+    try:
+        for path, shard in zip(paths, record.shards, strict=True):
+            files.sync_file(path)
+            os.replace(path, folder.done / shard.file)
+        files.sync_folder(folder.done)
+        files.write_text(folder.done / f"{record.batch:05d}.json", json.dumps(asdict(record)))
+    except OSError:
+        for shard in record.shards:
+            with contextlib.suppress(OSError):
+                os.remove(folder.done / shard.file)
+        raise
 
 
 def read_done(path: Path) -> Done:
-    """Return the record of a finished batch, from its file in `done`."""
-    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    values["shards"] = [Shard(**shard) for shard in values["shards"]]
-    return Done(**values)
+    """Return the record of a finished batch, from its file in `done`.
 
-
-# -- files -----------------------------------------------------------------------------------------
-
-
-def sha256(path: Path) -> str:
-    """Return the checksum of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write text as :func:`write_bytes` does."""
-    write_bytes(path, text.encode())
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all; it is on the disk afterwards."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_folder(path.parent)
-
-
-def sync_file(path: Path) -> None:
-    """Return when the content of a file is on the disk."""
-    descriptor = os.open(path, os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sync_folder(path: Path) -> None:
-    """Return when renames in a folder are on the disk.
-
-    Some file systems know no such thing, and Windows opens no folders.
+    Raises:
+        ValueError: it is none, or names files and lines that no worker writes.
     """
-    with contextlib.suppress(OSError):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    try:
+        record = TypeAdapter(Done).validate_json(path.read_bytes())
+    except OSError as error:
+        raise ValueError(f"{path}: {error}") from error
+    if path.name != f"{record.batch:05d}.json":
+        raise ValueError(f"{path}: of batch {record.batch}")
+    for shard in record.shards:
+        if not SHARD.fullmatch(shard.file) or not shard.file.startswith(f"{record.batch:05d}-"):
+            raise ValueError(f"{path}: {shard.file!r} is no name of a worker's file")
+    for _, _, line in record.reports:
+        report.Record.from_json(line)
+    return record

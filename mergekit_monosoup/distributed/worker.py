@@ -33,7 +33,7 @@ from mergekit.tokenizer import BuildTokenizer
 from transformers.trainer_utils import set_seed
 
 from mergekit_monosoup.distributed import folder as folders
-from mergekit_monosoup.distributed.dependencies import versions
+from mergekit_monosoup.distributed.dependencies import sha256, versions
 from mergekit_monosoup.distributed.folder import Done, Shard, WorkFolder
 from mergekit_monosoup.distributed.plan import Batch
 from mergekit_monosoup.methods import JOURNAL
@@ -52,6 +52,8 @@ class MergeContext:
         options: mergekit's.
         writer: mergekit's task that makes the writer of the output.
         tokenizer: mergekit's task that builds the tokenizer, if the merge builds one.
+        built: what that task made, pickled: from the driver's memory to the worker's, never by a
+            file in OUT, where somebody else's pickle could run code.
         math_device, storage_device: as mergekit gives them to its executor.
         threads: for the arithmetic; None leaves them as they are.
         seed: each tensor gets a stream of random numbers of its own, from this and its name;
@@ -70,6 +72,7 @@ class MergeContext:
     options: MergeOptions
     writer: TensorWriterTask
     tokenizer: BuildTokenizer | None
+    built: bytes
     math_device: str
     storage_device: str
     threads: int | None
@@ -160,7 +163,7 @@ def _merge_tensor(
     if task is not None and (tokenizer := universe.get_handle(task)) is not None:
         # Built once, by the driver: a union of vocabularies is ordered by Python's string hashes,
         # which differ by process.
-        values[tokenizer] = pickle.loads(WorkFolder(context.out).tokenizer.read_bytes())
+        values[tokenizer] = pickle.loads(context.built)
     executor = Executor(
         [universe.add_task(save)],
         math_device=torch.device(context.math_device),
@@ -190,7 +193,7 @@ def _shards(batch: Batch, place: Path, writer: TensorWriter) -> tuple[list[Path]
             Shard(
                 file=f"{batch.number:05d}-{number}{path.suffix}",
                 bytes=path.stat().st_size,
-                sha256=folders.sha256(path),
+                sha256=sha256(path),
                 tensors=names[path.name],
             )
         )

@@ -1,6 +1,7 @@
 """What a merge did to each matrix: records, the file that holds them, and the table of it."""
 
-from mergekit_monosoup.report.journal import OLD, PLANNING_ONLY, Journal, check_path, start
+from mergekit_monosoup.report.journal import PLANNING_ONLY, Journal
+from mergekit_monosoup.report.output import OLD, check_path, replace
 from mergekit_monosoup.report.record import REALISED_WARNING, Record, by_depth, rank_share, read
 from mergekit_monosoup.report.table import Row, layer_group, summarise, table
 
@@ -16,7 +17,7 @@ __all__ = [
     "layer_group",
     "rank_share",
     "read",
-    "start",
+    "replace",
     "summarise",
     "table",
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import threading
@@ -12,100 +11,13 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
+from mergekit_monosoup.report import output
 from mergekit_monosoup.report.record import REALISED_WARNING, Record
 
 LOG = logging.getLogger("mergekit_monosoup")
 
 # Set while somebody plans a merge that will not be run, as `check` does: planning begins no report.
 PLANNING_ONLY: ContextVar[bool] = ContextVar("planning_only", default=False)
-
-OLD = ".old"  # what is appended to the name of the report of an earlier merge
-
-# Characters of a record: the cosines of dozens of models with long names take 70 thousand. A file
-# whose first line is longer is none of ours, and might not fit into memory.
-LONGEST_LINE = 2**24
-
-
-# -- the file --------------------------------------------------------------------------------------
-
-
-def check_path(path: str) -> str:
-    """Return the absolute path of a report that may be written.
-
-    That is a new file, or one that holds a report already.
-
-    Raises:
-        ValueError: it is anything else, which replacing would lose; the message says what and what
-            to do.
-    """
-    place = os.path.abspath(os.path.expanduser(path))
-    if not path.strip():
-        raise ValueError("is empty; leave the line out for no report")
-    if "\0" in path:
-        raise ValueError(f"{path!r} is no file name: it holds a null byte")
-    if os.path.isdir(place):
-        raise ValueError(
-            f"{path} is a folder; name a file in it, {os.path.join(path, 'report.jsonl')}"
-        )
-    above = os.path.dirname(place)
-    while not os.path.exists(above):
-        above = os.path.dirname(above)
-    if not os.path.isdir(above):
-        raise ValueError(f"{path} cannot be written: {above} is a file, not a folder")
-    if not os.access(above, os.W_OK):
-        raise ValueError(f"{path} cannot be written: no permission to write in {above}")
-    for suffix in ("", OLD) if os.path.exists(place) else ("",):
-        if not _replaceable(place + suffix):
-            raise ValueError(
-                f"{path}{suffix} exists and is not a report; it would be replaced: name another "
-                "file, or move that one"
-            )
-    return place
-
-
-def _replaceable(place: str) -> bool:
-    """Whether nothing is there, or a report (an empty one has no lines)."""
-    if not os.path.exists(place):
-        return True
-    # A pipe or a device: opening it may wait for ever, and renaming it would be worse.
-    if not os.path.isfile(place):
-        return False
-    if not os.path.getsize(place):
-        return True
-    try:
-        with open(place, encoding="utf-8") as file:
-            return {"name", "action", "shape"} <= set(json.loads(file.readline(LONGEST_LINE)))
-    except (OSError, ValueError, TypeError):
-        return False
-
-
-def start(path: str) -> str:
-    """Clear the way for a new report and return its absolute path.
-
-    That of an earlier merge is kept once, under its name with :data:`OLD`.
-
-    Raises:
-        ValueError: the report cannot be written there, see :func:`check_path`.
-        OSError: likewise, says the file system.
-    """
-    place = check_path(path)
-    os.makedirs(os.path.dirname(place), exist_ok=True)
-    if os.path.exists(place):
-        os.replace(place, place + OLD)
-    return place
-
-
-def _append(path: str, records: Sequence[Record], *, anew: bool) -> None:
-    try:
-        if anew:
-            start(path)
-        with open(path, "a", encoding="utf-8") as file:
-            file.write("".join(record.to_json() + "\n" for record in records))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"the report cannot be written: {error}") from error
-
-
-# -- the journal -----------------------------------------------------------------------------------
 
 # (path, method, record) of what would have been written.
 Entry = tuple[str | None, str, Record]
@@ -158,16 +70,17 @@ class Journal:
         with self._lock:
             for merge in self._merges.values():
                 merge.started = False
+            output.release()  # the earlier merges of this process have ended
 
     def add(
         self, records: Sequence[Record], path: str | None = None, method: str = "monosoup"
     ) -> None:
         """Append the records of one tensor to ``path``; the first of a merge starts the file anew.
 
-        A report of an earlier merge is kept once, under its name with :data:`OLD`.
+        A report of an earlier merge is kept once, see :func:`output.replace`.
 
         Raises:
-            ValueError: the report cannot be written there, see :func:`check_path`.
+            ValueError: the report cannot be written there, see :func:`output.check_path`.
         """
         key = os.path.abspath(os.path.expanduser(path)) if path else None
         with self._lock:
@@ -182,9 +95,17 @@ class Journal:
                 merge = self._merges[key] = _Merge(started=True)
             merge.names.update(record.name for record in records)
             if key:
-                _append(key, records, anew=anew)
+                _write(key, records, anew=anew)
             if not merge.warned:
                 merge.warned = _warn(records, method)
+
+
+def _write(path: str, records: Sequence[Record], *, anew: bool) -> None:
+    lines = "".join(record.to_json() + "\n" for record in records)
+    try:
+        (output.replace if anew else output.append)(path, lines)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"the report cannot be written: {error}") from error
 
 
 def _warn(records: Sequence[Record], method: str) -> bool:

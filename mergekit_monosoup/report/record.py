@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
+from functools import cache
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
@@ -96,6 +97,20 @@ class Record:
             {k: v for k, v in asdict(self).items() if k not in unasked}, allow_nan=False
         )
 
+    @staticmethod
+    def from_json(line: str) -> Record:
+        """Return the record that a line of JSON holds.
+
+        Raises:
+            ValidationError: (a ValueError) it holds none.
+        """
+        return _adapter().validate_json(line)
+
+
+@cache
+def _adapter() -> TypeAdapter[Record]:
+    return TypeAdapter(Record)
+
 
 def read(path: str | Path) -> list[Record]:
     """Read the records of a report file.
@@ -103,7 +118,7 @@ def read(path: str | Path) -> list[Record]:
     Raises:
         ValueError: names file, line and cause; a report that a killed merge cut off says so.
     """
-    parse = TypeAdapter(Record).validate_json
+    parse = _adapter().validate_json
     records = []
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()

@@ -9,7 +9,10 @@ import peft
 import pytest
 import torch
 from helpers import checkpoints
+from helpers.merges import SMALL, config, interrupted_after, run
 from transformers import AutoModelForCausalLM
+
+from mergekit_monosoup.distributed import folder
 
 sys.path.append(str(Path(__file__).with_name("gated")))
 import gated  # noqa: F401 - registers `gated`, `dice` and `deadly`
@@ -32,3 +35,14 @@ def world(tmp_path_factory) -> Path:
     model = AutoModelForCausalLM.from_pretrained(folder / "qwen3" / "base")
     peft.get_peft_model(model, lora).save_pretrained(folder / "adapter")
     return folder
+
+
+@pytest.fixture
+def interrupted(world, tmp_path) -> tuple[Path, Path]:
+    """A merge that Ctrl-C stopped after two batches."""
+    path, out = config(world, tmp_path), tmp_path / "b" / "out"
+    with interrupted_after(2):
+        output = run(path, out, *SMALL, "--resume", code=130)
+    assert "2 finished batch(es) kept" in output and "the same command with --resume" in output
+    assert [p.name for p in out.iterdir()] == [folder.NAME]
+    return path, out

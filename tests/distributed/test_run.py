@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
-from helpers.merges import SMALL, assert_same, config, mergekit, run, stored, without_time
+from helpers.merges import SMALL, assert_same, config, mergekit, run, stop, stored, without_time
 from mergekit.options import MergeOptions
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -245,8 +245,10 @@ def test_error_is_one_line_with_the_tensor(world, tmp_path):
 
 def test_errors_of_planning_leave_no_trace(world, tmp_path):
     path = config(world, tmp_path, parameters={"R": 7})
-    assert "`R` must be a number in (0, 1]" in run(path, tmp_path / "out", "--resume", code=1)
-    assert not (tmp_path / "out").exists()
+    for options in (["--resume"], []):
+        output = run(path, tmp_path / "deep" / "out", *options, code=1)
+        assert "`R` must be a number in (0, 1]" in output
+        assert not (tmp_path / "deep").exists()
 
 
 @pytest.mark.parametrize(
@@ -388,25 +390,6 @@ def test_help_is_that_of_the_command_with_mergekits_options():
 # -- interrupted, and gone on with -----------------------------------------------------------------
 
 
-@pytest.fixture
-def interrupted(world, tmp_path, monkeypatch):
-    """A merge that Ctrl-C stopped after two batches."""
-    path = config(world, tmp_path)
-    count = itertools.count()
-    monkeypatch.setattr(
-        engines, "execute", lambda *a: worker.execute(*a) if next(count) < 2 else stop()
-    )
-    output = run(path, tmp_path / "b" / "out", *SMALL, "--resume", code=130)
-    assert "2 finished batch(es) kept" in output and "the same command with --resume" in output
-    monkeypatch.setattr(engines, "execute", worker.execute)
-    assert [p.name for p in (tmp_path / "b" / "out").iterdir()] == [folders.NAME]
-    return path, tmp_path / "b" / "out"
-
-
-def stop():
-    raise KeyboardInterrupt
-
-
 def test_resume_does_the_rest(interrupted, tmp_path, monkeypatch):
     path, out = interrupted
     begun = []
@@ -465,13 +448,16 @@ def test_one_driver_at_a_time(interrupted):
         assert "another `mergekit-monosoup run` is merging into it" in run(
             path, out, *SMALL, "--resume", code=1
         )
+        assert "another `mergekit-monosoup run` is merging into it" in run(
+            path, out, "--force", code=1
+        )
 
 
 def test_what_a_driver_left_before_its_first_batch_is_not_used(world, tmp_path):
     path, out = config(world, tmp_path, tokenizer={"source": "base"}), tmp_path / "b" / "out"
     work = WorkFolder(out)
     work.done.mkdir(parents=True)
-    work.tokenizer.write_bytes(b"of another merge")
+    work.vocabulary.write_bytes(b"of another merge")
     (work.path / "merge.json").write_text("{}")
     run(path, out, *SMALL, "--resume")
     assert_same(out, mergekit(path, tmp_path / "a" / "out"))
@@ -568,6 +554,13 @@ def test_a_new_model_on_its_way_into_place_is_not_lost(world, tmp_path, monkeypa
         assert "No space left" in run(other, out, "--force", code=1)
     assert not (out / "config.json").exists()
     assert "--resume continues it" in run(other, out, code=1)
+    third = config(world, tmp_path, "linear", parameters={"weight": 0.25})
+    assert "weight" in run(third, out, "--resume", code=1)  # it would get the other's model
+    header = out / folders.NAME / "merge.json"
+    header.rename(tmp_path / "merge.json")
+    assert "nothing says what the unfinished merge" in run(other, out, "--resume", code=1)
+    (tmp_path / "merge.json").rename(header)
+    other = config(world, tmp_path, "linear", parameters={"weight": 0.5})
     run(other, out, "--resume")
     assert_same(out, mergekit(other, tmp_path / "a" / "out"))
 
@@ -776,10 +769,10 @@ def test_a_report_that_cannot_be_written_costs_no_merge(world, tmp_path, monkeyp
         tmp_path / "out",
     )
 
-    def full(place):
+    def full(place, lines):
         raise OSError(28, "No space left on device", place)
 
-    monkeypatch.setattr(report, "start", full)
+    monkeypatch.setattr(report, "replace", full)
     run(path, out, "--resume")
     expected = stored(mergekit(config(world, tmp_path), tmp_path / "a" / "out"))
     assert all(torch.equal(stored(out)[name], tensor) for name, tensor in expected.items())

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import torch
 import yaml
 from click.testing import CliRunner
@@ -12,6 +16,7 @@ from mergekit.scripts import run_yaml
 
 from helpers import checkpoints
 from mergekit_monosoup.cli import main
+from mergekit_monosoup.distributed import engines, worker
 from mergekit_monosoup.distributed import folder as folders
 
 SMALL = ("--out-shard-size", "20K")  # several batches of so small a model
@@ -49,6 +54,22 @@ def run(path: Path, out: Path, *options: str, code: int = 0) -> str:
         raise result.exception
     assert result.exit_code == code, result.output
     return result.output
+
+
+def stop() -> None:
+    """End a merge as Ctrl-C does."""
+    raise KeyboardInterrupt
+
+
+@contextmanager
+def interrupted_after(batches: int) -> Iterator[None]:
+    """Let a merge that is run meanwhile be stopped by Ctrl-C after some batches."""
+    count = itertools.count()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            engines, "execute", lambda *a: worker.execute(*a) if next(count) < batches else stop()
+        )
+        yield
 
 
 def stored(folder: Path) -> dict[str, torch.Tensor]:
