@@ -12,10 +12,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from evaluation import fingerprint
 from evaluation.fingerprint import ModelDigests
+from mergekit_monosoup.checkpoints.texts import UnreadableError
+from mergekit_monosoup.checkpoints.yaml import PlainLoader, read_document, read_documents
 
 PRETRAINED, FINETUNED = "pretrained", "finetuned"  # models of these names are W0 and W1
 MERGE_CACHE = Path("results", "merged")
@@ -91,10 +91,10 @@ def _recorded_merge(folder: Path) -> Merge | None:
     """Return the merge that mergekit says made this folder; it leaves its configuration there."""
     file = folder / "mergekit_config.yml"
     try:
-        config = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        config = read_document(file, PlainLoader) if file.exists() else None
+    except UnreadableError as error:
         raise SourceError(
-            f"{file}: not YAML, though mergekit writes it ({error}); delete it if it is none"
+            f"{file}: {error}; mergekit writes it, delete it if it is none"
         ) from error
     return Merge(config) if isinstance(config, dict) else None
 
@@ -153,7 +153,7 @@ def _checked(path: Path) -> dict[str, Any]:
         raise SourceError(f"{path}: no such file")
     if errors := [f"{f.where}: {f.message}" for f in check(path) if f.level == "error"]:
         raise SourceError("\n".join(f"{path}: {error}" for error in errors))
-    documents = list(yaml.safe_load_all(path.read_text(encoding="utf-8")))
+    documents = read_documents(path)
     if len(documents) != 1:
         raise SourceError(
             f"{path}: has several stages; run mergekit-multi and give the folder that it writes"

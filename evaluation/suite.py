@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from mergekit_monosoup.checkpoints.yaml import UniqueKeyLoader
+from mergekit_monosoup.checkpoints.texts import UnreadableError
+from mergekit_monosoup.checkpoints.yaml import read_document
 
 SHIPPED = Path(__file__).parent / "suites"
 GroupName = Literal["ID", "OOD"]
@@ -123,14 +123,10 @@ def load(name_or_path: str) -> Suite:
     """
     path = SHIPPED / f"{name_or_path}.yml" if name_or_path in shipped() else Path(name_or_path)
     try:
-        data: Any = yaml.load(path.read_text(encoding="utf-8"), UniqueKeyLoader)
-    except OSError as error:
-        raise SuiteError(
-            f"suite {name_or_path}: {error.strerror or error}; "
-            f"shipped suites: {', '.join(shipped())}"
-        ) from error
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise SuiteError(f"{path}: not YAML: {error}") from error
+        data: Any = read_document(path)
+    except UnreadableError as error:
+        known = "" if path.is_file() else f"; shipped suites: {', '.join(shipped())}"
+        raise SuiteError(f"suite {name_or_path}: {error}{known}") from error
     if not isinstance(data, dict):
         raise SuiteError(f"{path}: must be a mapping, not {type(data).__name__}")
     if not re.fullmatch(r"[A-Za-z0-9_-]+", path.stem):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
-from mergekit_monosoup import __version__
+from mergekit_monosoup import __version__, terminal
 from mergekit_monosoup.parameters import (
     METHODS,
     MONOSOUP,
@@ -29,15 +29,28 @@ from mergekit_monosoup.parameters import (
 from mergekit_monosoup.waiting import announced
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from mergekit_monosoup.checkpoints.reader import Storage
 
 EXISTING_FILE: Any = click.Path(exists=True, dir_okay=False, path_type=Path)
 FILE: Any = click.Path(dir_okay=False, path_type=Path)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class _Program(click.Group):
+    """The commands, in an output of any encoding; names from files are harmless in its errors."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        with terminal.output():
+            return super().main(*args, **kwargs)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except click.ClickException as error:
+            error.message = terminal.message(error.message)  # type: ignore[misc] # Final in some
+            raise
+
+
+@click.group(cls=_Program, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="mergekit-monosoup")
 def main() -> None:
     """Companion of the merge methods `monosoup` and `svc`.
@@ -96,9 +109,11 @@ def check(config: Path, as_json: bool, ignore: tuple[str, ...]) -> None:
     else:
         for finding in findings:
             level = click.style(finding.level, fg="red" if finding.level == "error" else "yellow")
-            click.echo(f"{level}  {finding.code}  {finding.where}: {finding.message}")
+            where = terminal.shortened(finding.where, terminal.LONGEST_CELL)
+            words = terminal.message(f"{where}: {' '.join(finding.message.split())}")
+            click.echo(f"{level}  {finding.code}  {words}")
         counts = f"{errors} error(s), {len(findings) - errors} warning(s)"
-        click.echo(f"{config}: {counts if findings else 'fine'}")
+        click.echo(f"{terminal.plain(config)}: {counts if findings else 'fine'}")
     raise SystemExit(1 if errors else 0)
 
 
@@ -196,7 +211,7 @@ def inspect(
             raise ValueError(
                 f"{base} and {tuned} share no matrix of floating point: there is nothing to inspect"
             )
-    console = _console()
+    console = terminal.console()
     console.print(inspected.table(records, console.width, every_layer=layers))
     lines = [*checkpoints.remarks]
     if unedited:
@@ -205,7 +220,7 @@ def inspect(
             "they are not edited."
         )
     for line in [*lines, *inspected.cosine_lines(records), *inspected.reading(records)]:
-        console.print(line, highlight=False, markup=False)
+        console.print(terminal.plain(line))
 
 
 @main.command()
@@ -271,16 +286,17 @@ def soup(
         gram = soups.products(checkpoints, _progress(checkpoints.names, "comparing"), count)
         decisions = soups.select(models, gram, threshold, order=order, how=how, scores=score_of)
         out.write_text(soups.configuration(base, decisions, threshold, edit=edit), encoding="utf-8")
-    console = _console()
+    console = terminal.console()
     for part in soups.similarity_tables(models, soups.pairwise(gram, how), console.width):
         console.print(part)
     for line in checkpoints.remarks:
-        console.print(line, highlight=False, markup=False)
+        console.print(terminal.plain(line))
     for decision in decisions:
-        click.echo(soups.describe(decision))
+        click.echo(terminal.message(soups.describe(decision)))
+    place = terminal.plain(out)
     click.echo(
-        f"{out}: {sum(d.taken for d in decisions)} of {len(models)} models; "
-        f"merge with `mergekit-yaml {out} DIR`"
+        f"{place}: {sum(d.taken for d in decisions)} of {len(models)} models; "
+        f"merge with `mergekit-yaml {place} DIR`"
     )
 
 
@@ -316,7 +332,8 @@ def run(context: click.Context, arguments: tuple[str, ...]) -> None:
     with announced("reading mergekit …"):
         from mergekit_monosoup.distributed.command import run as command
 
-    command.main(args=list(arguments), prog_name=context.command_path)
+    # Its errors are shown by this program.
+    command.main(list(arguments), prog_name=context.command_path, standalone_mode=False)
 
 
 # -- after a merge ---------------------------------------------------------------------------------
@@ -341,7 +358,7 @@ def report(file: Path, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps([asdict(row) for row in reports.summarise(records)], indent=2))
         return
-    console = _console()
+    console = terminal.console()
     make_table = inspected.table if is_inspection else reports.table
     console.print(make_table(records, console.width))
 
@@ -368,7 +385,7 @@ def plot(files: Sequence[Path], out: Path, mode: str | None) -> None:
         labelled = {file.name if short else str(file): reports.read(file) for file in files}
         figure = plots.draw(labelled, mode=mode)
         plots.save(figure, out)
-    click.echo(f"{out}: {len(figure.axes)} panels")
+    click.echo(f"{terminal.plain(out)}: {len(figure.axes)} panels")
 
 
 # -- shared ----------------------------------------------------------------------------------------
@@ -383,14 +400,6 @@ def _errors() -> Iterator[None]:
         yield
     except (ValueError, OSError, ImportError, SolverError, OverflowError) as error:
         raise click.ClickException(str(error)) from error
-
-
-def _console() -> Console:
-    from rich.console import Console
-
-    console = Console()
-    # A pipe has no width; 80 columns would fold every number.
-    return console if console.is_terminal else Console(width=160)
 
 
 def _progress(names: Sequence[str], label: str) -> Iterator[str]:

@@ -23,8 +23,11 @@ from torch import Tensor
 
 from mergekit_monosoup.checkpoints.names import matrices
 from mergekit_monosoup.checkpoints.reader import Checkpoints, local_reference, named_errors
+from mergekit_monosoup.checkpoints.texts import UnreadableError
+from mergekit_monosoup.checkpoints.yaml import read_document
 from mergekit_monosoup.kernel.similarity import cosine, inner_products
 from mergekit_monosoup.parameters import Count, Order, Similarity
+from mergekit_monosoup.terminal import cell
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -200,9 +203,9 @@ def read_scores(path: Path, models: Sequence[str]) -> dict[str, float]:
         ValueError: names file and model.
     """
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{path}: cannot be read as JSON or YAML: {error}") from error
+        data = read_document(path)  # JSON is YAML
+    except UnreadableError as error:
+        raise ValueError(f"{path}: {error}") from error
     if not isinstance(data, dict):
         raise ValueError(f"{path}: must map each model to its score, is a {type(data).__name__}")
     return {model: _score(path, data, model) for model in models}
@@ -277,7 +280,6 @@ def similarity_tables(
     """Yield the pairwise matrix, in as many tables as ``width`` columns of text need."""
     from rich import box
     from rich.table import Table
-    from rich.text import Text
 
     per_table = max(4, (width - 40) // 6)
     for start in range(0, len(models), per_table):
@@ -291,7 +293,7 @@ def similarity_tables(
         for i, model in enumerate(models):
             row = [values[i][j] for j in columns]
             table.add_row(
-                str(i + 1), Text(model), *("" if value is None else f"{value:.2f}" for value in row)
+                str(i + 1), cell(model), *("" if value is None else f"{value:.2f}" for value in row)
             )
         yield table
 

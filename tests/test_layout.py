@@ -15,8 +15,9 @@ ALLOWED = {
     "mergekit_monosoup/parameters.py": set(),
     "mergekit_monosoup/errors.py": set(),
     "mergekit_monosoup/files.py": set(),
+    "mergekit_monosoup/terminal.py": set(),
     "mergekit_monosoup/checkpoints": {"errors"},
-    "mergekit_monosoup/report": {"checkpoints", "files"},
+    "mergekit_monosoup/report": {"checkpoints", "files", "terminal"},
     "mergekit_monosoup/kernel": {"errors", "parameters", "report"},
     "mergekit_monosoup/check": {"checkpoints", "parameters", "report"},
 }

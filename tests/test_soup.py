@@ -289,7 +289,7 @@ def test_scores_from_a_file(world, tmp_path):
             f"the score of {models[0]} must be a finite number, got True",
         ),
         (json.dumps(dict.fromkeys(models, float("nan"))), "must be a finite number, got "),
-        ("a: b: c", "cannot be read as JSON or YAML"),
+        ("a: b: c", "cannot be read as YAML"),
     ):
         scores.write_text(content)
         with pytest.raises(ValueError, match=r"scores\.json") as error:

@@ -10,10 +10,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from mergekit_monosoup.check.finding import Finding, define_check
-from mergekit_monosoup.checkpoints.yaml import UniqueKeyLoader
+from mergekit_monosoup.checkpoints.texts import UnreadableError
+from mergekit_monosoup.checkpoints.yaml import read_documents
 
 Section = tuple[str, dict[str, Any], str | None]
 
@@ -92,12 +91,9 @@ class File:
     def read(cls, path: str | Path) -> File:
         """Read a file, whatever is in it."""
         try:
-            with open(path, encoding="utf-8") as file:
-                documents = list(yaml.load_all(file, Loader=UniqueKeyLoader))
-        except OSError as error:
-            return cls(str(path), fault=f"cannot be read: {error.strerror or error}")
-        except (UnicodeDecodeError, yaml.YAMLError) as error:
-            return cls(str(path), fault=f"cannot be read as YAML: {' '.join(str(error).split())}")
+            documents = read_documents(path)
+        except UnreadableError as error:
+            return cls(str(path), fault=str(error))
         return cls(str(path), tuple(d for d in documents if d is not None))
 
     @cached_property

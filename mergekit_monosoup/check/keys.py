@@ -94,13 +94,13 @@ def _members(annotation: Any) -> Iterator[Any]:
 def refused(document: Document) -> Iterator[Finding]:
     error = document.config_error
     if isinstance(error, ValidationError):
-        for place, message in _plain(error).items():
+        for place, message in refusals(error).items():
             yield document.error(place, message)
     elif error is not None:
         yield document.error("top level", str(error))
 
 
-def _plain(error: ValidationError) -> dict[str, str]:
+def refusals(error: ValidationError) -> dict[str, str]:
     """Return place → message; one mistake in a parameter fails every member of pydantic's union."""
     messages: dict[str, str] = {}
     for item in error.errors():
@@ -112,7 +112,7 @@ def _plain(error: ValidationError) -> dict[str, str]:
                 "must be a value, a list of values (a gradient), or a list of `filter` and `value`",
             )
         else:
-            messages.setdefault(".".join(parts), item["msg"])
+            messages.setdefault(".".join(parts) or "top level", item["msg"])
     return messages
 
 

@@ -49,8 +49,10 @@ def matrices(name: str, shape: Sequence[int]) -> list[tuple[str, Index]]:
 
 # `layers.12`, `stages.2.blocks.5`; an expert is a matrix of its layer, not a layer, and
 # `downsample.1.weight` is a matrix.
+# More than nine digits count no layers: they are a hash, and Python may refuse to read them.
+_NUMBER = r"\.[0-9]{1,9}"
 _LAYER = re.compile(
-    r"(?:^|\.)(?!experts\.)\w+\.\d+(?:\.(?!experts\.)\w+\.\d+)*(?=\.(?!weight$|bias$))"
+    rf"(?:^|\.)(?!experts\.)\w+{_NUMBER}(?:\.(?!experts\.)\w+{_NUMBER})*(?=\.(?!weight$|bias$))"
 )
 
 
@@ -60,7 +62,11 @@ def layer(name: str) -> tuple[int, ...]:
     Embeddings and heads belong to none: ().
     """
     match = _LAYER.search(name)
-    return tuple(int(number) for number in re.findall(r"\.(\d+)", match[0])) if match else ()
+    return (
+        tuple(int(number) for number in re.findall(r"\.([0-9]+)(?![^.])", match[0]))
+        if match
+        else ()
+    )
 
 
 def projection(name: str) -> str:
@@ -75,6 +81,11 @@ def projection(name: str) -> str:
     return kind or "(unnamed)"
 
 
-def natural(name: str) -> tuple[int | str, ...]:
+def natural(name: str) -> tuple[str | tuple[int, str], ...]:
     """Return a sort key by which layer 10 comes after layer 9."""
-    return tuple(int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name))
+    parts: list[str | tuple[int, str]] = list(re.split(r"([0-9]+)", name))
+    for place in range(1, len(parts), 2):
+        # By length, then by digits: numbers may have thousands of them, which int() refuses.
+        digits = str(parts[place]).lstrip("0")
+        parts[place] = len(digits), digits
+    return tuple(parts)

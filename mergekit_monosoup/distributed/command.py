@@ -17,13 +17,16 @@ from typing import Any
 
 import click
 import torch
-import yaml
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 from mergekit.scripts import run_yaml
+from pydantic import ValidationError
 from safetensors import SafetensorError
 
+from mergekit_monosoup.check.keys import refusals
 from mergekit_monosoup.checkpoints.headers import read_header
+from mergekit_monosoup.checkpoints.texts import UnreadableError, read_text
+from mergekit_monosoup.checkpoints.yaml import MOST_BYTES, PlainLoader, parse_documents
 from mergekit_monosoup.distributed.dependencies import (
     asked,
     local_input_files,
@@ -193,23 +196,27 @@ def _read_configuration(path: str) -> tuple[MergeConfiguration, str]:
     """Return the configuration, and its text.
 
     Raises:
-        OSError: the file cannot be read.
-        ValueError: it is not YAML, holds several stages, or mergekit does not accept it.
+        ValueError: it cannot be read, is not YAML, holds several stages, or mergekit does not
+            accept it.
     """
-    source = Path(path).read_text(encoding="utf-8")
-    return MergeConfiguration.model_validate(_parse_stage(path, source)), source
+    try:
+        source = read_text(path, MOST_BYTES)
+        return MergeConfiguration.model_validate(_parse_stage(path, source)), source
+    except UnreadableError as error:
+        raise ValueError(f"{path}: {error}") from error
+    except ValidationError as error:
+        lines = [f"{path}: {place}: {text}" for place, text in refusals(error).items()]
+        raise ValueError("\n".join(lines)) from error
 
 
 def _parse_stage(path: str, source: str) -> Any:
     """Return the only document of a YAML file.
 
     Raises:
-        ValueError: it is not YAML, or holds several stages.
+        UnreadableError: it is not YAML.
+        ValueError: it holds several stages.
     """
-    try:
-        documents = list(yaml.safe_load_all(source))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not YAML: {error}") from error
+    documents = parse_documents(source, PlainLoader)
     if len(documents) != 1:
         raise ValueError(
             f"{path}: holds {len(documents)} stages; mergekit-multi merges those one after the "

@@ -15,10 +15,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import yaml
 from mergekit.config import MergeConfiguration
 from mergekit.io import LazyTensorLoader
 from mergekit.options import MergeOptions
+
+from mergekit_monosoup.checkpoints.yaml import PlainLoader, parse_documents
 
 # Versions that can change a bit of the result, here and on every node.
 PACKAGES = (
@@ -68,7 +69,7 @@ def as_json(source: str) -> Any:
 
     mergekit's own dump of one fails where a model's path holds a space.
     """
-    return json.loads(json.dumps(yaml.safe_load(source), default=str))
+    return json.loads(json.dumps(parse_documents(source, PlainLoader)[0], default=str))
 
 
 def asked(

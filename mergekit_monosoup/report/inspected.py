@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from mergekit_monosoup.checkpoints.names import layer, projection
 from mergekit_monosoup.report.record import REALISED_WARNING, Record, by_depth, rank_share
+from mergekit_monosoup.terminal import cell
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -90,7 +91,7 @@ def table(records: Sequence[Record], width: int = 100, *, every_layer: bool = Fa
         of_first_mode = [record for record in members if record.mode == modes[0]]
         table.add_row(
             layer_number if every_layer else str(len(of_first_mode)),
-            projection(kind) if every_layer else kind,
+            cell(projection(kind) if every_layer else kind),
             _number(_mean(of_first_mode, lambda record: record.rel_update), ".1e"),
             _number(_mean(of_first_mode, rank_share)),
             *_mode_cells(members, modes, wide),

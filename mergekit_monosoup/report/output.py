@@ -12,13 +12,9 @@ import sys
 from pathlib import Path
 
 from mergekit_monosoup import files
-from mergekit_monosoup.report.record import Record
+from mergekit_monosoup.report.record import LONGEST_LINE, Record
 
 OLD = ".old"  # what is appended to the name of the report of an earlier merge
-
-# Characters of a record: the cosines of dozens of models with long names take 70 thousand. A file
-# whose first line is longer is none of ours, and might not fit into memory.
-LONGEST_LINE = 2**24
 
 BUSY = (
     "{} is being written by another merge (or by a process that has merged and still runs): give "

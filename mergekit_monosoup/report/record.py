@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from pathlib import Path
+from typing import Annotated, ClassVar
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from mergekit_monosoup.checkpoints.names import layer, natural
+from mergekit_monosoup.checkpoints.texts import UnreadableError, check_file
 
 # Below this share of the edit surviving the rounding to the output dtype, the merge mostly did
 # nothing.
 REALISED_WARNING = 0.5
+
+# Characters of a record: the cosines of dozens of models with long names take 70 thousand. A file
+# whose first line is longer is none of ours, and might not fit into memory.
+LONGEST_LINE = 2**24
+
+# A number of entries. What reads a report must be able to add and divide whatever stands in it.
+Size = Annotated[int, Field(ge=0, lt=2**63)]
 
 # Marks fields that a line has only when they were asked for.
 ON_REQUEST = {"on_request": True}
@@ -57,15 +66,17 @@ class Record:
     output in bfloat16.
     """
 
+    __pydantic_config__: ClassVar = ConfigDict(allow_inf_nan=False)
+
     name: str
-    shape: tuple[int, ...]
+    shape: Annotated[tuple[Size, ...], Field(max_length=64)]
     dtype: str
     action: str = ""
     reason: str = ""
-    mode: str | None = None
+    mode: Annotated[str, Field(pattern=r"^[\w-]{1,32}$")] | None = None
     R: float | None = None
-    k: int | None = None
-    rank: int | None = None
+    k: Size | None = None
+    rank: Size | None = None
     effective_rank: float | None = None
     gap: float | None = None
     P_k: float | None = None
@@ -121,26 +132,34 @@ def read(path: str | Path) -> list[Record]:
     parse = _adapter().validate_json
     records = []
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        for line in _lines(path):
+            records.append(parse(line))  # one by one: the error counts them
+    except UnreadableError as error:
+        raise ValueError(f"{path}: {error}") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not text, so not a report") from error
-    for number, line in enumerate(lines, start=1):
-        try:
-            records.append(parse(line))
-        except ValidationError as error:
-            first = error.errors()[0]
-            cause = ": ".join([*(f"`{key}`" for key in first["loc"][:1]), first["msg"]])
-            raise ValueError(
-                f"{path}, line {number}: not a monosoup record ({cause}); was the merge "
-                "interrupted, or is this another file? Reports are written with `report: FILE` "
-                "under `parameters`"
-            ) from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        cause = ": ".join([*(f"`{key}`" for key in first["loc"][:1]), first["msg"]])
+        raise ValueError(
+            f"{path}, line {len(records) + 1}: not a monosoup record ({cause}); was the merge "
+            "interrupted, or is this another file? Reports are written with `report: FILE` "
+            "under `parameters`"
+        ) from error
     if not records:
         raise ValueError(
             f"{path}: no records; the merge that should have written it edited nothing or has "
             "not started"
         )
     return records
+
+
+def _lines(path: str | Path) -> Iterator[str]:
+    """Yield the lines of a report; of one that is too long to be a record the beginning."""
+    check_file(path)
+    with open(path, encoding="utf-8") as file:
+        while line := file.readline(LONGEST_LINE):
+            yield line
 
 
 def by_depth(records: Iterable[Record]) -> list[Record]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mergekit_monosoup.report.record import Record
+from mergekit_monosoup.terminal import cell
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -70,10 +71,12 @@ def _realised(records: Iterable[Record]) -> float | None:
     One tiny tensor that rounds away must not hide, or stand for, the model.
     """
     edits = [
-        (r.edit_norm**2, r.realised)
+        (r.edit_norm, r.realised)
         for r in records
         if r.realised is not None and r.edit_norm is not None
     ]
+    largest = max((norm for norm, _ in edits), default=0.0) or 1.0  # squares may overflow
+    edits = [((norm / largest) ** 2, share) for norm, share in edits]
     total = sum(weight for weight, _ in edits)
     if not total:
         return _mean(share for _, share in edits)
@@ -139,6 +142,7 @@ def table(records: Iterable[Record], width: int = 160) -> Table:
     """Return the summary as a rich table for a terminal of ``width`` columns."""
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
     rows = summarise(records)
     calibrated = rows[-1].gamma_max is not None
@@ -153,14 +157,13 @@ def table(records: Iterable[Record], width: int = 160) -> Table:
     for row in rows:
         if row is rows[-1]:
             out.add_section()
-        out.add_row(_short(row.group), *(value(row) for _, value in columns))
+        out.add_row(cell(_short(row.group)), *(value(row) for _, value in columns))
     remarks: dict[str, list[str]] = defaultdict(list)
     for row in rows[:-1]:
         for reason in row.reasons:
             remarks[reason].append(_short(row.group))
-    out.caption = (
-        "\n".join(f"{reason}: {', '.join(groups)}" for reason, groups in remarks.items()) or None
-    )
+    lines = [cell(f"{reason}: {', '.join(groups)}") for reason, groups in remarks.items()]
+    out.caption = Text("\n").join(lines) if lines else None
     out.caption_justify = "left"
     return out
 

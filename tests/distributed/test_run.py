@@ -253,7 +253,7 @@ def test_errors_of_planning_leave_no_trace(world, tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("a: 1\n---\na: 2\n", "2 stages; mergekit-multi"), ("a: [b\n", "not YAML")],
+    [("a: 1\n---\na: 2\n", "2 stages; mergekit-multi"), ("a: [b\n", "cannot be read as YAML")],
 )
 def test_a_file_that_is_no_single_merge_is_named(text, message, tmp_path):
     path = tmp_path / "merge.yml"

@@ -59,7 +59,7 @@ def test_unreadable_files(tmp_path):
     with pytest.raises(suite.SuiteError, match="must be a mapping"):
         suite.load(str(tmp_path / "list.yml"))
     (tmp_path / "bad.yml").write_text("a: [")
-    with pytest.raises(suite.SuiteError, match="not YAML"):
+    with pytest.raises(suite.SuiteError, match="cannot be read as YAML"):
         suite.load(str(tmp_path / "bad.yml"))
 
 
