@@ -23,6 +23,7 @@ from demo.score import Items, grade, mean_over_skills
 from evaluation.statistics import Estimate, Values, paired
 from evaluation.worlds import training
 from evaluation.worlds.sums import OTHER_SKILLS, SKILLS, TUNED_SKILL, World, build_world
+from mergekit_monosoup import terminal
 
 MARK = ".monosoup-demo"
 RESULTS = "results.json"
@@ -39,6 +40,7 @@ PLACES = {
 """The folder of each model in the output folder."""
 
 
+@terminal.output()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program and return its exit code."""
     parser = argparse.ArgumentParser(prog="python -m demo", description=__doc__)

@@ -16,8 +16,10 @@ import torch
 
 from evaluation import configs, features, fingerprint, options, sources
 from evaluation.sources import FINETUNED, PRETRAINED, Source, SourceError
+from mergekit_monosoup import terminal
 
 
+@terminal.output()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program and return its exit code."""
     given = _parser().parse_args(arguments)

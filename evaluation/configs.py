@@ -12,6 +12,7 @@ import yaml
 from safetensors import safe_open
 
 from evaluation.sources import SourceError
+from mergekit_monosoup.files import write_text
 
 KINDS = ("monosoup", "wise_ft", "lines", "monosoup_wise")  # of `grid`
 
@@ -44,7 +45,7 @@ def average(models: Sequence[str]) -> Config:
 def write_config(path: Path, config: Config) -> Path:
     """Write a configuration as YAML and return its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    write_text(path, yaml.safe_dump(config, sort_keys=False))
     return path
 
 

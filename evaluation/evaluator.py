@@ -45,9 +45,11 @@ def evaluate(
     Raises:
         SourceError: a model cannot be had.
         EvaluationError: the engine cannot do what the suite or the settings ask for.
+        OSError: nothing can be written to `out`.
     """
     from evaluation.engines import language  # imports lm-eval, which takes seconds
 
+    store.check_folder(out)
     language.quiet()
     folder = None
     if suite.world is not None:

@@ -12,8 +12,10 @@ from pathlib import Path
 
 from evaluation import drawings, options
 from evaluation.comparison import compare
+from mergekit_monosoup import terminal
 
 
+@terminal.output()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program and return its exit code."""
     parser = argparse.ArgumentParser(prog="python -m evaluation.figures", description=__doc__)

@@ -16,6 +16,7 @@ from pathlib import Path
 from evaluation import configs, options, sources, store
 from evaluation.evaluator import evaluate
 from evaluation.suite import GroupName, Suite, SuiteError, load
+from mergekit_monosoup import terminal
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ def greedy_soup(scores: Mapping[str, float], score: Callable[[Sequence[str]], fl
     return steps
 
 
+@terminal.output()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program and return its exit code."""
     given = _parser().parse_args(arguments)

@@ -14,8 +14,9 @@ from pathlib import Path
 from evaluation.comparison import ComparisonError
 from evaluation.engines import EvaluationError
 from evaluation.sources import FINETUNED, MERGE_CACHE, SourceError
-from evaluation.store import DamagedError
+from evaluation.store import MODEL_NAME, DamagedError
 from evaluation.suite import SuiteError, shipped
+from mergekit_monosoup import terminal
 
 # What the user can put right: one line without a traceback.
 ERRORS = (SuiteError, SourceError, EvaluationError, DamagedError, ComparisonError, OSError)
@@ -37,9 +38,18 @@ def exit_code(work: Callable[[], None], interruption: str = RESUMABLE) -> int:
         print(f"interrupted{interruption}", file=sys.stderr)
         return 130
     except ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)
+        if not terminal.writable():
+            raise
+        print(f"error: {terminal.message(_words(error))}", file=sys.stderr)
         return 1
     return 0
+
+
+def _words(error: Exception) -> str:
+    """Return what an error says; of the file system's the file and the reason."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
 
 
 def command_line(program: str, arguments: Sequence[str] | None) -> str:
@@ -66,7 +76,7 @@ def positive(text: str) -> int:
 def named_path(text: str) -> tuple[str, str]:
     """Return (name, path) of NAME=PATH."""
     name, separator, path = text.partition("=")
-    if not separator or not path or not re.fullmatch(r"(?!\.)[\w.,+-]+", name):
+    if not separator or not path or not re.fullmatch(MODEL_NAME, name):
         raise argparse.ArgumentTypeError(
             f"{text!r} is not NAME=PATH (a name: letters, digits, _ . , + -, no dot in front)"
         )

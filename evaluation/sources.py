@@ -96,7 +96,13 @@ def _recorded_merge(folder: Path) -> Merge | None:
         raise SourceError(
             f"{file}: {error}; mergekit writes it, delete it if it is none"
         ) from error
-    return Merge(config) if isinstance(config, dict) else None
+    return Merge(_as_json(config)) if isinstance(config, dict) else None
+
+
+def _as_json(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a configuration as results hold it: YAML also has dates, sets and bytes."""
+    data: dict[str, Any] = json.loads(json.dumps(config, default=str))
+    return data
 
 
 def _fingerprint(folder: Path) -> ModelDigests:
@@ -153,13 +159,15 @@ def _checked(path: Path) -> dict[str, Any]:
         raise SourceError(f"{path}: no such file")
     if errors := [f"{f.where}: {f.message}" for f in check(path) if f.level == "error"]:
         raise SourceError("\n".join(f"{path}: {error}" for error in errors))
-    documents = read_documents(path)
+    try:
+        documents = read_documents(path)
+    except UnreadableError as error:
+        raise SourceError(f"{path}: {error}") from error
     if len(documents) != 1:
         raise SourceError(
             f"{path}: has several stages; run mergekit-multi and give the folder that it writes"
         )
-    data: dict[str, Any] = documents[0]
-    return data
+    return _as_json(documents[0])
 
 
 def _run_merge(config: Any, folder: Path) -> None:

@@ -17,12 +17,14 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Collection, Iterable
+import tempfile
+import zlib
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from evaluation.engines import Settings
 from evaluation.fingerprint import ModelDigests
@@ -31,6 +33,12 @@ from evaluation.sources import Origin
 from evaluation.statistics import Estimate
 from evaluation.suite import GroupName, Suite
 from mergekit_monosoup import files
+from mergekit_monosoup.checkpoints.texts import UnreadableError, check_file
+
+AGAIN = "run it again, or move the file away"
+MODEL_NAME = r"^(?!\.)[\w.,+-]+$"  # part of file names
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class DamagedError(ValueError):
@@ -48,7 +56,7 @@ class Sample:
     prompt_hash: str
     target_hash: str
     cluster: str
-    values: dict[str, float]  # by "metric,filter"
+    values: dict[str, Finite]  # by "metric,filter"
     answers: dict[str, Any]  # by filter
 
     def item(self) -> tuple[str, int, str, str, str]:
@@ -87,7 +95,7 @@ class SamplesFile(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    file: str
+    file: Annotated[str, Field(pattern=r"^[^/\\\0]+$")]  # beside the result, nowhere else
     rows: int
     sha256: str
 
@@ -95,11 +103,11 @@ class SamplesFile(BaseModel):
 class Result(BaseModel):
     """The result of one model and suite: what its JSON file holds, field by field."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
     format: Literal[1] = 1
     key: str
-    model: str
+    model: Annotated[str, Field(pattern=MODEL_NAME)]
     source: Origin
     w0: Pretrained | None
     command: str
@@ -113,6 +121,15 @@ class Result(BaseModel):
     groups: dict[GroupName, Estimate]
     tasks: dict[str, TaskScores]
     samples: SamplesFile
+
+
+class _Part(BaseModel):
+    """What the file of one finished task holds."""
+
+    key: str
+    task: str
+    rows: Annotated[list[Sample], Field(min_length=1)]
+    info: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -136,9 +153,9 @@ class ResultFiles:
     def finished(self, key: str) -> Result | None:
         """Return the result under this key; None if it is missing, of another key, or damaged."""
         try:
-            result = Result.model_validate(json.loads(self.result.read_text(encoding="utf-8")))
+            result = _read_result(self.result)
             whole = result.key == key and result.samples.sha256 == _sha256(self.samples)
-        except (OSError, ValueError):
+        except (OSError, DamagedError):
             return None
         return result if whole else None
 
@@ -169,13 +186,11 @@ class ResultFiles:
         finished = {}
         for path in sorted(self._parts(key).glob("*.json.gz")):
             try:
-                with gzip.open(path, "rt", encoding="utf-8") as file:
-                    data = json.load(file)
-            except (OSError, EOFError, ValueError):
+                part = _Part.model_validate_json("".join(_unzipped(path)))
+            except (OSError, DamagedError, ValidationError):
                 continue
-            if data.get("key") == key:
-                samples = [Sample(**sample) for sample in data["rows"]]
-                finished[data["task"]] = TaskResult(data["task"], samples, data["info"])
+            if part.key == key:
+                finished[part.task] = TaskResult(part.task, part.rows, part.info)
         return finished
 
     def _parts(self, key: str) -> Path:
@@ -217,6 +232,20 @@ class ResultFiles:
         shutil.rmtree(self.partial, ignore_errors=True)
 
 
+def check_folder(folder: Path) -> None:
+    """Make a results folder, and see that files can be written there; before hours of asking.
+
+    Raises:
+        OSError: they cannot; names the folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(folder)) from error
+
+
 def read(folder: Path, only: Collection[str] | None = None) -> list[Evaluation]:
     """Return what is finished in a folder, of all models or `only` some.
 
@@ -233,27 +262,74 @@ def read(folder: Path, only: Collection[str] | None = None) -> list[Evaluation]:
 
 def _read_result(path: Path) -> Result:
     try:
+        check_file(path)
+        # In two steps: pydantic's own reader of JSON knows no such thing as a tuple or a date.
         return Result.model_validate(json.loads(path.read_text(encoding="utf-8")))
     except ValidationError as error:
-        raise DamagedError(f"{path}: not a result of this version of evaluation.run") from error
-    except ValueError as error:
-        raise DamagedError(f"{path}: {error}") from error
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "top level"
+        raise DamagedError(
+            f"{path}: not a result of this version of evaluation.run ({place}: {first['msg']}); "
+            f"{AGAIN}"
+        ) from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise DamagedError(f"{path}: {_reason(error)}; {AGAIN}") from error
 
 
 def _read_samples(path: Path, result: Result) -> dict[str, list[Sample]]:
+    """Return the samples of each task of a result.
+
+    Raises:
+        DamagedError: their file is not the one, or lacks answers that the result counts.
+    """
     file = path.parent / result.samples.file
     if file.name != result.samples.file:
         raise DamagedError(f"{path}: names samples in another folder, {result.samples.file!r}")
-    if not file.is_file() or _sha256(file) != result.samples.sha256:
+    try:
+        check_file(file)
+        whole = _sha256(file) == result.samples.sha256
+    except (OSError, UnreadableError):
+        whole = False
+    if not whole:
         raise DamagedError(
             f"{file}: missing, or not the answers that {path.name} was made from; run it again"
         )
     by_task: dict[str, list[Sample]] = {}
-    with gzip.open(file, "rt", encoding="utf-8") as lines:
-        for line in lines:
-            sample = Sample(**json.loads(line))
-            by_task.setdefault(sample.task, []).append(sample)
+    parse = TypeAdapter(Sample).validate_json
+    for number, line in enumerate(_unzipped(file), 1):
+        try:
+            sample = parse(line)
+        except ValidationError as error:
+            raise DamagedError(
+                f"{file}, line {number}: not an answer of this version of evaluation.run; {AGAIN}"
+            ) from error
+        by_task.setdefault(sample.task, []).append(sample)
+    for task in result.suite.tasks:
+        if any(task.key not in sample.values for sample in by_task.get(task.task, [])):
+            raise DamagedError(f"{file}: an answer to {task.task} has no {task.key}; {AGAIN}")
+        if not by_task.get(task.task):
+            raise DamagedError(f"{file}: no answers to {task.task}; {AGAIN}")
     return by_task
+
+
+def _unzipped(path: Path) -> Iterator[str]:
+    """Yield the lines of a zipped file.
+
+    Raises:
+        OSError: it cannot be opened, or is not zipped.
+        DamagedError: it is cut off, or is not text.
+    """
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") as lines:
+            yield from lines
+    except (EOFError, zlib.error, UnicodeDecodeError, gzip.BadGzipFile) as error:
+        raise DamagedError(f"{path}: {error}; {AGAIN}") from error
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError):
+        return f"cannot be read: {error.strerror or error}"
+    return "nested too deep" if isinstance(error, RecursionError) else str(error)
 
 
 def _zipped(lines: Iterable[str]) -> bytes:

@@ -15,6 +15,7 @@ from mergekit_monosoup.checkpoints.yaml import read_document
 
 SHIPPED = Path(__file__).parent / "suites"
 GroupName = Literal["ID", "OOD"]
+NAME = r"^[A-Za-z0-9_-]+$"  # of a suite; part of file names
 
 Value = bool | int | float | str | list[str]
 
@@ -69,7 +70,7 @@ class Suite(_Strict):
     Every field reaches the key of a result: a changed suite never reuses an old one.
     """
 
-    name: str  # the file's name, not a key of the file
+    name: Annotated[str, Field(pattern=NAME)]  # the file's name, not a key of the file
     title: str
     version: int
     # Its items are a public test set: choosing R or alpha by its scores would tune on that set.
@@ -125,11 +126,14 @@ def load(name_or_path: str) -> Suite:
     try:
         data: Any = read_document(path)
     except UnreadableError as error:
-        known = "" if path.is_file() else f"; shipped suites: {', '.join(shipped())}"
-        raise SuiteError(f"suite {name_or_path}: {error}{known}") from error
+        if path.exists():
+            raise SuiteError(f"{path}: {error}") from error
+        raise SuiteError(
+            f"suite {name_or_path}: No such file; shipped suites: {', '.join(shipped())}"
+        ) from error
     if not isinstance(data, dict):
         raise SuiteError(f"{path}: must be a mapping, not {type(data).__name__}")
-    if not re.fullmatch(r"[A-Za-z0-9_-]+", path.stem):
+    if not re.fullmatch(NAME, path.stem):
         raise SuiteError(
             f"{path}: the file's name becomes part of result files: use letters, digits, - and _"
         )

@@ -19,8 +19,10 @@ from evaluation.evaluator import evaluate
 from evaluation.formatting import difference_text
 from evaluation.sources import FINETUNED, PRETRAINED
 from evaluation.suite import load
+from mergekit_monosoup import terminal
 
 
+@terminal.output()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program and return its exit code."""
     given = _parser().parse_args(arguments)

@@ -18,6 +18,7 @@ import yaml
 from evaluation import options
 from evaluation.comparison import Cell, Column, Comparison, compare
 from evaluation.formatting import difference_text, with_error
+from mergekit_monosoup import terminal
 
 PAPER = Path(__file__).parent / "paper.yml"
 # fmt: off
@@ -31,6 +32,7 @@ Quoted = dict[str, dict[str, float]]
 """What the paper reports of its models, by task."""
 
 
+@terminal.output()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program and return its exit code."""
     parser = argparse.ArgumentParser(prog="python -m evaluation.tables", description=__doc__)
@@ -84,12 +86,17 @@ def grids(comparison: Comparison, paper: Quoted) -> list[tuple[str, list[list[st
         for model, cells in comparison.cells.items()
         if model != comparison.reference
     ]
-    return [("Scores, %", scores), (f"Difference from {comparison.reference}, points", gains)]
+    title = f"Difference from {comparison.reference}, points"
+    return [("Scores, %", _plain(scores)), (terminal.plain(title), _plain(gains))]
+
+
+def _plain(rows: Sequence[Sequence[str]]) -> list[list[str]]:
+    return [[terminal.plain(cell) for cell in row] for row in rows]
 
 
 def as_markdown(comparison: Comparison, paper: Quoted) -> str:
     """Return both tables and the notes."""
-    lines = [f"## {comparison.suite.title}", ""]
+    lines = [f"## {terminal.plain(comparison.suite.title)}", ""]
     for title, rows in grids(comparison, paper):
         lines += [f"**{title}**", ""]
         header, *body = [
@@ -107,7 +114,8 @@ def notes(comparison: Comparison, paper: Quoted) -> list[str]:
         lines.append(
             "[quoted]: numbers printed in the paper (arXiv 2602.09689), not measured here."
         )
-    return [*lines, *(f"Warning: {warning}" for warning in comparison.warnings)]
+    lines += [f"Warning: {warning}" for warning in comparison.warnings]
+    return list(map(terminal.plain, lines))
 
 
 # fmt: off
@@ -121,7 +129,7 @@ _LATEX = str.maketrans({
 
 def as_latex(comparison: Comparison, paper: Quoted) -> str:
     """Return both tables as tabular environments (booktabs), and the notes as comments."""
-    lines = [f"% {comparison.suite.title}"]
+    lines = [f"% {terminal.plain(comparison.suite.title)}"]
     for title, rows in grids(comparison, paper):
         # In braces: a row that starts with "[" would be read as an argument of the \\ before it.
         header, *body = [
@@ -150,7 +158,7 @@ def _csv_row(comparison: Comparison, model: str, column: Column, cell: Cell) -> 
     numbers: list[Any] = [cell.estimate.mean, cell.estimate.standard_error]
     numbers += [gain.mean, gain.low, gain.high, gain.covers_zero] if gain else [None] * 4
     numbers.append(cell.p_value)
-    names = [comparison.suite.name, model, column.group, column.header]
+    names = [comparison.suite.name, model, column.group, terminal.plain(column.header)]
     filled = ["" if number is None else number for number in numbers]
     return [*names, cell.items, len(comparison.runs), *filled]
 

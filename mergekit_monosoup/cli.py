@@ -109,9 +109,9 @@ def check(config: Path, as_json: bool, ignore: tuple[str, ...]) -> None:
     else:
         for finding in findings:
             level = click.style(finding.level, fg="red" if finding.level == "error" else "yellow")
-            where = terminal.shortened(finding.where, terminal.LONGEST_CELL)
-            words = terminal.message(f"{where}: {' '.join(finding.message.split())}")
-            click.echo(f"{level}  {finding.code}  {words}")
+            where = terminal.plain(terminal.shortened(finding.where, terminal.LONGEST_CELL))
+            words = terminal.plain(terminal.shortened(" ".join(finding.message.split())))
+            click.echo(f"{level}  {finding.code}  {where}: {words}")
         counts = f"{errors} error(s), {len(findings) - errors} warning(s)"
         click.echo(f"{terminal.plain(config)}: {counts if findings else 'fine'}")
     raise SystemExit(1 if errors else 0)
@@ -275,6 +275,7 @@ def soup(
     """
     from mergekit_monosoup import soup as soups
     from mergekit_monosoup.checkpoints.reader import Checkpoints
+    from mergekit_monosoup.files import write_text
 
     with _errors():
         _check_new_configuration(out, force)
@@ -285,7 +286,7 @@ def soup(
         checkpoints = Checkpoints([base, *models], storage)
         gram = soups.products(checkpoints, _progress(checkpoints.names, "comparing"), count)
         decisions = soups.select(models, gram, threshold, order=order, how=how, scores=score_of)
-        out.write_text(soups.configuration(base, decisions, threshold, edit=edit), encoding="utf-8")
+        write_text(out, soups.configuration(base, decisions, threshold, edit=edit))
     console = terminal.console()
     for part in soups.similarity_tables(models, soups.pairwise(gram, how), console.width):
         console.print(part)

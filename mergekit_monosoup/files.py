@@ -27,7 +27,7 @@ class LockedError(OSError):
 
 def write_text(path: Path, text: str) -> None:
     """Write text as :func:`write_bytes` does."""
-    write_bytes(path, text.encode())
+    write_bytes(path, text.encode("utf-8", "surrogateescape"))
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -36,6 +36,9 @@ def write_bytes(path: Path, content: bytes) -> None:
     Raises:
         OSError: it cannot be written; what was there before is untouched, and nothing is left over.
     """
+    if path.exists() and not path.is_file():  # a pipe or a device keeps its place
+        path.write_bytes(content)
+        return
     with replacing(path) as temporary:
         with open(temporary, "wb") as file:
             file.write(content)

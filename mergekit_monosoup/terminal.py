@@ -98,7 +98,7 @@ def output() -> Iterator[None]:
             if sys.stdout is not None:  # as under pythonw
                 sys.stdout.flush()
     except OSError as error:
-        if not _unwritable(sys.stdout):
+        if writable():
             raise
         if error.errno != errno.EPIPE:
             with suppress(OSError):
@@ -122,14 +122,14 @@ def _lenient(stream: TextIO | None) -> None:
             stream.reconfigure(errors=REPLACING)  # type: ignore[union-attr]
 
 
-def _unwritable(stream: TextIO | None) -> bool:
-    """Whether a stream fails; what could not be written is still in its buffer."""
+def writable() -> bool:
+    """Whether stdout can be written; what could not be is still in its buffer."""
     try:
-        if stream is not None:
-            stream.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except OSError:
-        return True
-    return False
+        return False
+    return True
 
 
 def _discard(stream: TextIO) -> None:

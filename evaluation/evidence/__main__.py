@@ -17,10 +17,12 @@ from pathlib import Path
 from evaluation.engines import EvaluationError
 from evaluation.evidence import experiment, models
 from evaluation.options import exit_code, positive
+from mergekit_monosoup import terminal
 
 DOCS = Path("docs")
 
 
+@terminal.output()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program and return its exit code."""
     options = _parser().parse_args(arguments)
