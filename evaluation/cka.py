@@ -11,12 +11,16 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from evaluation import configs, features, fingerprint, options, sources
 from evaluation.sources import FINETUNED, PRETRAINED, Source, SourceError
 from mergekit_monosoup import terminal
+from mergekit_monosoup.checkpoints.texts import UnreadableError, read_text
+
+MOST_TEXT = 2**30  # bytes; all of it is in memory
 
 
 @terminal.output()
@@ -139,9 +143,9 @@ def read_texts(path: Path) -> list[str]:
     """
     try:
         # Not splitlines, which also splits at characters that a text, or JSON, may hold.
-        lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
-    except UnicodeDecodeError as error:
-        raise SourceError(f"{path}: not UTF-8: {error}") from error
+        lines = [line for line in read_text(path, MOST_TEXT).split("\n") if line.strip()]
+    except UnreadableError as error:
+        raise SourceError(f"{path}: {error}") from error
     if path.suffix == ".jsonl":
         lines = [_json_text(path, number, line) for number, line in enumerate(lines, 1)]
     if len(lines) < 2:
@@ -152,14 +156,17 @@ def read_texts(path: Path) -> list[str]:
 def _json_text(path: Path, number: int, line: str) -> str:
     """Return the text of a line of JSON."""
     try:
-        fields: dict[str, str] = dict(json.loads(line))
-    except (ValueError, TypeError) as error:
+        fields: dict[str, Any] = dict(json.loads(line))
+    except (ValueError, TypeError, RecursionError) as error:
         raise SourceError(
             f"{path}: line {number} (empty ones left out) is not a JSON object: {error}"
         ) from error
     if "text" not in fields and "prompt" not in fields:
         raise SourceError(f"{path}: line {number} has neither `text` nor `prompt`")
-    return fields["text"] if "text" in fields else fields["prompt"]
+    text = fields["text"] if "text" in fields else fields["prompt"]
+    if not isinstance(text, str):
+        raise SourceError(f"{path}: line {number}: its text is a {type(text).__name__}")
+    return text
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from evaluation.comparison import Comparison
-from evaluation.sources import FINETUNED, PRETRAINED, Merge
+from evaluation.sources import FINETUNED, PRETRAINED, Merge, parameters_of
 
 WISE_FT = "Wise-FT"
 LINES = "LiNeS"
@@ -25,30 +25,31 @@ ENDS = {
 
 def family(merge: Merge | None) -> tuple[str, float] | None:
     """Return (curve, number) of a merge of one fine-tuned model; None if it has several numbers."""
-    if merge is None or (tuned := _tuned(merge.config)) is None:
+    if merge is None or (tuned := _tuned(merge)) is None:
         return None
     config = merge.config
-    parameters = {**(config.get("parameters") or {}), **(tuned.get("parameters") or {})}
+    parameters = {**parameters_of(config), **parameters_of(tuned)}
     parameters.pop("report", None)
-    if config.get("merge_method") == "task_arithmetic":
-        return _task_arithmetic(parameters)
-    if config.get("merge_method") == "monosoup":
-        return _monosoup(parameters)
+    try:
+        if config.get("merge_method") == "task_arithmetic":
+            return _task_arithmetic(parameters)
+        if config.get("merge_method") == "monosoup":
+            return _monosoup(parameters)
+    except OverflowError:  # a whole number that no curve goes through
+        pass
     return None
 
 
 def inputs(merge: Merge) -> tuple[str, str]:
     """Return (base, fine-tuned) model of a merge with a family, as its configuration names them."""
-    return str(merge.config.get("base_model")), str(_tuned(merge.config)["model"])
+    return str(merge.config.get("base_model")), str(_tuned(merge)["model"])
 
 
-def _tuned(config: dict[str, Any]) -> Any:
+def _tuned(merge: Merge) -> Any:
     """Return the entry of the only fine-tuned model; None if there are several."""
-    models = config.get("models") or []
-    tuned = [
-        m for m in models if isinstance(m, dict) and m.get("model") != config.get("base_model")
-    ]
-    return tuned[0] if len(tuned) == 1 else None
+    base = merge.config.get("base_model")
+    tuned = [entry for entry in merge.models if entry.get("model") != base]
+    return tuned[0] if len(tuned) == 1 and "model" in tuned[0] else None
 
 
 def _task_arithmetic(parameters: dict[str, Any]) -> tuple[str, float] | None:

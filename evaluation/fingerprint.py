@@ -126,7 +126,8 @@ def deciding(installed: Mapping[str, str]) -> dict[str, str]:
 
     A result of other ones is not reused.
     """
-    return {package: installed[package] for package in ("lm-eval", "transformers", "torch")}
+    packages = ("lm-eval", "transformers", "torch")
+    return {package: installed.get(package, "not recorded") for package in packages}
 
 
 def git_hash() -> str | None:

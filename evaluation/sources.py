@@ -32,6 +32,13 @@ class Merge:
     config: dict[str, Any]
     inputs: dict[str, str] = field(default_factory=dict)  # weights' digest by path; {}: not known
 
+    @property
+    def models(self) -> list[dict[str, Any]]:
+        """The entries of its models; the configuration is another program's, and may hold none."""
+        listed = self.config.get("models")
+        entries = listed if isinstance(listed, list) else []
+        return [entry for entry in entries if isinstance(entry, dict)]
+
 
 @dataclass(frozen=True)
 class Origin:
@@ -219,12 +226,17 @@ def _merge_code() -> dict[str, str]:
     }
 
 
+def parameters_of(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the parameters of a configuration, or of one of its models."""
+    parameters = entry.get("parameters")
+    return parameters if isinstance(parameters, dict) else {}
+
+
 def chosen_settings(merge: Merge | None) -> tuple[str, str] | None:
     """Return (method, parameters as text) of a merge; None for a model that is no merge."""
     if merge is None:
         return None
-    entries = [merge.config, *(merge.config.get("models") or [])]
-    given = [e.get("parameters") or {} for e in entries if isinstance(e, dict)]
+    given = [parameters_of(entry) for entry in [merge.config, *merge.models]]
     chosen = [{k: v for k, v in parameters.items() if k != "report"} for parameters in given]
     method = str(merge.config.get("merge_method"))
     return method, json.dumps([parameters for parameters in chosen if parameters], sort_keys=True)

@@ -36,7 +36,7 @@ from mergekit_monosoup import files
 from mergekit_monosoup.checkpoints.texts import UnreadableError, check_file
 
 AGAIN = "run it again, or move the file away"
-MODEL_NAME = r"^(?!\.)[\w.,+-]+$"  # part of file names
+FILE_NAME = r"^(?!\.)[\w.,+-]+$"  # also of a model, whose name is part of those
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -95,7 +95,7 @@ class SamplesFile(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    file: Annotated[str, Field(pattern=r"^[^/\\\0]+$")]  # beside the result, nowhere else
+    file: Annotated[str, Field(pattern=FILE_NAME)]  # beside the result, nowhere else
     rows: int
     sha256: str
 
@@ -107,7 +107,7 @@ class Result(BaseModel):
 
     format: Literal[1] = 1
     key: str
-    model: Annotated[str, Field(pattern=MODEL_NAME)]
+    model: Annotated[str, Field(pattern=FILE_NAME)]
     source: Origin
     w0: Pretrained | None
     command: str

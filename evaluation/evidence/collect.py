@@ -15,8 +15,9 @@ from pydantic import BaseModel
 
 from evaluation import statistics, store
 from evaluation.features import Similarities
-from evaluation.store import Evaluation
+from evaluation.store import DamagedError, Evaluation
 from evaluation.suite import GroupName, Suite
+from mergekit_monosoup.checkpoints.texts import check_file
 
 GROUPS: tuple[GroupName, ...] = get_args(GroupName)
 Outcomes = dict[str, NDArray[np.float64]]  # 0 or 1 per item, by task
@@ -163,8 +164,19 @@ class Seed:
 
     @classmethod
     def read(cls, path: Path) -> Seed:
-        """Read a file that `SeedFile.write` wrote."""
-        return cls(path, SeedFile.model_validate_json(path.read_text(encoding="utf-8")))
+        """Read a file that `SeedFile.write` wrote.
+
+        Raises:
+            DamagedError: it is not one.
+        """
+        try:
+            check_file(path)
+            return cls(path, SeedFile.model_validate_json(path.read_bytes()))
+        except (OSError, ValueError) as error:
+            raise DamagedError(
+                f"{path}: not the results of a seed; move it away, or delete it and run "
+                "`python -m evaluation.evidence` again"
+            ) from error
 
     @property
     def seed(self) -> int:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from mergekit.common import ModelReference
 
 from mergekit_monosoup.check.context import Document
-from mergekit_monosoup.check.document import mapping, real_path
+from mergekit_monosoup.check.document import entries, mapping, real_path
 from mergekit_monosoup.check.finding import Finding, define_check
 
 
@@ -33,16 +34,17 @@ def _groups(document: Document) -> Iterator[Group]:
     if document.config is None or document.method is None:
         return
     top = document.data.get("base_model")
-    for section in (document.data, *mapping(document.data.get("modules")).values()):
-        if section.get("models"):
-            yield _group(section["models"], top)
-        for number, piece in enumerate(section.get("slices") or []):
+    # mergekit-pytorch ignores `slices` and `modules`, whatever stands there.
+    for section in map(mapping, (document.data, *mapping(document.data.get("modules")).values())):
+        if models := entries(section.get("models")):
+            yield _group(models, top)
+        for number, piece in enumerate(map(mapping, entries(section.get("slices")))):
             base = piece.get("base_model") or top
-            yield _group(piece.get("sources") or [], base, f"model.slices[{number}]")
+            yield _group(entries(piece.get("sources")), base, f"model.slices[{number}]")
 
 
-def _group(models: list[dict[str, object]], base: object, name: str | None = None) -> Group:
-    names = tuple(str(model.get("model")) for model in models)
+def _group(models: list[object], base: object, name: str | None = None) -> Group:
+    names = tuple(str(mapping(model).get("model")) for model in models)
     return Group(names, None if base is None else str(base), name)
 
 
@@ -54,7 +56,7 @@ def _group(models: list[dict[str, object]], base: object, name: str | None = Non
 )
 def listed_twice(document: Document) -> Iterator[Finding]:
     for group in _groups(document):
-        twice = sorted({name for name in group.models if group.models.count(name) > 1})
+        twice = sorted(name for name, count in Counter(group.models).items() if count > 1)
         if twice:
             yield document.error("models", f"listed twice: {', '.join(twice)}")
 

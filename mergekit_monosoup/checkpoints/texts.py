@@ -54,7 +54,8 @@ def read_text(path: str | Path, most: int) -> str:
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise UnreadableError("cannot be read: it is UTF-16, save it as UTF-8")
     try:
-        return content.decode("utf-8")
+        # Line ends of any system, as open() has it.
+        return content.decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
         raise UnreadableError(

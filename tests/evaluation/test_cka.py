@@ -106,7 +106,7 @@ def test_errors(folder, tmp_path, capsys):
     for content, message in (
         (b'{"text": "w1"}\n{"question": "w2"}\n', "line 2 has neither"),
         (b'{"text": "w1"}\n{"text\n', "line 2"),
-        (b'{"text": "\xe9"}\n[1]\n', "not UTF-8"),
+        (b'{"text": "\xe9"}\n[1]\n', "not UTF-8 (byte 0xe9"),
         (b"[1]\n", "line 1"),
     ):
         bad.write_bytes(content)
