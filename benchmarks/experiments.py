@@ -40,6 +40,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import kernel  # noqa: E402
 
+from mergekit_monosoup import terminal  # noqa: E402
 from mergekit_monosoup.kernel.monosoup import Split, split_rank  # noqa: E402
 from mergekit_monosoup.kernel.spectrum import Spectrum, effective_rank  # noqa: E402
 
@@ -52,6 +53,7 @@ OPEN = 2e-3  # eigenvalues of G − μ under this, relative to the largest, are 
 Result = tuple[float, Tensor | None, float | None]  # effective rank, edited update, predicted error
 
 
+@terminal.output()
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

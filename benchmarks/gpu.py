@@ -31,6 +31,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import reference  # noqa: E402
 
+from mergekit_monosoup import terminal  # noqa: E402
 from mergekit_monosoup.kernel.batch import Job, edit_each  # noqa: E402
 
 
@@ -74,6 +75,7 @@ MODELS = {
 }
 
 
+@terminal.output()
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

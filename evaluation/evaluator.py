@@ -47,9 +47,9 @@ def evaluate(
         EvaluationError: the engine cannot do what the suite or the settings ask for.
         OSError: nothing can be written to `out`.
     """
+    store.check_folder(out)
     from evaluation.engines import language  # imports lm-eval, which takes seconds
 
-    store.check_folder(out)
     language.quiet()
     folder = None
     if suite.world is not None:

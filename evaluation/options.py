@@ -38,7 +38,7 @@ def exit_code(work: Callable[[], None], interruption: str = RESUMABLE) -> int:
         print(f"interrupted{interruption}", file=sys.stderr)
         return 130
     except ERRORS as error:
-        if not terminal.writable():
+        if terminal.of_output(error):
             raise
         print(f"error: {terminal.message(_words(error))}", file=sys.stderr)
         return 1

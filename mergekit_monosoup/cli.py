@@ -68,7 +68,7 @@ def _list_checks(context: click.Context, _: click.Parameter, listing: bool) -> N
         with announced("reading mergekit …"):
             from mergekit_monosoup.check import CHECKS, table
 
-        click.echo(table(CHECKS))
+        terminal.echo(table(CHECKS))
         context.exit()
 
 
@@ -105,15 +105,15 @@ def check(config: Path, as_json: bool, ignore: tuple[str, ...]) -> None:
         raise click.BadParameter(str(error), param_hint="--ignore") from None
     errors = sum(finding.level == "error" for finding in findings)
     if as_json:
-        click.echo(json.dumps([asdict(finding) for finding in findings], indent=2))
+        terminal.echo(json.dumps([asdict(finding) for finding in findings], indent=2))
     else:
         for finding in findings:
             level = click.style(finding.level, fg="red" if finding.level == "error" else "yellow")
             where = terminal.plain(terminal.shortened(finding.where, terminal.LONGEST_CELL))
             words = terminal.plain(terminal.shortened(" ".join(finding.message.split())))
-            click.echo(f"{level}  {finding.code}  {where}: {words}")
+            terminal.echo(f"{level}  {finding.code}  {where}: {words}")
         counts = f"{errors} error(s), {len(findings) - errors} warning(s)"
-        click.echo(f"{terminal.plain(config)}: {counts if findings else 'fine'}")
+        terminal.echo(f"{terminal.plain(config)}: {counts if findings else 'fine'}")
     raise SystemExit(1 if errors else 0)
 
 
@@ -293,9 +293,9 @@ def soup(
     for line in checkpoints.remarks:
         console.print(terminal.plain(line))
     for decision in decisions:
-        click.echo(terminal.message(soups.describe(decision)))
+        terminal.echo(terminal.message(soups.describe(decision)))
     place = terminal.plain(out)
-    click.echo(
+    terminal.echo(
         f"{place}: {sum(d.taken for d in decisions)} of {len(models)} models; "
         f"merge with `mergekit-yaml {place} DIR`"
     )
@@ -315,7 +315,7 @@ def _check_new_configuration(out: Path, force: bool) -> None:
 @click.argument("method", type=click.Choice(list(METHODS)), default=MONOSOUP.name)
 def parameters(method: str) -> None:
     """Print the parameters of METHOD as a Markdown table. Of monosoup if none is given."""
-    click.echo(parameter_table(method))
+    terminal.echo(parameter_table(method))
 
 
 # -- a merge ---------------------------------------------------------------------------------------
@@ -357,7 +357,7 @@ def report(file: Path, as_json: bool) -> None:
         if is_inspection and as_json:
             raise ValueError(f"{file} holds an inspection, not a merge: its lines are JSON already")
     if as_json:
-        click.echo(json.dumps([asdict(row) for row in reports.summarise(records)], indent=2))
+        terminal.echo(json.dumps([asdict(row) for row in reports.summarise(records)], indent=2))
         return
     console = terminal.console()
     make_table = inspected.table if is_inspection else reports.table
@@ -386,7 +386,7 @@ def plot(files: Sequence[Path], out: Path, mode: str | None) -> None:
         labelled = {file.name if short else str(file): reports.read(file) for file in files}
         figure = plots.draw(labelled, mode=mode)
         plots.save(figure, out)
-    click.echo(f"{terminal.plain(out)}: {len(figure.axes)} panels")
+    terminal.echo(f"{terminal.plain(out)}: {len(figure.axes)} panels")
 
 
 # -- shared ----------------------------------------------------------------------------------------

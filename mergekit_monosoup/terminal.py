@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 LONGEST_MESSAGE = 2000  # characters: more than any message of ours has, less than fills a screen
 LONGEST_CELL = 300
 REPLACING = "mergekit_monosoup.replacing"  # handler of characters that the output cannot encode
+_FAULTS = {
+    getattr(errno, name, None) for name in ("EPIPE", "ENOSPC", "EDQUOT", "EFBIG", "EIO", "EBADF")
+} - {None}
 # One for one, so that tables stay aligned; for any other character a question mark.
 LOOK_ALIKES = str.maketrans("λσγρτΔα‖−–—·×±≈≥≤…→─‘’“”", "lsgrtDa|---*x+~><.>-''\"\"")
 
@@ -82,6 +85,14 @@ def console() -> Console:
     return Console(markup=False, emoji=False, highlight=False, width=160)
 
 
+def echo(text: str) -> None:
+    """Print a text, with its colours if stdout is a terminal."""
+    import click
+
+    # Without the file click would write UTF-8 where the output says that it is ASCII.
+    click.echo(text, file=sys.stdout)
+
+
 @contextmanager
 def output() -> Iterator[None]:
     """Let a program print to any output; also a decorator of its main function.
@@ -98,7 +109,7 @@ def output() -> Iterator[None]:
             if sys.stdout is not None:  # as under pythonw
                 sys.stdout.flush()
     except OSError as error:
-        if writable():
+        if not of_output(error):
             raise
         if error.errno != errno.EPIPE:
             with suppress(OSError):
@@ -122,14 +133,9 @@ def _lenient(stream: TextIO | None) -> None:
             stream.reconfigure(errors=REPLACING)  # type: ignore[union-attr]
 
 
-def writable() -> bool:
-    """Whether stdout can be written; what could not be is still in its buffer."""
-    try:
-        if sys.stdout is not None:
-            sys.stdout.flush()
-    except OSError:
-        return False
-    return True
+def of_output(error: BaseException) -> bool:
+    """Whether an error is that of an output that cannot be written: the only one without a name."""
+    return isinstance(error, OSError) and error.filename is None and error.errno in _FAULTS
 
 
 def _discard(stream: TextIO) -> None:
