@@ -207,15 +207,11 @@ def test_bin_files_that_a_lazy_unpickler_cannot_read(tmp_path, zipped):
     assert record.name == "w" and record.rel_update == pytest.approx(expected, rel=1e-6)
 
 
-def test_what_is_no_tensor_is_named(tmp_path):
-    for name in ("a.pt", "b.pt"):
+def test_what_is_no_tensor_is_left_alone(tmp_path):
+    for name, seed in (("a.pt", 0), ("b.pt", 1)):
+        torch.manual_seed(seed)
         torch.save({"w": torch.randn(4, 4), "epoch": 3}, tmp_path / name)
-    result = CliRunner().invoke(main, ["inspect", str(tmp_path / "a.pt"), str(tmp_path / "b.pt")])
-    assert (
-        result.exit_code == 1
-        and "epoch cannot be read from" in result.output
-        and "no tensor but 3" in result.output
-    )
+    assert {record.name for record in inspect(tmp_path / "a.pt", tmp_path / "b.pt")} == {"w"}
 
 
 def test_float8_is_refused_by_name(tmp_path):
@@ -292,7 +288,7 @@ def test_wrong_inputs_are_named(world, tmp_path):
     with pytest.raises(ValueError, match=r"\./nowhere: no such file or folder"):
         Checkpoints([base, "./nowhere"])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"empty: .*Unable to find model files"):
+    with pytest.raises(ValueError, match=r"empty is an empty folder"):
         Checkpoints([base, str(tmp_path / "empty")])
     state = checkpoints.state_dict(world / "tuned0")
 
@@ -320,7 +316,7 @@ def test_wrong_inputs_are_named(world, tmp_path):
     damaged.mkdir()
     index = {"weight_map": {name: "model-1.safetensors" for name in state}}
     (damaged / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match=r"cannot be read from .*model-1\.safetensors"):
+    with pytest.raises(ValueError, match=r"index\.json names 1 file.*model-1\.safetensors"):
         inspect(base, damaged)
 
 

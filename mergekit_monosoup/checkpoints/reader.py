@@ -13,15 +13,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any
-from zipfile import is_zipfile
 
 import torch
 from mergekit.common import ModelReference
 from mergekit.io import LazyTensorLoader, ShardedTensorIndex
 from torch import Tensor
 
+from mergekit_monosoup.checkpoints.headers import Headers, LackingError
 from mergekit_monosoup.checkpoints.names import natural
+from mergekit_monosoup.checkpoints.pickles import named_tensors
 from mergekit_monosoup.errors import QUANTISED, NonFiniteError, SolverError
 
 MODEL_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")  # of a model that is a single file
@@ -152,7 +152,8 @@ def _open(model: str, storage: Storage) -> LazyTensorLoader | _Pickled:
         index = _index(ModelReference.parse(model), storage)
     except Exception as error:
         # Errors of pydantic, the hub, transformers and peft all come without the model's name.
-        kind = "" if type(error) in (ValueError, NotThereError) else f"{type(error).__name__}: "
+        plain = type(error) is ValueError or isinstance(error, NotThereError | LackingError)
+        kind = "" if plain else f"{type(error).__name__}: "
         raise ValueError(f"{model}: {kind}{error}") from error
     return LazyTensorLoader(index) if index.is_safetensors else _Pickled(index)
 
@@ -168,9 +169,10 @@ def _index(reference: ModelReference, storage: Storage) -> ShardedTensorIndex:
                 "--lora-merge-cache DIR"
             )
     merged = reference.merged(storage.lora_merge_cache, trust_remote_code=storage.trust_remote_code)
-    if os.path.isfile(merged.model.path):
-        return ShardedTensorIndex.from_file(merged.model.path)
-    return merged.tensor_index(storage.transformers_cache)
+    headers = Headers(unwrap=True)
+    path = merged.local_path(storage.transformers_cache)
+    headers.of_model(path)  # a damaged shard is better found now than after the others are read
+    return headers.index(path)
 
 
 class _Pickled:
@@ -184,16 +186,13 @@ class _Pickled:
     def __init__(self, index: ShardedTensorIndex):
         self.index = index
         self._file = ""
-        self._tensors: dict[str, Any] = {}
+        self._tensors: dict[str, Tensor] = {}
 
     def get_tensor(self, name: str) -> Tensor:
         file = os.path.join(self.index.base_path, self.index.tensor_paths[name])
         if self._file != file:
-            tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zipfile(file))
-            self._file, self._tensors = file, tensors.get("state_dict", tensors)
-        if not isinstance(tensor := self._tensors[name], Tensor):
-            raise TypeError(f"it is no tensor but {tensor!r:.40}; save the weights alone")
-        return tensor
+            self._file, self._tensors = file, named_tensors(file, "cpu", unwrap=True)
+        return self._tensors[name]
 
 
 def stored_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
