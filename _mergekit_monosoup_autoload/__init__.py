@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 SWITCH = "MERGEKIT_MONOSOUP_AUTOLOAD"
 METHODS_MODULE = "mergekit_monosoup.methods"
+BUFFERS_MODULE = "mergekit_monosoup.buffers"
 NAMES = ("monosoup", "svc")  # of the methods that METHODS_MODULE registers
 
 _lock = _thread.allocate_lock()
@@ -216,9 +217,16 @@ def _allow_in_evolve(genome: "ModuleType") -> None:
         genome.METHOD_PARAM_MAPS.setdefault(name, ["weight"])
 
 
+def _keep_buffers(task_adapter: "ModuleType") -> None:
+    """Have tensors that are not floating point kept as fine-tuned, where our methods merge."""
+    __import__(BUFFERS_MODULE)
+    sys.modules[BUFFERS_MODULE].keep(task_adapter)
+
+
 TARGETS: "dict[str, Callable[[ModuleType], None]]" = {
     "mergekit.merge_methods": _register_methods,
     "mergekit.evo.genome": _allow_in_evolve,
+    "mergekit.merge_methods.task_adapter": _keep_buffers,
 }
 
 
