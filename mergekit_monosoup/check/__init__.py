@@ -6,7 +6,8 @@ method specs. Of models only file headers are read.
 :data:`CHECKS` is the table of contents, in the order in which checks look. Codes say the subject,
 which is also the file: ``DOC0`` the file as a whole (document.py), ``KEY1`` keys (keys.py),
 ``PAR2`` parameters (parameters.py), ``MOD3`` models (models.py), ``PLAN4`` mergekit's plan
-(plan.py), ``TEN5`` tensors (tensors.py). A code keeps its meaning; that of a check that is gone is
+(plan.py), ``TEN5`` tensors (tensors.py); what a model's files are, and how their tensors are
+named, is in files.py. A code keeps its meaning; that of a check that is gone is
 not used again.
 
 To add a check, write one function in the file of its subject, for example::
@@ -29,7 +30,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mergekit_monosoup.check import document, keys, models, parameters, plan, tensors
+from mergekit_monosoup.check import document, files, keys, models, parameters, plan, tensors
 from mergekit_monosoup.check.context import Document
 from mergekit_monosoup.check.document import File
 from mergekit_monosoup.check.finding import Check, Finding, ignorable, table
@@ -69,6 +70,8 @@ _OF_DOCUMENT: tuple[Check[Document], ...] = (
     models.contract,
     models.missing,
     models.looks_like_hub,
+    files.foreign,
+    files.wrapped,
     plan.no_config,
     plan.other_architecture,
     plan.layer_range,
@@ -88,6 +91,9 @@ _OF_TENSORS: tuple[Check[Document], ...] = (
     tensors.shapes,
     tensors.nothing_in_common,
     tensors.partial,
+    files.renamed,
+    files.differing_buffers,
+    files.beside,
 )
 CHECKS: tuple[Check[Any], ...] = (*_OF_FILE, *_OF_DOCUMENT, *_OF_TENSORS)
 

@@ -27,8 +27,9 @@ from mergekit_monosoup.check.document import (
 )
 from mergekit_monosoup.check.finding import Finding, Level
 from mergekit_monosoup.check.planning import Planning, Reads
-from mergekit_monosoup.checkpoints.headers import Headers, Stored
-from mergekit_monosoup.checkpoints.reader import MODEL_SUFFIXES, NotThereError, check_model_path
+from mergekit_monosoup.checkpoints.headers import Headers, LackingError, Stored
+from mergekit_monosoup.checkpoints.names import Renaming, renaming
+from mergekit_monosoup.checkpoints.reader import NotThereError, check_model_path, is_single_file
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,7 @@ class Document:
         """Whether it is for mergekit-pytorch, which merges single files."""
         models = [mapping(m).get("model") for m in entries(self.data.get("models"))]
         return any(
-            isinstance(m, str) and m.lower().endswith(MODEL_SUFFIXES)
-            for m in [*models, self.data.get("base_model")]
+            isinstance(m, str) and is_single_file(m) for m in [*models, self.data.get("base_model")]
         )
 
     @cached_property
@@ -168,13 +168,21 @@ class Document:
         """Name → tensors, of the models that could be read."""
         return {n: tensors for n, tensors in self.opened.items() if isinstance(tensors, dict)}
 
+    @cached_property
+    def renamed(self) -> dict[str, Renaming]:
+        """Name → what tells its tensors' names from the first model's, as a wrapper's does."""
+        first, *others = self.tensors.items() or [("", {})]
+        found = {name: renaming(first[1], tensors) for name, tensors in others}
+        return {name: how for name, how in found.items() if how is not None}
+
     # -- mergekit's plan ---------------------------------------------------------------------------
 
     @cached_property
     def planning(self) -> Planning:
         """What mergekit would plan; nothing after an error, or for mergekit-pytorch."""
         config = self.config
-        if not self.sound or not isinstance(config, MergeConfiguration):
+        unreadable = any(isinstance(outcome, LackingError) for outcome in self.opened.values())
+        if not self.sound or unreadable or not isinstance(config, MergeConfiguration):
             config = None
         return Planning(config, self.headers)
 

@@ -12,7 +12,7 @@ from mergekit_monosoup.check.context import Document
 from mergekit_monosoup.check.document import mapping
 from mergekit_monosoup.check.finding import Finding, Level, define_check
 from mergekit_monosoup.check.keys import named_dtype
-from mergekit_monosoup.checkpoints.headers import LackingError, Stored
+from mergekit_monosoup.checkpoints.headers import ForeignError, LackingError, Stored, WrappedError
 from mergekit_monosoup.checkpoints.reader import NAMES_IN_MESSAGE
 
 Tensors = dict[str, Stored]
@@ -29,6 +29,8 @@ def _listed(names: Iterable[str]) -> str:
 def _unreadable(document: Document, *, local: bool) -> Iterator[tuple[str, str]]:
     """Yield (model, error) of the models without headers, of those that lie here or others."""
     for name, error in document.opened.items():
+        if isinstance(error, ForeignError | WrappedError):
+            continue  # which files.py reports
         if isinstance(error, Exception) and os.path.exists(name) == local:
             # The error of a cut-off file says it all.
             kind = "" if isinstance(error, LackingError) else f"{type(error).__name__}: "
@@ -199,6 +201,8 @@ def _in_order(document: Document, by_model: Any) -> list[tuple[str, set[str]]]:
 )
 def lacking(document: Document) -> Iterator[Finding]:
     for model, names in document.reads.lacking.items():
+        if document.renamed:
+            continue  # it has them under other names, see TEN520
         yield document.error(
             model,
             f"lacks {len(names)} tensor(s) that the merge needs, whole or in part: "
@@ -263,7 +267,7 @@ def _only_vocabulary(ours: Stored, theirs: Stored) -> bool:
 )
 def nothing_in_common(document: Document) -> Iterator[Finding]:
     for first, ours, other, theirs in _others(document):
-        if _unrelated(ours, theirs):
+        if _unrelated(ours, theirs) and other not in document.renamed:
             yield document.error(
                 other, f"has no tensor name in common with {first}: another architecture?"
             )
@@ -281,7 +285,7 @@ def _unrelated(ours: Tensors, theirs: Tensors) -> bool:
 )
 def partial(document: Document) -> Iterator[Finding]:
     for first, ours, other, theirs in _others(document):
-        if _unrelated(ours, theirs):
+        if _unrelated(ours, theirs) or other in document.renamed:
             continue
         for names, poorer, richer in (
             (ours.keys() - theirs, other, first),

@@ -24,7 +24,8 @@ from mergekit_monosoup.checkpoints.names import natural
 from mergekit_monosoup.checkpoints.pickles import named_tensors
 from mergekit_monosoup.errors import QUANTISED, NonFiniteError, SolverError
 
-MODEL_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")  # of a model that is a single file
+# Of a model that is a single file.
+MODEL_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 NAMES_IN_MESSAGE = 5  # tensors listed by name in a message; the rest are counted
 
 
@@ -48,6 +49,12 @@ def check_model_path(path: str) -> None:
         raise NotThereError(
             "no such file or folder (and not the name of a hub repository, ORGANISATION/MODEL)"
         )
+
+
+def is_single_file(path: str) -> bool:
+    """Whether a model is, or is meant to be, one file: what mergekit-pytorch merges."""
+    named = path.lower().endswith(MODEL_SUFFIXES) and not os.path.isdir(path)
+    return named or os.path.isfile(path)
 
 
 @dataclass(frozen=True)

@@ -100,10 +100,8 @@ def test_tensors_that_a_model_lacks_and_damaged_files(write, models, tmp_path):
     save_file(state, folder / "model.safetensors")
     assert "lacks 1 tensor(s)" in messages(write(models=[{"model": str(folder)}]), "warning")[0]
     (folder / "model.safetensors").write_bytes(b"\x10")
-    without_config, damaged = messages(write(models=[{"model": str(folder)}]))
-    assert (
-        "has no config.json, which mergekit needs" in without_config and "cannot be read" in damaged
-    )
+    (damaged,) = messages(write(models=[{"model": str(folder)}]))
+    assert "cannot be read" in damaged and "cut off in its header" in damaged
 
 
 @finds("TEN508")
@@ -253,9 +251,9 @@ def reads(monkeypatch):
     counter = Counter()
     read_header = headers.read_header
 
-    def counting(file):
+    def counting(file, **given):
         counter[file] += 1
-        return read_header(file)
+        return read_header(file, **given)
 
     monkeypatch.setattr(headers, "read_header", counting)
     return counter
