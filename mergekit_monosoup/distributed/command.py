@@ -24,14 +24,15 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 
 from mergekit_monosoup.check.keys import refusals
-from mergekit_monosoup.checkpoints.headers import read_header
+from mergekit_monosoup.checkpoints.headers import Headers, LackingError
+from mergekit_monosoup.checkpoints.names import renaming
+from mergekit_monosoup.checkpoints.reader import is_single_file
 from mergekit_monosoup.checkpoints.texts import UnreadableError, read_text
 from mergekit_monosoup.checkpoints.yaml import MOST_BYTES, PlainLoader, parse_documents
 from mergekit_monosoup.distributed.dependencies import (
     asked,
     local_input_files,
     states,
-    weight_files,
 )
 from mergekit_monosoup.distributed.driver import MergeError, Request, check_inputs, merge
 from mergekit_monosoup.distributed.engines import InProcess, OnRay, import_ray
@@ -39,6 +40,7 @@ from mergekit_monosoup.distributed.folder import Done, WorkFolder
 from mergekit_monosoup.distributed.plan import SMALLEST_BATCH
 
 FULL = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))  # as libraries in Rust say it, too
+ADAPTER = "adapter_model.safetensors"
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 NEEDS_WORKERS = (
     "--gpus gives each of several workers a GPU: add --workers N, or take --cuda for one"
@@ -153,7 +155,8 @@ def run(
         seed = (options.random_seed or 0) if seed_per_tensor else None
         out = Path(out_path)
         request = Request(config, source, out, options, threads, seed, hash_inputs, engine)
-        records = merge(request, resume=resume, force=force)
+        with _names_compared(request.config.model_copy(deep=True)):
+            records = merge(request, resume=resume, force=force)
     if not options.quiet:
         _print_summary(out_path, records, options.verbosity > 0, workers or 1)
 
@@ -176,7 +179,7 @@ def _run_mergekit_yaml(
             raise ValueError(NEEDS_WORKERS)
         config, source = _read_configuration(config_file)
         _check_places(out_path, config)
-        with work.claimed(resume=False, force=force):
+        with _names_compared(config), work.claimed(resume=False, force=force):
             inputs = states(local_input_files(config), hashed=hash_inputs)
             threads = options.num_threads or torch.get_num_threads()
             needs = asked(source, options, threads=threads, seed=None, hash_inputs=hash_inputs)
@@ -229,19 +232,60 @@ def _check_places(out_path: str, config: MergeConfiguration) -> None:
     """Check the folders of the models that are merged.
 
     Raises:
-        ValueError: OUT is one of them, which the merge would replace; or a file is cut off.
+        ValueError: OUT is one of them, which the merge would replace; or one is a single file, no
+            model, or damaged.
     """
-    parts = [
-        part for r in config.referenced_models() for part in (r.model, r.lora) if part is not None
-    ]
-    for folder in (part.path for part in parts if os.path.isdir(part.path)):
-        if os.path.realpath(folder) == os.path.realpath(out_path):
-            raise ValueError(
-                f"{out_path} is an input of this merge, which would replace it: name another folder"
-            )
-        for name in sorted(weight_files(Path(folder))):
-            if name.endswith(".safetensors"):
-                read_header(os.path.join(folder, name))
+    references = config.referenced_models()
+    for reference in references:
+        for part in (reference.model, reference.lora):
+            if part is not None and is_single_file(part.path):
+                raise ValueError(
+                    f"{part.path} is a single file, and `run` merges folders of models: merge "
+                    "files with `mergekit-pytorch CONFIG OUT`"
+                )
+            if part is not None and os.path.realpath(part.path) == os.path.realpath(out_path):
+                raise ValueError(
+                    f"{out_path} is an input of this merge, which would replace it: name another "
+                    "folder"
+                )
+    headers = Headers()
+    for reference in references:
+        if os.path.isdir(reference.model.path):
+            headers.of_model(reference.model.path)
+        if (lora := reference.lora) and os.path.isfile(file := os.path.join(lora.path, ADAPTER)):
+            headers.of_file(file)
+
+
+@contextmanager
+def _names_compared(config: MergeConfiguration) -> Iterator[None]:
+    """Say that a wrapper changed the names of a model, where tensors are said to be missing.
+
+    Not looked for before a merge: mergekit knows both names of some tensors, as GPT-2's.
+
+    Raises:
+        ValueError: in place of the error that a tensor is missing.
+    """
+    try:
+        yield
+    except (LackingError, RuntimeError) as error:
+        missing = isinstance(error, LackingError) or "required but not present" in str(error)
+        if missing and (found := _renamed(config)):
+            raise ValueError(found) from error
+        raise
+
+
+def _renamed(config: MergeConfiguration) -> str:
+    """Return which model has the names of another with a prefix, or without; empty if none has."""
+    names = {
+        str(reference): Headers().of_model(reference.model.path)
+        for reference in config.referenced_models()
+        if os.path.isdir(reference.model.path)
+    }
+    first, *others = names.items() or [("", {})]
+    for name, tensors in others:
+        if how := renaming(first[1], tensors):
+            return f"{name} {how.described(first[0])}"
+    return ""
 
 
 def _check_options(options: MergeOptions, on_ray: bool, gpus: bool) -> MergeOptions:
