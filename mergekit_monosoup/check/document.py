@@ -38,6 +38,11 @@ def leaves(value: Any) -> Iterator[Any]:
         yield value
 
 
+def filters(value: Any) -> list[dict[Any, Any]]:
+    """Return the entries with `filter` and `value` of a parameter."""
+    return [entry for entry in (value if isinstance(value, list) else [value]) if mapping(entry)]
+
+
 def parameter_sections(data: Any, place: str = "") -> Iterator[Section]:
     """Yield (place, parameters, model they stand under or None) of every `parameters` mapping."""
     if isinstance(data, list):

@@ -64,10 +64,15 @@ def define_check(
     return decorate
 
 
+def near_word(word: str, known: Collection[str]) -> str:
+    """Return the known word that an unknown one was meant to be; empty if none is near."""
+    return next(iter(difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)), "")
+
+
 def nearest(word: str, known: Collection[str]) -> str:
     """Return the end of a message about an unknown word: the one that was meant, or all."""
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f"; did you mean `{near[0]}`?" if near else f"; known: {', '.join(sorted(known))}"
+    near = near_word(word, known)
+    return f"; did you mean `{near}`?" if near else f"; known: {', '.join(sorted(known))}"
 
 
 def table(checks: Sequence[Check[Any]]) -> str:

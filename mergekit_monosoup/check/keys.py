@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,10 +15,13 @@ from pydantic import BaseModel, ValidationError
 
 from _mergekit_monosoup_autoload import SWITCH
 from mergekit_monosoup.check.context import Document
-from mergekit_monosoup.check.finding import Finding, define_check, nearest
+from mergekit_monosoup.check.document import filters
+from mergekit_monosoup.check.finding import Finding, define_check, near_word, nearest
 from mergekit_monosoup.parameters import METHODS
 
 Schemas = list[type[BaseModel]]
+FILTER_KEYS = tuple(ConditionalParameter.model_fields)
+MODEL_KEYS = {"models", "slices", "modules"}  # of which mergekit wants exactly one
 
 
 @define_check(
@@ -31,6 +34,18 @@ def unknown_key(document: Document) -> Iterator[Finding]:
     for place, key, known in _unknown([document.schema], document.data, ""):
         if place != "name":  # of a stage of a mergekit-multi file
             yield document.error(place, f"unknown key, mergekit ignores it{nearest(key, known)}")
+
+
+def meant(document: Document) -> set[str]:
+    """Return the places of the keys that misspelt ones were meant to be, as ``models[0].model``.
+
+    That these are missing is no second mistake.
+    """
+    return {
+        place.removesuffix(key) + near
+        for place, key, known in _unknown([document.schema], document.data, "")
+        if (near := near_word(key, known))
+    }
 
 
 def _unknown(
@@ -93,27 +108,53 @@ def _members(annotation: Any) -> Iterator[Any]:
 )
 def refused(document: Document) -> Iterator[Finding]:
     error = document.config_error
+    if error is None:
+        return
+    explained = meant(document) | _explained_parameters(document)
     if isinstance(error, ValidationError):
         for place, message in refusals(error).items():
-            yield document.error(place, message)
-    elif error is not None:
+            if place not in explained:
+                yield document.error(place, message)
+    elif not (str(error).startswith("Exactly one of") and explained & MODEL_KEYS):
         yield document.error("top level", str(error))
+
+
+def unknown_filter_keys(value: Any) -> Iterator[str]:
+    """Yield the keys of a parameter's filters that filters do not have."""
+    for entry in filters(value):
+        yield from (str(key) for key in entry if key not in FILTER_KEYS)
+
+
+def _explained_parameters(document: Document) -> set[str]:
+    """Return the places of parameters about which PAR204 or PAR205 says more."""
+    return {
+        f"{place}.{name}"
+        for place, parameters, _ in document.sections
+        for name, value in parameters.items()
+        if document.method and (value is None or any(unknown_filter_keys(value)))
+    }
 
 
 def refusals(error: ValidationError) -> dict[str, str]:
     """Return place → message; one mistake in a parameter fails every member of pydantic's union."""
     messages: dict[str, str] = {}
     for item in error.errors():
-        parts = [str(part) for part in item["loc"]]
+        parts = list(item["loc"])
         if "parameters" in parts[:-1]:
-            place = ".".join(parts[: parts.index("parameters") + 2])
+            place = _place(parts[: parts.index("parameters") + 2])
             messages.setdefault(
                 place,
                 "must be a value, a list of values (a gradient), or a list of `filter` and `value`",
             )
         else:
-            messages.setdefault(".".join(parts) or "top level", item["msg"])
+            messages.setdefault(_place(parts) or "top level", item["msg"])
     return messages
+
+
+def _place(parts: Sequence[str | int]) -> str:
+    """Return pydantic's path to a value as findings name places: ``models[0].model``."""
+    place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts)
+    return place.removeprefix(".")
 
 
 @define_check(

@@ -12,6 +12,7 @@ from mergekit.common import ModelReference
 from mergekit_monosoup.check.context import Document
 from mergekit_monosoup.check.document import entries, mapping, real_path
 from mergekit_monosoup.check.finding import Finding, define_check
+from mergekit_monosoup.check.keys import meant
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,8 @@ def two_spellings(document: Document) -> Iterator[Finding]:
     advice="add the base model, or as many models as the method needs",
 )
 def contract(document: Document) -> Iterator[Finding]:
+    if "base_model" in meant(document):
+        return  # it is there, but misspelt
     for group in _groups(document):
         names = list(dict.fromkeys(group.models))
         if group.base is not None and group.slice is None and group.base not in names:

@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from mergekit.config import ConditionalParameter
 from mergekit.merge_methods.base import MergeMethod, ParameterScope
 from pydantic import ValidationError
 
 from mergekit_monosoup import parameters as rules
 from mergekit_monosoup.check.context import Document
-from mergekit_monosoup.check.document import leaves, mapping
+from mergekit_monosoup.check.document import filters, leaves, mapping
 from mergekit_monosoup.check.finding import Finding, define_check, nearest
-
-FILTER_KEYS = tuple(ConditionalParameter.model_fields)
+from mergekit_monosoup.check.keys import FILTER_KEYS, unknown_filter_keys
 
 
 def _declared(document: Document) -> dict[str, Any]:
@@ -93,11 +91,6 @@ def no_value(document: Document) -> Iterator[Finding]:
             yield document.error(place, "has no value; leave the line out to get the default")
 
 
-def _filters(value: Any) -> list[dict[Any, Any]]:
-    """Return the entries with `filter` and `value` of a parameter."""
-    return [c for c in (value if isinstance(value, list) else [value]) if isinstance(c, dict)]
-
-
 @define_check(
     "PAR205",
     "error",
@@ -106,10 +99,9 @@ def _filters(value: Any) -> list[dict[Any, Any]]:
 )
 def unknown_filter_key(document: Document) -> Iterator[Finding]:
     for place, _, value, _ in _known(document):
-        for key in (key for entry in _filters(value) for key in entry):
-            if key not in FILTER_KEYS:
-                near = nearest(str(key), FILTER_KEYS)
-                yield document.error(place, f"unknown key `{key}` in a filter{near}")
+        for key in unknown_filter_keys(value):
+            near = nearest(key, FILTER_KEYS)
+            yield document.error(place, f"unknown key `{key}` in a filter{near}")
 
 
 @define_check(
@@ -120,8 +112,9 @@ def unknown_filter_key(document: Document) -> Iterator[Finding]:
 )
 def unreached_filter(document: Document) -> Iterator[Finding]:
     for place, _, value, _ in _known(document):
-        for entry in _filters(value)[:-1]:
-            if entry.get("filter") in (None, "*"):
+        for entry in filters(value)[:-1]:
+            misspelt = any(unknown_filter_keys(entry))
+            if entry.get("filter") in (None, "*") and not misspelt:
                 yield document.error(
                     place,
                     "an entry without `filter` comes before others, which are never reached: "

@@ -29,8 +29,8 @@ def _listed(names: Iterable[str]) -> str:
 def _unreadable(document: Document, *, local: bool) -> Iterator[tuple[str, str]]:
     """Yield (model, error) of the models without headers, of those that lie here or others."""
     for name, error in document.opened.items():
-        if isinstance(error, ForeignError | WrappedError):
-            continue  # which files.py reports
+        if isinstance(error, ForeignError | WrappedError) or error is document.references[name]:
+            continue  # which files.py reports, or KEY102
         if isinstance(error, Exception) and os.path.exists(name) == local:
             # The error of a cut-off file says it all.
             kind = "" if isinstance(error, LackingError) else f"{type(error).__name__}: "

@@ -49,6 +49,29 @@ def test_one_mistake_is_one_finding_not_every_member_of_a_union(write):
     assert len(found) <= 2
 
 
+@pytest.mark.parametrize(
+    ("changes", "place"),
+    [
+        ({"merge_method": None, "merge_methd": "monosoup"}, "merge_methd"),
+        ({"base_model": None, "base_modle": "x"}, "base_modle"),
+        ({"models": None, "modls": []}, "modls"),
+        ({"models": [{"modle": "x"}]}, "models[0].modle"),
+        ({"parameters": {"alpha": [{"filter": "mlp", "valu": 0.5}]}}, "parameters.alpha"),
+        (
+            {"parameters": {"alpha": [{"filtr": "mlp", "value": 0.5}, {"value": 0.1}]}},
+            "parameters.alpha",
+        ),
+        ({"parameters": {"alpha": None}}, "parameters.alpha"),
+        ({"models": [{"model": "a+b+c"}]}, "top level"),
+        ({"models": [{"model": None}]}, "models[0].model"),
+    ],
+)
+def test_one_mistake_is_one_finding(write, changes, place):
+    """What is missing because its key is misspelt is not missing, too."""
+    (message,) = messages(write(**changes))
+    assert message.startswith(f"{place}: ")
+
+
 @finds("KEY101")
 def test_keys_below_a_model(write, models):
     found = messages(write(models=[{"model": models[1][0], "weigth": 1}]))
