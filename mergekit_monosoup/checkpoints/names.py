@@ -117,21 +117,20 @@ class Renaming:
 
         ``other``: what the first is called.
         """
-        here, there = ("there", "here") if self.more else ("here", "there")
         if self.prefix:
-            what = f"begin with `{self.prefix}`"
-            rename = (
-                f"{{name.removeprefix({self.prefix!r}): tensor … if "
-                f"name.startswith({self.prefix!r})}}"
-            )
+            kind, listed = "begin with", f"`{self.prefix}`"
+            change = f"name.removeprefix({self.prefix!r}): tensor … if name.startswith(…)"
         else:
-            what = f"have `{'`, `'.join(self.parts)}` within"
+            kind, listed = "have within", ", ".join(f"`{part}`" for part in self.parts)
             replaced = "".join(f".replace({part + '.'!r}, '')" for part in self.parts)
-            rename = f"{{name{replaced}: tensor …}}"
+            change = f"name{replaced}: tensor …"
+        if self.more:
+            what = f"the names of {other} {kind} {listed}, its own do not"
+        else:
+            what = f"its names {kind} {listed}, those of {other} do not"
         return (
-            f"names {self.count} tensor(s) otherwise than {other}: {here} their names {what}, "
-            f"{there} not; save them under one set of names, as `{rename}`, or save the model "
-            "inside of its wrapper"
+            f"{what} ({self.count} tensors are the same otherwise): save the model inside of its "
+            f"wrapper, or rename the tensors, `{{{change}}}`"
         )
 
 

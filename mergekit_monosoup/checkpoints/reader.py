@@ -20,7 +20,7 @@ from mergekit.io import LazyTensorLoader, ShardedTensorIndex
 from torch import Tensor
 
 from mergekit_monosoup.checkpoints.headers import Headers, LackingError
-from mergekit_monosoup.checkpoints.names import natural
+from mergekit_monosoup.checkpoints.names import natural, renaming
 from mergekit_monosoup.checkpoints.pickles import named_tensors
 from mergekit_monosoup.errors import QUANTISED, NonFiniteError, SolverError
 
@@ -99,6 +99,8 @@ class Checkpoints:
 
     def _check_overlap(self, indices: Sequence[Mapping[str, str]]) -> None:
         for model, index in zip(self.models[1:], indices[1:], strict=True):
+            if found := renaming(indices[0], index):
+                raise ValueError(f"{model}: {found.described(self.models[0])}")
             if not index.keys() & indices[0].keys():
                 raise ValueError(
                     f"{model} has no tensor name in common with {self.models[0]} "

@@ -276,15 +276,16 @@ def _names_compared(config: MergeConfiguration) -> Iterator[None]:
 
 def _renamed(config: MergeConfiguration) -> str:
     """Return which model has the names of another with a prefix, or without; empty if none has."""
+    base_first = sorted(config.referenced_models(), key=lambda r: (r != config.base_model, str(r)))
     names = {
         str(reference): Headers().of_model(reference.model.path)
-        for reference in config.referenced_models()
+        for reference in base_first
         if os.path.isdir(reference.model.path)
     }
     first, *others = names.items() or [("", {})]
     for name, tensors in others:
         if how := renaming(first[1], tensors):
-            return f"{name} {how.described(first[0])}"
+            return f"{name}: {how.described(first[0])}"
     return ""
 
 

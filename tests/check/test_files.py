@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from helpers.findings import messages
 from safetensors.torch import load_file, save_file
+
+from mergekit_monosoup.checkpoints.reader import Checkpoints
 
 finds = pytest.mark.finds
 WRAPPERS = ("_orig_mod.", "module.", "student.", "model.", "base_model.model.")
@@ -37,16 +40,31 @@ def test_names_that_a_wrapper_changed(write, models, state, folder, wrapper):
     save_file({changed(n): t for n, t in state.items()}, folder / "model.safetensors")
     (message,) = messages(write(models=[{"model": str(folder)}]))
     count = sum(changed(name) != name for name in state)
-    assert message.startswith(f"{folder}: names {count} tensor(s) otherwise than {models[0]}: ")
-    if wrapper is within:
-        assert "have `_fsdp_wrapped_module` within, there not" in message
-    else:
-        assert f"here their names begin with `{wrapper}`, there not" in message
+    what = "have within `_fsdp_wrapped_module`"
+    if wrapper is not within:
+        what = f"begin with `{wrapper}`"
         assert f"name.removeprefix({wrapper!r})" in message
+    assert message.startswith(f"{folder}: its names {what}, those of {models[0]} do not ({count} ")
+    with pytest.raises(ValueError, match=f"{folder}: its names") as found:
+        Checkpoints([models[0], str(folder)])
+    assert str(found.value) == message
     (message,) = messages(
         write(base_model=str(folder), models=[{"model": path} for path in models[1]])
     )
-    assert message.startswith(models[1][0]) and "there their names" in message
+    assert message.startswith(f"{models[1][0]}: the names of {folder} {what}, its own do not")
+
+
+def test_prefixes_that_mergekit_knows(write, tmp_path):
+    """GPT-2 lies on the hub without `transformer.`, and is saved with it; merges are healthy."""
+    config = transformers.GPT2Config(vocab_size=64, n_positions=16, n_embd=16, n_layer=2, n_head=2)
+    model = transformers.GPT2LMHeadModel(config)
+    for name in ("base", "tuned"):
+        model.save_pretrained(tmp_path / name)
+    file = tmp_path / "base" / "model.safetensors"
+    state = {n.removeprefix("transformer."): t for n, t in load_file(file).items()}
+    save_file(state, file, metadata={"format": "pt"})
+    path = write(base_model=str(tmp_path / "base"), models=[{"model": str(tmp_path / "tuned")}])
+    assert messages(path) == []
 
 
 @finds("MOD306")
