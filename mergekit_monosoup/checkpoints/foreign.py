@@ -92,7 +92,9 @@ def of_file(file: str) -> str:
     if os.path.isdir(file):
         return "is a folder, where a file belongs"
     if not os.path.isfile(file):
-        return "is no regular file"
+        return "is no regular file" if os.path.exists(file) else "is not there"
+    if starts_as_safetensors(file):
+        return ""  # whose length may begin as another format does
     with open(file, "rb") as opened:
         start = opened.read(512)
     if not start:
@@ -104,6 +106,14 @@ def of_file(file: str) -> str:
     if not any(start):
         return f"begins with zeros, as a download that was cut off: {AGAIN}"
     return _text(text) or _by_suffix(file)
+
+
+def starts_as_safetensors(file: str) -> bool:
+    """Whether a file begins as one of safetensors: a length that fits, then a JSON mapping."""
+    with open(file, "rb") as opened:
+        start = opened.read(9)
+    length = int.from_bytes(start[:8], "little")
+    return start[8:] == b"{" and length <= os.path.getsize(file) - 8
 
 
 def _by_suffix(file: str) -> str:

@@ -70,7 +70,7 @@ def load(file: str, device: str) -> Any:
     """
     if reason := foreign.of_file(file):
         raise ForeignError(f"{file} {reason}")
-    if starts_as_safetensors(file):
+    if foreign.starts_as_safetensors(file):
         raise ForeignError(f"{file} is a safetensors file: give it the suffix .safetensors")
     try:
         with warnings.catch_warnings():  # about damaged bytes; what matters is raised
@@ -80,14 +80,6 @@ def load(file: str, device: str) -> Any:
         raise LackingError(f"{file} cannot be read: {error.strerror or error}") from None
     except Exception as error:  # of zip, pickle, and whatever a damaged pickle makes torch do
         raise LackingError(f"{file} {_fault(error)}") from None
-
-
-def starts_as_safetensors(file: str) -> bool:
-    """Whether a file begins as one of safetensors: a length that fits, then a JSON mapping."""
-    with open(file, "rb") as opened:
-        start = opened.read(10)
-    length = int.from_bytes(start[:8], "little")
-    return start[8:9] == b"{" and length <= os.path.getsize(file)
 
 
 def _fault(error: Exception) -> str:

@@ -24,6 +24,7 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 
 from mergekit_monosoup.check.keys import refusals
+from mergekit_monosoup.checkpoints import foreign
 from mergekit_monosoup.checkpoints.headers import Headers, LackingError
 from mergekit_monosoup.checkpoints.names import renaming
 from mergekit_monosoup.checkpoints.reader import is_single_file
@@ -239,10 +240,11 @@ def _check_places(out_path: str, config: MergeConfiguration) -> None:
     for reference in references:
         for part in (reference.model, reference.lora):
             if part is not None and is_single_file(part.path):
-                raise ValueError(
-                    f"{part.path} is a single file, and `run` merges folders of models: merge "
-                    "files with `mergekit-pytorch CONFIG OUT`"
+                way_out = (
+                    "is a single file, and `run` merges folders of models: merge files with "
+                    "`mergekit-pytorch CONFIG OUT`"
                 )
+                raise ValueError(f"{part.path} {foreign.of_file(part.path) or way_out}")
             if part is not None and os.path.realpath(part.path) == os.path.realpath(out_path):
                 raise ValueError(
                     f"{out_path} is an input of this merge, which would replace it: name another "

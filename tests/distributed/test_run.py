@@ -538,6 +538,63 @@ def test_what_fails_with_force_leaves_the_old_model_alone(world, tmp_path, monke
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before
 
 
+@pytest.fixture
+def spoilt(world, tmp_path):
+    """A model to spoil, and the configuration that merges it."""
+    shutil.copytree(world / "qwen3" / "tuned0", tmp_path / "spoilt")
+    path = config(world, tmp_path)
+    path.write_text(path.read_text().replace(f"{world}/qwen3/tuned0", str(tmp_path / "spoilt")))
+    return tmp_path / "spoilt", path
+
+
+@pytest.mark.parametrize("more", [[], ["--seed-per-tensor"]])
+def test_models_that_cannot_be_merged_are_named_in_a_line(spoilt, tmp_path, more):
+    """A damaged shard or index, another format; nothing is written."""
+    folder, path = spoilt
+    out = tmp_path / "out"
+    index = folder / "model.safetensors.index.json"
+    text, shard = index.read_text(), min(folder.glob("*.safetensors"))
+    for content, words in (
+        (text.replace(shard.name, f"../{shard.name}"), "which is outside of its folder"),
+        (text.replace(shard.name, "gone.safetensors"), "not there ('gone.safetensors')"),
+        ("[]", "has no `weight_map`"),
+    ):
+        index.write_text(content)
+        (line,) = run(path, out, *more, code=1).splitlines()
+        assert words in line and str(index) in line
+    index.write_text(text)
+    shard.write_bytes(b"<!DOCTYPE html>" + bytes(20))
+    (line,) = run(path, out, *more, code=1).splitlines()
+    assert f"{shard} is a web page" in line
+    for file in [*folder.glob("model*")]:
+        file.unlink()
+    (folder / "model.gguf").write_bytes(b"GGUF")
+    (line,) = run(path, out, *more, code=1).splitlines()
+    assert f"{folder} has model.gguf: GGUF, which mergekit does not read" in line
+    path.write_text(path.read_text().replace(str(folder), str(folder / "model.gguf")))
+    (line,) = run(path, out, *more, code=1).splitlines()
+    assert f"{folder}/model.gguf is GGUF, which mergekit does not read" in line
+    torch.save({"w": torch.zeros(2, 2)}, folder / "model.gguf")
+    (line,) = run(path, out, *more, code=1).splitlines()
+    assert "model.gguf is GGUF" in line
+    (folder / "model.gguf").rename(folder / "model.pt")
+    path.write_text(path.read_text().replace(".gguf", ".pt"))
+    (line,) = run(path, out, *more, code=1).splitlines()
+    assert "model.pt is a single file, and `run` merges folders" in line
+    assert "mergekit-pytorch CONFIG OUT" in line and not out.exists()
+
+
+@pytest.mark.parametrize("more", [[], ["--seed-per-tensor"]])
+def test_names_with_a_wrappers_prefix(world, spoilt, tmp_path, more):
+    folder, path = spoilt
+    state = {f"_orig_mod.{name}": tensor for name, tensor in stored(folder).items()}
+    for file in folder.glob("model*"):
+        file.unlink()
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    said = run(path, tmp_path / "out", *more, code=1)
+    assert f"{folder}: its names begin with `_orig_mod.`, those of {world}" in said
+
+
 def test_a_new_model_on_its_way_into_place_is_not_lost(world, tmp_path, monkeypatch):
     path, out = config(world, tmp_path), tmp_path / "out"
     run(path, out)
