@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 AGAIN = "download it again"
@@ -188,11 +189,18 @@ def _other_names(folder: str, names: list[str]) -> str:
     return ""
 
 
-def _formats(folder: str, names: list[str]) -> str:
+def of_names(names: Collection[str]) -> str:
+    """Return which other format there is by the names of files; empty if none is known."""
     for suffix, kind in _SUFFIXES.items():
         for name in names:
             if name.lower().endswith(suffix):
                 return f"has {name}: {kind}"
+    return ""
+
+
+def _formats(folder: str, names: list[str]) -> str:
+    if found := of_names(names):
+        return found
     for name in names:
         path = os.path.join(folder, name)
         if name.lower().endswith(_WEIGHTS) and os.path.exists(path) and (why := of_file(path)):

@@ -44,10 +44,21 @@ def read_header(file: str, *, unwrap: bool = False) -> dict[str, Stored]:
 
 
 def _of_hub(repository: str, revision: str | None) -> dict[str, Stored]:
-    """Fetch the headers of a hub repository's safetensors files."""
-    from huggingface_hub import get_safetensors_metadata
+    """Fetch the headers of a hub repository's safetensors files.
 
-    files = get_safetensors_metadata(repository, revision=revision).files_metadata
+    Raises:
+        ForeignError: it holds another format only, as GGUF; and what the hub's client raises.
+    """
+    from huggingface_hub import get_safetensors_metadata, list_repo_files
+    from huggingface_hub.errors import NotASafetensorsRepoError
+
+    try:
+        files = get_safetensors_metadata(repository, revision=revision).files_metadata
+    except NotASafetensorsRepoError:
+        names = list_repo_files(repository, revision=revision)
+        if not any(name.endswith(".bin") for name in names) and (found := foreign.of_names(names)):
+            raise ForeignError(f"{repository} {found}") from None
+        raise
     return {
         name: Stored(
             f"{repository}/{file}",

@@ -7,13 +7,14 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
-from zipfile import is_zipfile
+from zipfile import ZipFile, is_zipfile
 
 import torch
 
 from mergekit_monosoup.checkpoints import foreign
 from mergekit_monosoup.checkpoints.stored import ForeignError, LackingError, Stored, WrappedError
 
+_LARGEST_PICKLE = 1_000_000_000  # bytes, without the tensors, which lie beside it in the archive
 _DEEPEST = 2  # dictionaries inside of each other in which tensors are looked for
 
 
@@ -75,11 +76,22 @@ def load(file: str, device: str) -> Any:
     try:
         with warnings.catch_warnings():  # about damaged bytes; what matters is raised
             warnings.simplefilter("ignore")
-            return torch.load(file, map_location=device, weights_only=True, mmap=is_zipfile(file))
+            zipped = is_zipfile(file)
+            if zipped:
+                _check_archive(file)
+            return torch.load(file, map_location=device, weights_only=True, mmap=zipped)
     except OSError as error:
         raise LackingError(f"{file} cannot be read: {error.strerror or error}") from None
     except Exception as error:  # of zip, pickle, and whatever a damaged pickle makes torch do
         raise LackingError(f"{file} {_fault(error)}") from None
+
+
+def _check_archive(file: str) -> None:
+    """Raise ValueError if an archive would be unpacked into more than a pickle of names takes."""
+    with ZipFile(file) as archive:
+        for entry in archive.infolist():
+            if entry.filename.endswith(".pkl") and entry.file_size > _LARGEST_PICKLE:
+                raise ValueError(f"{entry.filename} in it unpacks to {entry.file_size} bytes")
 
 
 def _fault(error: Exception) -> str:

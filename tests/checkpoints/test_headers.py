@@ -18,7 +18,7 @@ from mergekit.io import ShardedTensorIndex
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from mergekit_monosoup.checkpoints import headers
+from mergekit_monosoup.checkpoints import headers, pickles
 from mergekit_monosoup.checkpoints.headers import (
     ForeignError,
     Headers,
@@ -246,6 +246,13 @@ def test_what_else_lies_where_weights_should(tmp_path, content, words, suffix):
         read_header(str(tmp_path / f"m{suffix}"))
 
 
+def test_an_archive_that_unpacks_to_gigabytes(tmp_path, monkeypatch):
+    torch.save(TENSORS, tmp_path / "m.bin")
+    monkeypatch.setattr(pickles, "_LARGEST_PICKLE", 100)
+    with pytest.raises(LackingError, match=r"data\.pkl in it unpacks to \d+ bytes"):
+        read_header(str(tmp_path / "m.bin"))
+
+
 def test_weights_under_the_suffix_of_the_other_format(tmp_path):
     save_file(TENSORS, tmp_path / "m.bin")
     torch.save(TENSORS, tmp_path / "m.safetensors")
@@ -377,3 +384,19 @@ def test_of_a_hub_repository_only_headers_are_fetched(monkeypatch):
     assert Headers().of_model("org/model", "v1") == {
         "w": Stored("org/model/v1.safetensors", "w", (3, 5), 30, "BF16")
     }
+
+
+@pytest.mark.parametrize("names", [["model.Q8_0.gguf"], ["model.Q8_0.gguf", "pytorch_model.bin"]])
+def test_a_hub_repository_of_another_format(monkeypatch, names):
+    """Not where there are .bin files, which mergekit downloads."""
+    import huggingface_hub
+    from huggingface_hub.errors import NotASafetensorsRepoError
+
+    def metadata(repository, *, revision):
+        raise NotASafetensorsRepoError(repository)
+
+    monkeypatch.setattr(huggingface_hub, "get_safetensors_metadata", metadata)
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda *_, revision: names)
+    expected = ForeignError if len(names) == 1 else NotASafetensorsRepoError
+    with pytest.raises(expected, match="org/model"):
+        Headers().of_model("org/model")
