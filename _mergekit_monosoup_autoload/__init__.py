@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 SWITCH = "MERGEKIT_MONOSOUP_AUTOLOAD"
 METHODS_MODULE = "mergekit_monosoup.methods"
 BUFFERS_MODULE = "mergekit_monosoup.buffers"
+PLANNER_MODULE = "mergekit_monosoup.planner"
 NAMES = ("monosoup", "svc")  # of the methods that METHODS_MODULE registers
 
 _lock = _thread.allocate_lock()
@@ -223,8 +224,15 @@ def _keep_buffers(task_adapter: "ModuleType") -> None:
     sys.modules[BUFFERS_MODULE].keep(task_adapter)
 
 
+def _watch_plans(_: "ModuleType") -> None:
+    """Have plans compared with the models' files, for the tensors that mergekit passes by."""
+    __import__(PLANNER_MODULE)
+    sys.modules[PLANNER_MODULE].watch()
+
+
 TARGETS: "dict[str, Callable[[ModuleType], None]]" = {
     "mergekit.merge_methods": _register_methods,
+    "mergekit.plan": _watch_plans,
     "mergekit.evo.genome": _allow_in_evolve,
     "mergekit.merge_methods.task_adapter": _keep_buffers,
 }

@@ -77,6 +77,8 @@ _OF_DOCUMENT: tuple[Check[Document], ...] = (
     plan.layer_range,
     plan.unknown_module,
     plan.cannot_plan,
+    plan.other_depth,
+    plan.planner_fails,
 )
 # These look at whatever can be read, also where the configuration has errors.
 _OF_TENSORS: tuple[Check[Document], ...] = (
@@ -94,6 +96,8 @@ _OF_TENSORS: tuple[Check[Document], ...] = (
     files.renamed,
     files.differing_buffers,
     files.beside,
+    tensors.misfitting_definition,
+    tensors.uneven_stacks,
 )
 CHECKS: tuple[Check[Any], ...] = (*_OF_FILE, *_OF_DOCUMENT, *_OF_TENSORS)
 

@@ -26,7 +26,8 @@ from mergekit_monosoup.check.document import (
     parameter_sections,
 )
 from mergekit_monosoup.check.finding import Finding, Level
-from mergekit_monosoup.check.planning import Planning, Reads
+from mergekit_monosoup.check.planning import Planning
+from mergekit_monosoup.checkpoints.coverage import Reads
 from mergekit_monosoup.checkpoints.headers import Headers, LackingError, Stored
 from mergekit_monosoup.checkpoints.names import Renaming, renaming
 from mergekit_monosoup.checkpoints.reader import NotThereError, check_model_path, is_single_file
@@ -190,7 +191,7 @@ class Document:
     def reads(self) -> Reads:
         """What the planned merge reads; nothing without a plan, or where a model is unreadable."""
         complete = len(self.tensors) == len(self.models)
-        return self.planning.reads if complete and self.planning.tasks else Reads()
+        return self.planning.reads if complete and self.planning.is_made else Reads()
 
 
 def _reference(name: str) -> ModelReference | Exception:

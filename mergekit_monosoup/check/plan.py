@@ -8,11 +8,13 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 
 from mergekit.common import ModelReference
 
 from mergekit_monosoup.check.context import Document
 from mergekit_monosoup.check.finding import Finding, define_check
+from mergekit_monosoup.checkpoints import misfit
 
 
 @define_check(
@@ -40,13 +42,9 @@ def other_architecture(document: Document) -> Iterator[Finding]:
         if architecture != architectures[first]:
             yield document.error(
                 str(other),
-                f"is a {_class_name(other)} and {first} a {_class_name(first)}; "
+                f"is a {misfit.class_of(other)} and {first} a {misfit.class_of(first)}; "
                 "mergekit merges them with --allow-crimes only",
             )
-
-
-def _class_name(model: ModelReference) -> str:
-    return next(iter(model.config().architectures or []), "?")
 
 
 @define_check(
@@ -93,7 +91,44 @@ def unknown_module(document: Document) -> Iterator[Finding]:
     advice="read mergekit's own words in the message, often a parameter that the method needs",
 )
 def cannot_plan(document: Document) -> Iterator[Finding]:
-    if document.planning.error is not None:
-        yield document.error(
-            "top level", f"mergekit cannot plan this merge: {document.planning.error}"
-        )
+    error = document.planning.error
+    # A different depth is what PLAN406 reports.
+    if error is not None and misfit.is_refusal(error) and not _layers(document):
+        yield document.error("top level", f"mergekit cannot plan this merge: {error}")
+
+
+@define_check(
+    "PLAN406",
+    "error",
+    title="models of different depth",
+    advice="merge fine-tunes of one model; with `slices`, say which layers belong together",
+)
+def other_depth(document: Document) -> Iterator[Finding]:
+    if layers := _layers(document):
+        yield document.error("models", misfit.uneven_depths(layers))
+
+
+def _layers(document: Document) -> dict[ModelReference, int]:
+    """Return the layers of each model, where they differ."""
+    planning = document.planning
+    if planning.config is None or not planning.architectures:
+        return {}
+    architecture = next(iter(planning.architectures.values()))
+    with suppress(Exception):  # which mergekit's planner meets again, and is reported there
+        return misfit.depths(planning.config, architecture)
+    return {}
+
+
+@define_check(
+    "PLAN407",
+    "error",
+    title="architecture that mergekit's planner fails at",
+    advice="merge the files with mergekit-pytorch, by the configuration that the message gives",
+)
+def planner_fails(document: Document) -> Iterator[Finding]:
+    planning = document.planning
+    if planning.error is None or misfit.is_refusal(planning.error):
+        return
+    model = next(iter(planning.known))
+    said = misfit.cannot_plan(planning.error, model, misfit.class_of(model))
+    yield document.error("top level", f"{said}. {planning.way_out}")

@@ -2,35 +2,32 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
-from mergekit.architecture import ModelArchitecture, arch_info_for_config
+from mergekit.architecture import ModelArchitecture, arch_info_for_config, auto
+from mergekit.architecture.auto import infer_architecture_info
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.io import LazyTensorLoader
 from mergekit.io.tasks import LoaderCache, SaveTensor
 from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
+from transformers import PretrainedConfig
 
-from mergekit_monosoup.checkpoints.headers import Headers, LackingError
-from mergekit_monosoup.checkpoints.inputs import Inputs, loads
+from mergekit_monosoup.checkpoints import misfit
+from mergekit_monosoup.checkpoints.coverage import Reads, compare, is_sliced
+from mergekit_monosoup.checkpoints.headers import Headers
+from mergekit_monosoup.checkpoints.inputs import Inputs
 
-
-@dataclass(frozen=True)
-class Reads:
-    """What a planned merge reads, compared with what the models hold.
-
-    Attributes:
-        lacking: model → tensors (by mergekit's names) without which mergekit would stop.
-        unread: model → tensors (by the files' names) that mergekit passes by.
-    """
-
-    lacking: Mapping[str, set[str]] = field(default_factory=dict)
-    unread: Mapping[str, set[str]] = field(default_factory=dict)
+# Loggers that mergekit warns with while it plans; also the root, see :func:`_silent`.
+_TALKATIVE = ("mergekit.architecture", "mergekit.architecture.auto")
 
 
 @dataclass(frozen=True)
@@ -55,23 +52,65 @@ class Planning:
         return tuple(references) if local else ()
 
     @cached_property
+    def configs(self) -> dict[ModelReference, PretrainedConfig | Exception]:
+        """Each model's config.json as transformers reads it without the model's own code."""
+        found: dict[ModelReference, PretrainedConfig | Exception] = {}
+        for reference in self.models:
+            try:
+                with _silent():
+                    found[reference] = reference.config()
+            except Exception as error:
+                found[reference] = error
+        return found
+
+    @cached_property
+    def known(self) -> dict[ModelReference, ModelArchitecture | None]:
+        """mergekit's definition of each model, the base or first one first; None: it infers one.
+
+        Empty where mergekit would not get so far, or only with code of the model's own, which is
+        not to be run here.
+        """
+        found = {}
+        for reference, config in self.configs.items():
+            if isinstance(config, Exception) or len(config.architectures or ()) != 1:
+                return {}
+            with _silent():
+                found[reference] = arch_info_for_config(config)
+        if not found or self.config is None:
+            return {}
+        first = self.config.base_model or self.models[0]
+        return {first: found[first], **found}
+
+    @property
+    def is_inferred(self) -> bool:
+        """Whether mergekit has no definition of one of the models, and infers one for all."""
+        return None in self.known.values()
+
+    @cached_property
+    def _inferred(self) -> ModelArchitecture | Exception:
+        """What mergekit makes of the models' tensors, or raises."""
+        assert self.config is not None
+        infer = getattr(infer_architecture_info, "__wrapped__", infer_architecture_info)
+        try:
+            with _silent(), _names_lent_to_mergekit(self.loaders):
+                made: ModelArchitecture = infer(
+                    self.models, self.config.base_model, MergeOptions(quiet=True)
+                )
+            return made
+        except Exception as error:
+            return error
+
+    @cached_property
     def architectures(self) -> dict[ModelReference, ModelArchitecture]:
         """What mergekit takes each model for, the base or first one first.
 
-        Empty where that needs more than the files: code of the model's own, which is not to be
-        run here, or an architecture that mergekit infers from all tensors.
+        Empty where that is not known: see :attr:`known`, and where a model cannot be read.
         """
-        known = {}
-        for reference in self.models:
-            try:
-                known[reference] = arch_info_for_config(reference.config())
-            except Exception:  # code of its own, or unknown to this version of transformers
-                return {}
-        if not known or not all(known.values()):
+        if not self.is_inferred:
+            return {reference: made for reference, made in self.known.items() if made is not None}
+        if len(self.loaders) < len(self.models) or isinstance(self._inferred, Exception):
             return {}
-        assert self.config is not None
-        first = self.config.base_model or self.models[0]
-        return {first: known[first], **known}  # type: ignore[dict-item] # None is gone
+        return dict.fromkeys(self.known, self._inferred)
 
     @cached_property
     def loaders(self) -> dict[ModelReference, LazyTensorLoader]:
@@ -85,7 +124,11 @@ class Planning:
     @cached_property
     def _planned(self) -> tuple[SaveTensor, ...] | Exception | None:
         """What mergekit's planner makes, or raises now as it would in the merge."""
-        if not self.architectures or self.config is None:
+        if self.config is None or len(self.loaders) < len(self.models):
+            return None
+        if self.is_inferred and isinstance(self._inferred, Exception):
+            return self._inferred
+        if not self.architectures:
             return None
         (first, architecture), *_ = self.architectures.items()
         try:
@@ -95,11 +138,16 @@ class Planning:
                 MergeOptions(quiet=True),
                 first.config(),
             )
-            with _lent_to_mergekit(self.loaders):
+            with _silent(), _lent_to_mergekit(self.loaders):
                 tasks = planner.plan_to_disk("")  # which only writes when it is executed
             return tuple(task for task in tasks if isinstance(task, SaveTensor))
         except Exception as error:
             return error
+
+    @property
+    def is_made(self) -> bool:
+        """Whether mergekit's planner made a plan, be it an empty one."""
+        return isinstance(self._planned, tuple)
 
     @property
     def tasks(self) -> tuple[SaveTensor, ...]:
@@ -111,30 +159,18 @@ class Planning:
         """What mergekit's planner raises."""
         return self._planned if isinstance(self._planned, Exception) else None
 
+    @property
+    def way_out(self) -> str:
+        """How to merge the models without a definition of their architecture."""
+        assert self.config is not None
+        return misfit.way_out(self.config, self.loaders)
+
     @cached_property
     def reads(self) -> Reads:
         """What the merge reads, where every model can be read."""
-        every = dict.fromkeys(load for task in self.tasks for load in loads(task.tensor_task))
-        models = dict.fromkeys(load.model for load in every)
+        assert self.config is not None
         inputs = Inputs(self.loaders, headers=self.headers)
-        lacking: dict[str, set[str]] = {}
-        read: set[str] = set()
-        for load in every:
-            # Tied weights are stored under several names, and any of them will do.
-            read |= {load.tensor, *(load.aliases or ()), *(load.tied_names or ())}
-            try:
-                read |= {source.name for source in inputs.sources(load)[0]}
-            except LackingError:
-                lacking.setdefault(str(load.model), set()).add(load.tensor)
-        # What is read of any model is in the merged one: modules may take their tensors from
-        # different models.
-        unread = {
-            str(model): rest
-            for model in models
-            if str(model) not in lacking
-            and (rest := set(self.loaders[model].index.tensor_paths) - read)
-        }
-        return Reads(lacking, unread)
+        return compare(self.tasks, inputs, sliced=is_sliced(self.config))
 
 
 @contextmanager
@@ -150,3 +186,41 @@ def _lent_to_mergekit(loaders: dict[ModelReference, LazyTensorLoader]) -> Iterat
         yield
     finally:
         del cache.loaders
+
+
+@contextmanager
+def _names_lent_to_mergekit(loaders: dict[ModelReference, LazyTensorLoader]) -> Iterator[None]:
+    """Let mergekit infer an architecture from these names; it would open every file again."""
+    module: Any = auto
+    original = module.get_model_tensor_names
+
+    def names(model: ModelReference, options: MergeOptions) -> list[str]:
+        lent = loaders.get(model)
+        return original(model, options) if lent is None else list(lent.index.tensor_paths)
+
+    module.get_model_tensor_names = names
+    try:
+        yield
+    finally:
+        module.get_model_tensor_names = original
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Keep back what mergekit logs in this thread: it says in its own words what we report."""
+    thread = threading.get_ident()
+    root, null = logging.getLogger(), logging.NullHandler()
+    loggers = [root, *map(logging.getLogger, _TALKATIVE)]
+
+    def elsewhere(record: logging.LogRecord) -> bool:
+        return record.thread != thread
+
+    root.addHandler(null)  # without any, `logging.warning` would set one up for good
+    for logger in loggers:
+        logger.addFilter(elsewhere)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(elsewhere)
+        root.removeHandler(null)

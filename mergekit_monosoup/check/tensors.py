@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 from mergekit.common import ModelReference
 
@@ -12,15 +12,13 @@ from mergekit_monosoup.check.context import Document
 from mergekit_monosoup.check.document import mapping
 from mergekit_monosoup.check.finding import Finding, Level, define_check
 from mergekit_monosoup.check.keys import named_dtype
+from mergekit_monosoup.checkpoints import misfit
+from mergekit_monosoup.checkpoints.coverage import is_matrix
 from mergekit_monosoup.checkpoints.headers import ForeignError, LackingError, Stored, WrappedError
+from mergekit_monosoup.checkpoints.names import EXPERTS
 from mergekit_monosoup.checkpoints.reader import NAMES_IN_MESSAGE
 
 Tensors = dict[str, Stored]
-
-
-def _listed(names: Iterable[str]) -> str:
-    """Return the first few names, sorted."""
-    return ", ".join(sorted(names)[:NAMES_IN_MESSAGE])
 
 
 # -- whether headers can be read -------------------------------------------------------------------
@@ -172,25 +170,34 @@ def _sliced(document: Document) -> bool:
 
 @define_check(
     "TEN507",
+    "error",
     "warning",
-    title="tensors that mergekit does not read",
-    advice="expect them to be missing from the merged model, or merge with mergekit-pytorch",
+    title="tensors that mergekit does not read; an error if there are matrices among them",
+    advice="expect them to be missing from the merged model, or merge with mergekit-pytorch; "
+    "`run` merges without the matrices if told `--allow-incomplete`",
 )
 def unread(document: Document) -> Iterator[Finding]:
-    if _sliced(document):
-        return
-    for model, names in _in_order(document, document.reads.unread):
-        yield document.warning(
-            model,
-            f"{len(names)} tensor(s) that mergekit does not read, "
-            f"so the merged model will not have them: {_listed(names)}",
-        )
+    for models, tensors in document.reads.unread_together.items():
+        where, said = " and ".join(_in_order(document, models)), misfit.unread(tensors)
+        if any(map(is_matrix, tensors.values())):
+            said += f"{_unlisted_modules(document)}. {document.planning.way_out}"
+            yield document.error(where, said)
+        else:
+            yield document.warning(where, said)
 
 
-def _in_order(document: Document, by_model: Any) -> list[tuple[str, set[str]]]:
-    """Return the items in the order in which the models are named."""
-    order = [*document.tensors, *by_model]
-    return sorted(by_model.items(), key=lambda item: order.index(item[0]))
+def _in_order(document: Document, models: Iterable[str]) -> list[str]:
+    """Return models in the order in which they are named."""
+    order = [*document.tensors, *models]
+    return sorted(models, key=order.index)
+
+
+def _unlisted_modules(document: Document) -> str:
+    """Return which modules of the architecture `modules` leaves out, if it is given."""
+    listed = mapping(document.data.get("modules"))
+    known = next(iter(document.planning.architectures.values())).modules
+    rest = sorted(set(known) - set(listed))
+    return f" (`modules` does not list {', '.join(rest)})" if listed and rest else ""
 
 
 @define_check(
@@ -200,14 +207,12 @@ def _in_order(document: Document, by_model: Any) -> list[tuple[str, set[str]]]:
     advice="complete the checkpoint: a shard or an expert may be missing",
 )
 def lacking(document: Document) -> Iterator[Finding]:
+    everywhere = document.reads.lacking_everywhere  # which TEN512 reports
     for model, names in document.reads.lacking.items():
         if document.renamed:
             continue  # it has them under other names, see TEN520
-        yield document.error(
-            model,
-            f"lacks {len(names)} tensor(s) that the merge needs, whole or in part: "
-            f"{_listed(names)}; is the checkpoint complete?",
-        )
+        if names - everywhere:
+            yield document.error(model, misfit.lacking(model, names - everywhere))
 
 
 # -- models beside each other ----------------------------------------------------------------------
@@ -287,11 +292,57 @@ def partial(document: Document) -> Iterator[Finding]:
     for first, ours, other, theirs in _others(document):
         if _unrelated(ours, theirs) or other in document.renamed:
             continue
-        for names, poorer, richer in (
-            (ours.keys() - theirs, other, first),
-            (theirs.keys() - ours, first, other),
-        ):
+        for poorer, richer in ((other, first), (first, other)):
+            names = _partly_missing(document, poorer, richer)
             if names and poorer not in document.reads.lacking:
                 yield document.warning(
-                    poorer, f"lacks {len(names)} tensor(s) of {richer}: {_listed(names)}"
+                    poorer, f"lacks {len(names)} tensor(s) of {richer}: {misfit.listed(names)}"
                 )
+
+
+def _partly_missing(document: Document, poorer: str, richer: str) -> set[str]:
+    """Return what one model has and another has not; without a plan, as the files call it.
+
+    mergekit stacks experts that are stored one by one, and knows tensors by several names: by the
+    names in the files, a model in another layout would seem to lack them.
+    """
+    reads = document.reads
+    if reads.models:
+        return reads.absent.get(poorer, set()) - reads.absent.get(richer, set())
+    names = document.tensors[richer].keys() - document.tensors[poorer]
+    if _stacks_experts(document.tensors[richer]) != _stacks_experts(document.tensors[poorer]):
+        names = {name for name in names if not _OF_EXPERTS.search(name)}
+    return names
+
+
+# `mlp.experts.3.up_proj`, `mlp.experts.gate_up_proj`; Mixtral's block has another name, too, in
+# the other layout.
+_OF_EXPERTS = re.compile(r"\.experts\.|\.block_sparse_moe\.|\.mlp\.gate\.")
+
+
+def _stacks_experts(tensors: Tensors) -> bool:
+    return any(EXPERTS.search(name) for name in tensors)
+
+
+@define_check(
+    "TEN512",
+    "error",
+    title="definition of an architecture that fits none of the models",
+    advice="merge the files with mergekit-pytorch, by the configuration that the message gives",
+)
+def misfitting_definition(document: Document) -> Iterator[Finding]:
+    if names := document.reads.lacking_everywhere:
+        model = next(iter(document.planning.known))
+        said = misfit.lacking_everywhere(names, misfit.class_of(model))
+        yield document.error("all models", f"{said}. {document.planning.way_out}")
+
+
+@define_check(
+    "TEN513",
+    "error",
+    title="stacks of experts that differ between the models",
+    advice="complete the checkpoint: an expert is missing, or it is another model",
+)
+def uneven_stacks(document: Document) -> Iterator[Finding]:
+    for model, said in misfit.uneven(document.reads):
+        yield document.error(model, said)

@@ -70,6 +70,14 @@ class Inputs:
             )
         return stack or ([], ())
 
+    def stored(self, model: ModelReference, name: str) -> Stored:
+        """Return a tensor of a model by its name in the files.
+
+        Raises:
+            LackingError: the index lists it, and the file lacks it.
+        """
+        return self._stored(self.loaders[model], name)
+
     def _stack(self, load: LoadTensor) -> tuple[list[Stored], tuple[int, ...]] | None:
         """Return the parts and shape of a tensor that mergekit puts together, if it does.
 

@@ -71,6 +71,12 @@ def layer(name: str) -> tuple[int, ...]:
     )
 
 
+def block(name: str) -> str:
+    """Return a tensor's name up to the number of its layer; empty outside of layers."""
+    match = _LAYER.search(name)
+    return name[: match.end()] if match else ""
+
+
 def projection(name: str) -> str:
     """Return what a matrix does within its layer, ``mlp.up_proj``.
 

@@ -39,6 +39,7 @@ from mergekit_monosoup.distributed.driver import MergeError, Request, check_inpu
 from mergekit_monosoup.distributed.engines import InProcess, OnRay, import_ray
 from mergekit_monosoup.distributed.folder import Done, WorkFolder
 from mergekit_monosoup.distributed.plan import SMALLEST_BATCH
+from mergekit_monosoup.planner import strictly
 
 FULL = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))  # as libraries in Rust say it, too
 ADAPTER = "adapter_model.safetensors"
@@ -116,6 +117,12 @@ SUPPORTED_OPTIONS = frozenset(
     help="Know the models' files by their content, not by size and time of change: for --resume, "
     "and to notice files that were replaced meanwhile. Reads each file once more at both ends.",
 )
+@click.option(
+    "--allow-incomplete",
+    is_flag=True,
+    help="Merge although mergekit passes by matrices of the models, which the merged model will "
+    "not have. Without it such a merge is refused.",
+)
 @add_merge_options
 def run(
     config_file: str,
@@ -127,6 +134,7 @@ def run(
     force: bool,
     seed_per_tensor: bool,
     hash_inputs: bool,
+    allow_incomplete: bool,
     merge_options: MergeOptions,
 ) -> None:
     """Merge CONFIG into OUT as mergekit-yaml does, tensor for tensor the same, by several workers.
@@ -138,9 +146,15 @@ def run(
     """
     on_ray = address is not None or (workers or 1) > 1
     if not (on_ray or resume or seed_per_tensor):
-        _run_mergekit_yaml(
-            config_file, out_path, merge_options, gpus=gpus, force=force, hash_inputs=hash_inputs
-        )
+        with strictly(allow_incomplete=allow_incomplete, in_process=True):
+            _run_mergekit_yaml(
+                config_file,
+                out_path,
+                merge_options,
+                gpus=gpus,
+                force=force,
+                hash_inputs=hash_inputs,
+            )
         return
     with _errors(out_path, merge_options.verbosity > 0):
         options = _check_options(merge_options, on_ray, gpus)
@@ -156,8 +170,12 @@ def run(
         seed = (options.random_seed or 0) if seed_per_tensor else None
         out = Path(out_path)
         request = Request(config, source, out, options, threads, seed, hash_inputs, engine)
-        with _names_compared(request.config.model_copy(deep=True)):
-            records = merge(request, resume=resume, force=force)
+        original = request.config.model_copy(deep=True)
+        with (
+            _names_compared(original),
+            strictly(allow_incomplete=allow_incomplete, in_process=False) as strict,
+        ):
+            records = merge(request, resume=resume, force=force, strict=strict)
     if not options.quiet:
         _print_summary(out_path, records, options.verbosity > 0, workers or 1)
 

@@ -56,6 +56,7 @@ from mergekit_monosoup.distributed.plan import (
 from mergekit_monosoup.distributed.progress import Bar
 from mergekit_monosoup.distributed.publication import FolderError
 from mergekit_monosoup.distributed.worker import Failed, MergeContext, method_of
+from mergekit_monosoup.planner import Strict
 
 LOG = logging.getLogger("mergekit_monosoup")
 
@@ -103,8 +104,12 @@ class Request:
         )
 
 
-def merge(request: Request, *, resume: bool, force: bool) -> list[Done]:
+def merge(
+    request: Request, *, resume: bool, force: bool, strict: Strict | None = None
+) -> list[Done]:
     """Merge, or go on with what an earlier run left, and publish the model.
+
+    ``strict``: knows what mergekit's plan leaves out, for the reports.
 
     Returns:
         The record of each batch.
@@ -128,7 +133,7 @@ def merge(request: Request, *, resume: bool, force: bool) -> list[Done]:
                 mergekit.merge.run_merge(
                     request.config, str(work.files), options, config_source=request.source
                 )
-            distributor.write_reports()
+            distributor.write_reports(strict.left_out if strict else ())
             work.prepare(distributor.shards())
         records = work.records()
         work.publish()
@@ -332,9 +337,14 @@ class Distributor:
 
     # -- when all batches are done -----------------------------------------------------------------
 
-    def write_reports(self) -> None:
-        """Write the reports that the configuration names, in the order of the plan."""
+    def write_reports(self, left_out: Sequence[tuple[str, report.Record]] = ()) -> None:
+        """Write the reports that the configuration names, in the order of the plan.
+
+        ``left_out``: (report, record) of what no batch merges.
+        """
         lines: dict[str, list[str]] = defaultdict(list)
+        for named, record in left_out:
+            lines[os.path.abspath(os.path.expanduser(named))].append(record.to_json() + "\n")
         for number in sorted(self.finished):
             for path, _, line in self.finished[number].reports:
                 if path:

@@ -2,10 +2,18 @@
 
 from mergekit_monosoup.report.journal import PLANNING_ONLY, Journal
 from mergekit_monosoup.report.output import OLD, check_path, replace
-from mergekit_monosoup.report.record import REALISED_WARNING, Record, by_depth, rank_share, read
+from mergekit_monosoup.report.record import (
+    LEFT_OUT,
+    REALISED_WARNING,
+    Record,
+    by_depth,
+    rank_share,
+    read,
+)
 from mergekit_monosoup.report.table import Row, layer_group, summarise, table
 
 __all__ = [
+    "LEFT_OUT",
     "OLD",
     "PLANNING_ONLY",
     "REALISED_WARNING",

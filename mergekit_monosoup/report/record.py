@@ -24,6 +24,8 @@ LONGEST_LINE = 2**24
 
 # A number of entries. What reads a report must be able to add and divide whatever stands in it.
 Size = Annotated[int, Field(ge=0, lt=2**63)]
+# The action of a tensor that mergekit does not read.
+LEFT_OUT = "left out"
 
 # Marks fields that a line has only when they were asked for.
 ON_REQUEST = {"on_request": True}
@@ -40,8 +42,8 @@ class Record:
             ``…down_proj[3]``.
         shape, dtype: of the matrix as stored in the checkpoint; dtype is the one that the edit was
             rounded to.
-        action: ``edited`` or ``copied`` (stays as fine-tuned, or as averaged); ``inspected``: no
-            merge, a prediction.
+        action: ``edited`` or ``copied`` (stays as fine-tuned, or as averaged); ``left out``: not
+            merged, for mergekit does not read it; ``inspected``: no merge, a prediction.
         reason: why it was copied, or what limits an edit; empty for a plain edit.
         mode, R: how k was chosen (R only in ``variance``).
         k, rank, effective_rank: cut, number of non-zero singular values of ΔW, exp(entropy of

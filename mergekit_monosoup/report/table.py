@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mergekit_monosoup.report.record import Record
+from mergekit_monosoup.report.record import LEFT_OUT, Record
 from mergekit_monosoup.terminal import cell
 
 if TYPE_CHECKING:
@@ -84,12 +84,13 @@ def _realised(records: Iterable[Record]) -> float | None:
 
 
 def _row(group: str, records: Sequence[Record]) -> Row:
-    edited = [r for r in records if r.action == "edited"]
+    merged = [r for r in records if r.action != LEFT_OUT]
+    edited = [r for r in merged if r.action == "edited"]
     return Row(
         group=group,
         edited=len(edited),
-        copied=len(records) - len(edited),
-        parameters=sum(math.prod(r.shape) for r in records),
+        copied=len(merged) - len(edited),
+        parameters=sum(math.prod(r.shape) for r in merged),
         rank_share=_mean(r.k / r.rank if r.k and r.rank else None for r in edited),
         P_k=_mean(r.P_k for r in edited),
         lambda_high=_mean(r.lambda_high for r in edited),
@@ -98,7 +99,7 @@ def _row(group: str, records: Sequence[Record]) -> Row:
         gamma_median=_mean(r.gamma_median for r in edited),
         gamma_max=max((r.gamma_max for r in edited if r.gamma_max is not None), default=None),
         amplified=_mean(r.amplified for r in edited),
-        rel_update=_mean(r.rel_update for r in edited or records),
+        rel_update=_mean(r.rel_update for r in edited or merged),
         realised=_realised(edited),
         seconds=sum(r.seconds for r in records),
         reasons=tuple(dict.fromkeys(r.reason for r in records if r.reason)),

@@ -13,6 +13,7 @@ import transformers
 import yaml
 from helpers import checkpoints
 from helpers.findings import messages
+from helpers.misfits import by_pytorch, fine_tuned, names_of, run_strictly
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.io import ShardedTensorIndex
@@ -21,8 +22,10 @@ from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 from safetensors.torch import load_file, save_file
 
-from mergekit_monosoup.check import check
+from mergekit_monosoup import report
+from mergekit_monosoup.check import check, planning
 from mergekit_monosoup.checkpoints import headers
+from mergekit_monosoup.planner import PlanningError
 
 finds = pytest.mark.finds
 
@@ -151,14 +154,12 @@ def test_tensors_that_mergekit_passes_by(write, tmp_path):
         for m in messages(write(base_model=base, models=[{"model": tuned}]), "warning")
         if "not read" in m
     ]
-    assert len(said) == 2 and said[0].startswith(f"{base}: 8 tensor(s) that mergekit does not read")
+    assert len(said) == 1
+    assert said[0].startswith(f"{base} and {tuned}: 8 tensor(s) that mergekit does not read")
     assert "model.layers.0.self_attn.k_proj.bias" in said[0]
     layers = [{"sources": [{"model": path, "layer_range": [0, 1]} for path in paths]}]
-    assert not [
-        m
-        for m in messages(write(base_model=base, models=None, slices=layers), "warning")
-        if "not read" in m
-    ]
+    (said,) = messages(write(base_model=base, models=None, slices=layers), "warning")
+    assert "4 tensor(s) that mergekit does not read" in said, "layer 1 is left out on purpose"
 
 
 def test_what_lies_beside_the_tensors_of_a_bin_file(write, models, tmp_path):
@@ -297,3 +298,213 @@ def test_a_damaged_file_is_read_once_too(write, tmp_path, reads, sharded):
             " are there; download it again" in found
         )
     assert reads[str(damaged)] == 1 and set(reads.values()) == {1}
+
+
+# -- where mergekit's idea of an architecture does not fit -----------------------------------------
+
+EXPERTS = dict(
+    vocab_size=32,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=2,
+    head_dim=8,
+    num_experts_per_tok=2,
+    moe_intermediate_size=8,
+    tie_word_embeddings=False,
+)
+
+
+def deepseek(dense: int = 1):
+    """mergekit infers it; where a first layer is dense, it misses the experts of the others."""
+    config = transformers.DeepseekV3Config(
+        **EXPERTS,
+        n_routed_experts=4,
+        n_group=1,
+        topk_group=1,
+        n_shared_experts=1,
+        first_k_dense_replace=dense,
+        q_lora_rank=8,
+        kv_lora_rank=8,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=8,
+        v_head_dim=8,
+    )
+    return transformers.AutoModelForCausalLM.from_config(config)
+
+
+def mixture(**changes):
+    config = transformers.Qwen3MoeConfig(**EXPERTS, num_experts=4, decoder_sparse_step=1, **changes)
+    return transformers.AutoModelForCausalLM.from_config(config)
+
+
+def rewrite(folder: Path, change) -> None:
+    """Replace the tensors in a folder by what ``change`` makes of them."""
+    state = change(checkpoints.state_dict(folder))
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def with_extra_layer(state):
+    """Add a layer for multi-token prediction, which no class of transformers has."""
+    layer = {n.replace("layers.1.", "layers.2."): t.clone() for n, t in state.items()}
+    return layer | state | {"model.layers.2.eh_proj.weight": torch.randn(16, 32)}
+
+
+LOST = {
+    "experts": (lambda: deepseek(1), dict, "model.layers.1.mlp.experts.0.down_proj.weight"),
+    "extra layer": (lambda: deepseek(0), with_extra_layer, "model.layers.2.eh_proj.weight"),
+    "tower": (mixture, lambda s: {**s, "vision.0.w": torch.ones(4, 4)}, "vision.0.w"),
+}
+
+
+@finds("TEN507")
+@pytest.mark.parametrize("kind", LOST)
+def test_matrices_that_nobody_reads_are_an_error(write, tmp_path, kind):
+    make, change, name = LOST[kind]
+    path = fine_tuned(write, make(), tmp_path)
+    base, tuned = tmp_path / "base", tmp_path / "tuned"
+    for folder in (base, tuned):
+        rewrite(folder, change)
+    (error,) = check(path)
+    assert (error.level, error.code) == ("error", "TEN507")
+    assert error.where == f"{base} and {tuned}" and name in error.message
+    if kind == "experts":
+        assert error.message.startswith("12 tensor(s), 12 of them matrices, that mergekit does not")
+        assert by_pytorch(error.message, tmp_path) == names_of(base)
+
+
+def test_run_refuses_to_lose_matrices_without_consent(write, tmp_path):
+    path = fine_tuned(write, deepseek(1), tmp_path, parameters={"report": f"{tmp_path}/r.jsonl"})
+    lost = {name for name in names_of(tmp_path / "base") if ".experts." in name}
+    with pytest.raises(PlanningError, match="--allow-incomplete merges without them"):
+        run_strictly(path, tmp_path / "out")
+    assert not (tmp_path / "out").exists() and not (tmp_path / "r.jsonl").exists()
+    run_strictly(path, tmp_path / "out", allow_incomplete=True)
+    assert names_of(tmp_path / "out") == names_of(tmp_path / "base") - lost
+    records = report.read(tmp_path / "r.jsonl")
+    assert {record.name for record in records if record.action == "left out"} == lost
+    *rows, total = report.summarise(records)
+    assert total.edited + total.copied == len(names_of(tmp_path / "out"))
+    assert any("mergekit does not read it" in reason for row in rows for reason in row.reasons)
+
+
+def test_mergekit_yaml_goes_on_and_the_report_says_what_is_missing(write, tmp_path, caplog):
+    path = fine_tuned(write, mixture(), tmp_path, parameters={"report": f"{tmp_path}/r.jsonl"})
+    for folder in ("base", "tuned"):
+        rewrite(tmp_path / folder, lambda s: {**s, "tower.0.w": torch.ones(4, 4)})
+    config = MergeConfiguration.model_validate(yaml.safe_load(path.read_text()))
+    run_merge(config, str(tmp_path / "out"), MergeOptions(quiet=True, copy_tokenizer=False))
+    (warning,) = [r for r in caplog.records if r.name == "mergekit_monosoup"]
+    assert "1 tensor(s), 1 of them matrices, that mergekit does not read" in warning.getMessage()
+    records = {record.name: record for record in report.read(tmp_path / "r.jsonl")}
+    left = records["tower.0.w"]
+    assert (left.action, left.shape, left.dtype) == ("left out", (4, 4), "float32")
+    assert sum(record.action == "left out" for record in records.values()) == 1
+
+
+def test_an_inferred_architecture_that_is_merged_whole_is_fine(write, tmp_path, caplog):
+    path = fine_tuned(write, deepseek(0), tmp_path)
+    assert check(path) == []
+    assert not caplog.records, "what mergekit says of inferring is not for the user of `check`"
+
+
+def test_slices_leave_out_layers_but_no_experts(write, tmp_path):
+    path = fine_tuned(write, deepseek(1), tmp_path)
+    models = [str(tmp_path / name) for name in ("base", "tuned")]
+    for layer, lost in (([0, 1], False), ([1, 2], True)):
+        sources = [{"model": model, "layer_range": layer} for model in models]
+        path = write(base_model=models[0], models=None, slices=[{"sources": sources}])
+        assert [f.code for f in check(path)] == ["TEN507"] * lost
+
+
+@finds("TEN507")
+def test_what_may_be_missing(write, tmp_path):
+    """Copies of tied weights are no loss, and buffers that a model computes are a warning."""
+    model = transformers.GemmaForCausalLM(  # mergekit's definition has no head
+        transformers.GemmaConfig(**{**EXPERTS, "tie_word_embeddings": True})
+    )
+    path = fine_tuned(write, model, tmp_path)
+    head = {"lm_head.weight": torch.randn(32, 16)}
+    rewrite(tmp_path / "tuned", lambda state: {**state, **head})
+    assert check(path) == []
+    buffers = {
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
+        "model.layers.0.attn.bias": torch.ones(1, 1, 4, 4),
+        "model.rotary_emb.cos_cached": torch.ones(4, 4),
+    }
+    rewrite(tmp_path / "tuned", lambda state: {**state, **buffers})
+    (warning,) = check(path)
+    assert (warning.level, warning.code) == ("warning", "TEN507")
+    assert warning.message.startswith("3 tensor(s) that mergekit does not read")
+
+
+def whisper():
+    shared = dict(encoder_layers=1, decoder_layers=1, num_mel_bins=8, max_source_positions=8)
+    heads = dict(encoder_attention_heads=2, decoder_attention_heads=2, max_target_positions=8)
+    sizes = dict(vocab_size=32, d_model=16, encoder_ffn_dim=24, decoder_ffn_dim=24)
+    tokens = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1)
+    config = transformers.WhisperConfig(**shared, **heads, **sizes, **tokens)
+    return transformers.WhisperForConditionalGeneration(config)
+
+
+def t5():
+    sizes = dict(vocab_size=32, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2)
+    return transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes))
+
+
+@finds("TEN512")
+@pytest.mark.parametrize("make", [whisper, t5])
+def test_a_definition_that_fits_no_model(write, tmp_path, make):
+    """Not "is the checkpoint complete?" of complete checkpoints."""
+    path = fine_tuned(write, make(), tmp_path)
+    (error,) = check(path)
+    assert error.code == "TEN512" and "not the checkpoints are at fault" in error.message
+    assert type(make()).__name__ in error.message
+    assert by_pytorch(error.message, tmp_path) == names_of(tmp_path / "base")
+    with pytest.raises(PlanningError, match="not the checkpoints are at fault"):
+        run_strictly(path, tmp_path / "out")
+    # A tensor that only one of them lacks is that one's own.
+    gone = next(
+        n for n in names_of(tmp_path / "tuned") if n.removeprefix("model.")[:7] == "encoder"
+    )
+    rewrite(tmp_path / "tuned", lambda s: {n: t for n, t in s.items() if n != gone})
+    assert [(f.code, gone in f.message) for f in check(path) if f.level == "error"] == [
+        ("TEN508", True),
+        ("TEN512", False),
+    ]
+
+
+@finds("TEN513")
+def test_layouts_of_experts(write, tmp_path):
+    """Stacked in one model and one by one in the other is no difference, a missing expert is."""
+    model = mixture()
+    path = fine_tuned(write, model, tmp_path)
+    model.save_pretrained(tmp_path / "stacked", save_original_format=False)
+    assert any(name.endswith("gate_up_proj") for name in names_of(tmp_path / "stacked"))
+    mixed = {"base_model": str(tmp_path / "stacked"), "models": [{"model": f"{tmp_path}/tuned"}]}
+    assert check(write(**mixed)) == []
+    rewrite(tmp_path / "tuned", lambda s: {n: t for n, t in s.items() if "experts.3." not in n})
+    for given in (mixed, mixed | {"base_model": str(tmp_path / "base")}):
+        path = write(**given)
+        (error,) = check(path)
+        assert (error.code, error.where) == ("TEN513", f"{tmp_path}/tuned")
+        assert error.message.startswith("has 3 experts where there are 4, in model.layers.0.mlp")
+
+
+def test_layouts_of_experts_without_a_plan(write, tmp_path, monkeypatch):
+    """As of hub repositories: by the names in the files alone."""
+    monkeypatch.setattr(planning.Planning, "models", ())
+    model = mixture()
+    fine_tuned(write, model, tmp_path)
+    model.save_pretrained(tmp_path / "stacked", save_original_format=False)
+    path = write(base_model=str(tmp_path / "base"), models=[{"model": f"{tmp_path}/stacked"}])
+    assert check(path) == []
+
+
+def test_a_damaged_model_is_one_mistake(write, models, tmp_path):
+    """It has no plan either."""
+    shutil.copytree(models[1][0], tmp_path / "other")
+    (tmp_path / "other" / "model.safetensors").write_bytes(b"\x10")
+    (error,) = check(write(models=[{"model": str(tmp_path / "other")}]))
+    assert error.code == "TEN501"
