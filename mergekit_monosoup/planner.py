@@ -204,8 +204,10 @@ def _faults(
 
 def _loaders(config: MergeConfiguration) -> dict[ModelReference, LazyTensorLoader]:
     """Return mergekit's loaders, which it has opened before it plans."""
-    cache = LoaderCache()
-    return {model: cache.get(model) for model in config.referenced_models()}
+    cache, base = LoaderCache(), config.base_model
+    # Whose order is another in each process.
+    models = sorted(config.referenced_models(), key=lambda model: (model != base, str(model)))
+    return {model: cache.get(model) for model in models}
 
 
 def _explanation(error: Exception, config: MergeConfiguration) -> Exception:

@@ -74,10 +74,13 @@ def lacking_everywhere(names: Iterable[str], architecture: str) -> str:
 def unread(tensors: Mapping[str, Stored]) -> str:
     """Return what is said of tensors that mergekit passes by."""
     matrices = [name for name, tensor in tensors.items() if is_matrix(tensor)]
-    kind = f", {len(matrices)} of them matrices," if matrices else ""
+    count = f"{len(tensors)} tensor(s)"
+    if matrices:
+        others = len(tensors) - len(matrices)
+        count = f"{len(matrices)} matrices" + (f" and {others} other tensor(s)" if others else "")
     return (
-        f"{len(tensors)} tensor(s){kind} that mergekit does not read, so the merged model will not "
-        f"have them: {listed(matrices or tensors)}"
+        f"{count} that mergekit does not read, so the merged model will not have them: "
+        f"{listed(matrices or tensors)}"
     )
 
 
@@ -116,7 +119,7 @@ def cannot_plan(error: Exception, model: ModelReference, architecture: str) -> s
 
 def _in_short(error: Exception) -> str:
     """Return the first and last line of an error's message: some quote a configuration between."""
-    lines = str(error).strip().splitlines() or ["no message"]
+    lines = str(error).strip().rstrip(".").splitlines() or ["no message"]
     return lines[0] if len(lines) == 1 else f"{lines[0]} … {lines[-1]}"
 
 

@@ -370,7 +370,7 @@ def test_matrices_that_nobody_reads_are_an_error(write, tmp_path, kind):
     assert (error.level, error.code) == ("error", "TEN507")
     assert error.where == f"{base} and {tuned}" and name in error.message
     if kind == "experts":
-        assert error.message.startswith("12 tensor(s), 12 of them matrices, that mergekit does not")
+        assert error.message.startswith("12 matrices that mergekit does not")
         assert by_pytorch(error.message, tmp_path) == names_of(base)
 
 
@@ -396,7 +396,7 @@ def test_mergekit_yaml_goes_on_and_the_report_says_what_is_missing(write, tmp_pa
     config = MergeConfiguration.model_validate(yaml.safe_load(path.read_text()))
     run_merge(config, str(tmp_path / "out"), MergeOptions(quiet=True, copy_tokenizer=False))
     (warning,) = [r for r in caplog.records if r.name == "mergekit_monosoup"]
-    assert "1 tensor(s), 1 of them matrices, that mergekit does not read" in warning.getMessage()
+    assert "1 matrices that mergekit does not read" in warning.getMessage()
     records = {record.name: record for record in report.read(tmp_path / "r.jsonl")}
     left = records["tower.0.w"]
     assert (left.action, left.shape, left.dtype) == ("left out", (4, 4), "float32")

@@ -304,7 +304,10 @@ def test_an_incomplete_model_is_noticed_before_anything_is_merged(indexed, world
     path.write_text(path.read_text().replace(f"{world}/wide/tuned0", str(broken)))
     output = run(path, tmp_path / "b" / "out", "--resume", code=1)
     assert (
-        f"lacks {gone}" in output and "broken" in output and "is the checkpoint complete?" in output
+        "lacks" in output
+        and gone in output
+        and "broken" in output
+        and "is the checkpoint complete?" in output
     )
     assert not (tmp_path / "b" / "out").exists()
 

@@ -21,6 +21,7 @@ from helpers import checkpoints, pages
 from helpers.hub import HUB, local, run
 from mergekit.scripts import run_yaml
 from rich.console import Console
+from safetensors.torch import load_file
 
 from demo import merge
 from evaluation.suite import load as load_suite
@@ -203,6 +204,9 @@ def test_python_blocks_run(block, hub, workplace, capsys):
     if "edit(" in block.text:
         k, high, low = printed.split()
         assert int(k) > 1 and float(high) + float(low) == pytest.approx(1)
+    elif "whole.safetensors" in block.text:
+        out = workplace / "out"
+        assert load_file(out / "whole.safetensors").keys() == checkpoints.state_dict(out).keys()
     elif "summarise" in block.text:
         assert printed.splitlines()[-1].startswith("total ")
     else:
