@@ -6,9 +6,9 @@ method specs. Of models only file headers are read.
 :data:`CHECKS` is the table of contents, in the order in which checks look. Codes say the subject,
 which is also the file: ``DOC0`` the file as a whole (document.py), ``KEY1`` keys (keys.py),
 ``PAR2`` parameters (parameters.py), ``MOD3`` models (models.py), ``PLAN4`` mergekit's plan
-(plan.py), ``TEN5`` tensors (tensors.py); what a model's files are, and how their tensors are
-named, is in files.py. A code keeps its meaning; that of a check that is gone is
-not used again.
+(plan.py), ``TEN5`` tensors (tensors.py; what a model's files are, and how their tensors are named,
+is in files.py), ``FOL6`` files beside the weights (folder.py). A code keeps its meaning; that of a
+check that is gone is not used again.
 
 To add a check, write one function in the file of its subject, for example::
 
@@ -30,7 +30,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mergekit_monosoup.check import document, files, keys, models, parameters, plan, tensors
+from mergekit_monosoup.check import (
+    document,
+    files,
+    folder,
+    keys,
+    models,
+    parameters,
+    plan,
+    tensors,
+)
 from mergekit_monosoup.check.context import Document
 from mergekit_monosoup.check.document import File
 from mergekit_monosoup.check.finding import Check, Finding, ignorable, table
@@ -98,6 +107,17 @@ _OF_TENSORS: tuple[Check[Document], ...] = (
     files.beside,
     tensors.misfitting_definition,
     tensors.uneven_stacks,
+    folder.damaged,
+    folder.unusable_config,
+    folder.own_code,
+    folder.leftover_quantisation,
+    folder.other_config,
+    folder.other_generation,
+    folder.other_tokenizer,
+    folder.left_behind,
+    folder.tokens_without_rows,
+    folder.dropped_rows,
+    folder.unfitting_adapter,
 )
 CHECKS: tuple[Check[Any], ...] = (*_OF_FILE, *_OF_DOCUMENT, *_OF_TENSORS)
 
@@ -124,7 +144,7 @@ def _findings(file: File) -> Iterator[Finding]:
         yield from of_file(file)
     headers = Headers()  # a model that several stages merge is read once
     for label, data in file.mappings:
-        yield from _of_document(Document(data, label, file.stages, headers))
+        yield from _of_document(Document(data, label, file.stages, file.origins, headers))
 
 
 def _of_document(document: Document) -> Iterator[Finding]:

@@ -6,6 +6,8 @@ first needs it, and once.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -16,6 +18,7 @@ from mergekit.config import MergeConfiguration
 from mergekit.merge_methods.base import MergeMethod
 from mergekit.scripts.merge_raw_pytorch import RawPyTorchMergeConfig
 from pydantic import ValidationError
+from transformers import PretrainedConfig
 
 from mergekit_monosoup import parameters
 from mergekit_monosoup.check.document import (
@@ -24,9 +27,12 @@ from mergekit_monosoup.check.document import (
     mapping,
     model_entries,
     parameter_sections,
+    tokenizer_source,
 )
 from mergekit_monosoup.check.finding import Finding, Level
 from mergekit_monosoup.check.planning import Planning
+from mergekit_monosoup.checkpoints import quantisation
+from mergekit_monosoup.checkpoints.beside import Beside
 from mergekit_monosoup.checkpoints.coverage import Reads
 from mergekit_monosoup.checkpoints.headers import Headers, LackingError, Stored
 from mergekit_monosoup.checkpoints.names import Renaming, renaming
@@ -41,6 +47,7 @@ class Document:
         data: as YAML has it.
         label: what findings call it: a stage, a document, or nothing.
         stages: names of the stages in its file, whose models do not exist yet.
+        origins: stage → the model whose configuration and tokenizer it will have.
         headers: the reader of its models' headers.
         sound: no error was found so far; without that mergekit would not get to its plan.
     """
@@ -48,6 +55,7 @@ class Document:
     data: dict[str, Any]
     label: str = ""
     stages: tuple[str, ...] = ()
+    origins: Mapping[str, str] = field(default_factory=dict)
     headers: Headers = field(default_factory=Headers)
     sound: bool = True
 
@@ -176,6 +184,52 @@ class Document:
         found = {name: renaming(first[1], tensors) for name, tensors in others}
         return {name: how for name, how in found.items() if how is not None}
 
+    @cached_property
+    def beside(self) -> dict[str, Beside]:
+        """Name → the files beside its weights, of every local folder that the document names."""
+        names = [*self.models, *self.origins.values(), str(tokenizer_source(self.data))]
+        folders = {name: _local_folder(_reference(name), "model") for name in names}
+        read = {folder: Beside(folder) for folder in folders.values()}  # BASE and BASE+ADAPTER
+        return {name: read[folder] for name, folder in folders.items() if folder}
+
+    @cached_property
+    def adapters(self) -> dict[str, Beside]:
+        """Name → the files beside its adapter, of adapters in local folders."""
+        folders = {n: _local_folder(reference, "lora") for n, reference in self.references.items()}
+        return {name: Beside(folder) for name, folder in folders.items() if folder}
+
+    @cached_property
+    def configs(self) -> dict[str, PretrainedConfig | Exception]:
+        """Name → config.json as mergekit loads it, or its error; of folders that have one.
+
+        Code of the model's own is not run: without it transformers raises.
+        """
+        return {
+            name: _config(_reference(name))
+            for name, beside in self.beside.items()
+            if beside.has("config.json")
+        }
+
+    @cached_property
+    def quantised(self) -> dict[str, str]:
+        """Name → what is wrong, of the models whose matrices are stored as codes."""
+        faults = {
+            name: quantisation.fault(tensors, self._quantiser(name))
+            for name, tensors in self.tensors.items()
+        }
+        return {name: fault for name, fault in faults.items() if fault}
+
+    def _quantiser(self, name: str) -> str:
+        return quantisation.method(self.beside[name]) if name in self.beside else ""
+
+    @property
+    def comparable(self) -> dict[str, dict[str, Stored]]:
+        """Name → tensors, of the models that hold numbers.
+
+        The tensors of a quantised one have other names and shapes, which says nothing new.
+        """
+        return {n: tensors for n, tensors in self.tensors.items() if n not in self.quantised}
+
     # -- mergekit's plan ---------------------------------------------------------------------------
 
     @cached_property
@@ -190,7 +244,7 @@ class Document:
     @property
     def reads(self) -> Reads:
         """What the planned merge reads; nothing without a plan, or where a model is unreadable."""
-        complete = len(self.tensors) == len(self.models)
+        complete = len(self.comparable) == len(self.models)
         return self.planning.reads if complete and self.planning.is_made else Reads()
 
 
@@ -198,6 +252,20 @@ def _reference(name: str) -> ModelReference | Exception:
     try:
         return ModelReference.model_validate(name)
     except (ValueError, RuntimeError) as error:  # pydantic's, and mergekit's own
+        return error
+
+
+def _local_folder(reference: ModelReference | Exception, part: str) -> str:
+    """Return the folder of a model or of its adapter; empty if it is none that lies here."""
+    place = getattr(reference, part, None)
+    return place.path if place is not None and os.path.isdir(place.path) else ""
+
+
+def _config(reference: ModelReference | Exception) -> PretrainedConfig | Exception:
+    assert isinstance(reference, ModelReference)  # or there would be no folder
+    try:
+        return reference.config()
+    except Exception as error:  # of JSON, of transformers' validation, of the configuration's class
         return error
 
 

@@ -70,6 +70,22 @@ def model_entries(data: Any) -> Iterator[Mapping[str, Any]]:
             yield from model_entries(value)
 
 
+def donor(data: Mapping[str, Any]) -> str:
+    """Return the model whose configuration mergekit writes, or the first of those it may be.
+
+    It is the base model; without one mergekit takes any, in another order each time it runs.
+    """
+    first = next(model_entries(data), {})
+    return str(data["base_model"] if data.get("base_model") is not None else first.get("model", ""))
+
+
+def tokenizer_source(data: Mapping[str, Any]) -> Any:
+    """Return from what mergekit builds the tokenizer; None where it copies one."""
+    if data.get("tokenizer") is None:
+        return data.get("tokenizer_source")
+    return mapping(data["tokenizer"]).get("source", "union")
+
+
 def real_path(path: str) -> str:
     """Return one spelling of a local path."""
     try:
@@ -114,6 +130,15 @@ class File:
     def stages(self) -> tuple[str, ...]:
         """Names of the stages of a mergekit-multi file."""
         return tuple(str(d["name"]) for d in self.documents if isinstance(d, dict) and "name" in d)
+
+    @cached_property
+    def origins(self) -> dict[str, str]:
+        """Stage → the model whose configuration and tokenizer it will have."""
+        donors = {str(d["name"]): donor(d) for _, d in self.mappings if "name" in d}
+        origins = dict(donors)
+        for _ in donors:  # a stage's may be a stage; one round less than a circle has
+            origins = {stage: donors.get(name, name) for stage, name in origins.items()}
+        return {stage: name for stage, name in origins.items() if name not in donors}
 
     def label(self, number: int) -> str:
         """Return what findings call a document; nothing if there is but one."""

@@ -80,22 +80,8 @@ def adapter(document: Document) -> Iterator[Finding]:
     advice="convert it to bfloat16 first: a merge of codes is noise",
 )
 def quantised(document: Document) -> Iterator[Finding]:
-    for model, tensors in document.tensors.items():
-        codes = [tensors[name] for name in sorted(tensors) if _is_code(tensors[name])]
-        if codes:
-            yield document.error(
-                model,
-                f"is quantised: {len(codes)} tensor(s) hold {codes[0].dtype} codes, "
-                f"{codes[0].name} for one, and mergekit would merge the codes; "
-                "convert the checkpoint to bfloat16 first",
-            )
-
-
-def _is_code(tensor: Stored) -> bool:
-    """Whether a tensor holds codes that no method knows what to do with."""
-    floating = "float" in tensor.dtype.lower() or tensor.dtype.startswith("F")
-    weight = tensor.name.endswith(("weight", "blocks"))
-    return len(tensor.shape) > 1 and tensor.bits <= 8 and (floating or weight)
+    for model, fault in document.quantised.items():
+        yield document.error(model, fault)
 
 
 @define_check(
@@ -220,7 +206,7 @@ def lacking(document: Document) -> Iterator[Finding]:
 
 def _others(document: Document) -> Iterator[tuple[str, Tensors, str, Tensors]]:
     """Yield (first model, its tensors, other model, its tensors) of each but the first."""
-    models = list(document.tensors.items())
+    models = list(document.comparable.items())
     for other, tensors in models[1:]:
         yield *models[0], other, tensors
 

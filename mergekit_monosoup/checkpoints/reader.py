@@ -19,7 +19,8 @@ from mergekit.common import ModelReference
 from mergekit.io import LazyTensorLoader, ShardedTensorIndex
 from torch import Tensor
 
-from mergekit_monosoup.checkpoints.headers import Headers, LackingError
+from mergekit_monosoup.checkpoints import quantisation
+from mergekit_monosoup.checkpoints.headers import SINGLE_FILES, Headers, LackingError
 from mergekit_monosoup.checkpoints.names import natural, renaming
 from mergekit_monosoup.checkpoints.pickles import named_tensors
 from mergekit_monosoup.errors import QUANTISED, NonFiniteError, SolverError
@@ -81,11 +82,13 @@ class Checkpoints:
         """Open the files of ``models``; nothing is read yet but their headers.
 
         Raises:
-            ValueError: a model cannot be opened, or has no tensor in common with the first.
+            ValueError: a model cannot be opened, is quantised, or has no tensor in common with the
+                first.
         """
         self.models = tuple(models)
         self._loaders = [_open(model, storage) for model in self.models]
         indices = [loader.index.tensor_paths for loader in self._loaders]
+        self._check_numbers()
         self._check_overlap(indices)
         holders = {
             name: [m for m, index in zip(self.models, indices, strict=True) if name in index]
@@ -97,6 +100,12 @@ class Checkpoints:
             shared, key=lambda name: (*(index[name] for index in indices), natural(name))
         )
 
+    def _check_numbers(self) -> None:
+        for model, loader in zip(self.models, self._loaders, strict=True):
+            names = loader.index.tensor_paths
+            if fault := quantisation.fault_of(_place(loader.index), names):
+                raise ValueError(f"{model} {fault}")
+
     def _check_overlap(self, indices: Sequence[Mapping[str, str]]) -> None:
         for model, index in zip(self.models[1:], indices[1:], strict=True):
             if found := renaming(indices[0], index):
@@ -104,7 +113,7 @@ class Checkpoints:
             if not index.keys() & indices[0].keys():
                 raise ValueError(
                     f"{model} has no tensor name in common with {self.models[0]} "
-                    f"({_listed(sorted(index))} against {_listed(sorted(indices[0]))}): another "
+                    f"({listed(sorted(index))} against {listed(sorted(indices[0]))}): another "
                     "architecture?"
                 )
 
@@ -114,9 +123,7 @@ class Checkpoints:
         for name in sorted(holders, key=natural):
             if len(holders[name]) < len(self.models):
                 partial[", ".join(holders[name])].append(name)
-        return [
-            f"left out, only in {models}: {_listed(names)}" for models, names in partial.items()
-        ]
+        return [f"left out, only in {models}: {listed(names)}" for models, names in partial.items()]
 
     def load(self, name: str) -> list[Tensor]:
         """Return the tensor of each model, all of one shape, as they are stored.
@@ -184,6 +191,13 @@ def _index(reference: ModelReference, storage: Storage) -> ShardedTensorIndex:
     return headers.index(path)
 
 
+def _place(index: ShardedTensorIndex) -> str:
+    """Return the folder of an index, or its file where that is all there is of the model."""
+    files = {shard.filename for shard in index.shards}
+    alone = len(files) == 1 and not files & set(SINGLE_FILES)
+    return os.path.join(index.base_path, *files) if alone else index.base_path
+
+
 class _Pickled:
     """Tensors of .bin files, one file open at a time.
 
@@ -212,7 +226,7 @@ def stored_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
     return reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
     """Return the first few names, and how many more there are."""
     rest = len(names) - NAMES_IN_MESSAGE
     return ", ".join(names[:NAMES_IN_MESSAGE]) + (f" and {rest} more" if rest > 0 else "")

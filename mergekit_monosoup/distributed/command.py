@@ -24,7 +24,8 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 
 from mergekit_monosoup.check.keys import refusals
-from mergekit_monosoup.checkpoints import foreign
+from mergekit_monosoup.checkpoints import foreign, quantisation
+from mergekit_monosoup.checkpoints.beside import Beside
 from mergekit_monosoup.checkpoints.headers import Headers, LackingError
 from mergekit_monosoup.checkpoints.names import renaming
 from mergekit_monosoup.checkpoints.reader import is_single_file
@@ -252,7 +253,7 @@ def _check_places(out_path: str, config: MergeConfiguration) -> None:
 
     Raises:
         ValueError: OUT is one of them, which the merge would replace; or one is a single file, no
-            model, or damaged.
+            model, damaged or quantised.
     """
     references = config.referenced_models()
     for reference in references:
@@ -271,7 +272,10 @@ def _check_places(out_path: str, config: MergeConfiguration) -> None:
     headers = Headers()
     for reference in references:
         if os.path.isdir(reference.model.path):
-            headers.of_model(reference.model.path)
+            tensors = headers.of_model(reference.model.path)
+            method = quantisation.method(Beside(reference.model.path))
+            if fault := quantisation.fault(tensors, method):
+                raise ValueError(f"{reference.model.path} {fault}")
         if (lora := reference.lora) and os.path.isfile(file := os.path.join(lora.path, ADAPTER)):
             headers.of_file(file)
 

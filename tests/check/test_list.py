@@ -24,6 +24,7 @@ SUBJECTS = {
     "MOD3": "models",
     "PLAN4": "plan",
     "TEN5": "tensors",
+    "FOL6": "folder",
 }
 
 # What a model's files are, and how their tensors are named: of two subjects, in one file.

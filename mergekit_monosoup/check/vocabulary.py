@@ -1,0 +1,126 @@
+"""Tokens against rows of the embedding: what mergekit makes of them with `tokenizer:`, or without.
+
+Vocabularies are those of the JSON files; a model whose tokenizer is none is left out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+from mergekit_monosoup.check.document import mapping
+from mergekit_monosoup.check.output import Output
+
+_EMBEDDING = re.compile(
+    r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|tok_embeddings|shared)\.weight$"
+)
+_NO_TEXT = re.compile(r"vision|visual|audio|per_layer")
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The tokens of one model.
+
+    Attributes:
+        numbers: token → its row.
+        size: rows that config.json has for them; mergekit trusts it.
+    """
+
+    numbers: dict[str, int]
+    size: int
+
+    @cached_property
+    def known(self) -> set[str]:
+        """The tokens that have a row."""
+        return {token for token, number in self.numbers.items() if number < self.size}
+
+    @cached_property
+    def beyond(self) -> list[str]:
+        """The tokens that have none, by number."""
+        return sorted(set(self.numbers) - self.known, key=self.numbers.__getitem__)
+
+
+@dataclass(frozen=True)
+class Vocabularies:
+    """The vocabularies of a merge, and the one that mergekit makes of them.
+
+    Attributes:
+        output: what is written beside the weights.
+    """
+
+    output: Output
+
+    @cached_property
+    def of_models(self) -> dict[str, Tokens]:
+        """Model → its tokens, where both its tokenizer and its size are known."""
+        found = {name: self._tokens(name) for name in self.output.document.models}
+        return {name: tokens for name, tokens in found.items() if tokens is not None}
+
+    def _tokens(self, name: str) -> Tokens | None:
+        beside = self.output.beside(name)
+        size = self._size(name)
+        numbers = beside.vocabulary if beside is not None else {}
+        return Tokens(numbers, size) if numbers and size is not None else None
+
+    def _size(self, name: str) -> int | None:
+        config = self.output.document.configs.get(self.output.called(name))
+        for holder in (config, getattr(config, "text_config", None)):
+            size = getattr(holder, "vocab_size", None)
+            if type(size) is int:
+                return size
+        return None
+
+    def rows(self, name: str) -> int | None:
+        """Return the rows of a model's embedding, from its header."""
+        tensors = self.output.document.tensors.get(name, {})
+        for key in sorted(tensors):
+            if _EMBEDDING.search(key) and not _NO_TEXT.search(key):
+                return tensors[key].shape[0] if tensors[key].shape else None
+        return None
+
+    @cached_property
+    def merged(self) -> set[str]:
+        """The tokens of the merged model with `tokenizer:`; empty where that is not known."""
+        source, base = self.output.tokenizer_source, self.of_models.get(self.output.donor)
+        added = set(mapping(mapping(self.output.document.data.get("tokenizer")).get("tokens")))
+        if source is None or base is None:
+            return set()
+        if source == "base":
+            return base.known | added
+        if source == "union":
+            return set().union(*(tokens.known for tokens in self.of_models.values())) | added
+        files = self.output.tokenizer(source)
+        return set(files.vocabulary) | added if files is not None and files.vocabulary else set()
+
+    @cached_property
+    def merged_rows(self) -> int:
+        """The rows of the merged embedding with `tokenizer:`, padding included."""
+        settings = mapping(self.output.document.data.get("tokenizer"))
+        unit = settings.get("pad_to_multiple_of")
+        unit = unit if type(unit) is int and unit > 0 else 1
+        return -(-len(self.merged) // unit) * unit
+
+    def without_rows(self) -> Iterator[tuple[str, list[str], Tokens]]:
+        """Yield (model, tokens, all of its tokens) where mergekit would look for a row in vain.
+
+        It drops the base model's tokens without a row before, which it can for BPE only.
+        """
+        base = self.output.donor
+        for name, tokens in self.of_models.items():
+            if name != base and (lost := [t for t in tokens.beyond if t in self.merged]):
+                yield name, lost, tokens
+
+    def dropped(self) -> Iterator[tuple[str, list[str]]]:
+        """Yield (model, tokens) of the models whose tokens the merged model does not have."""
+        for name, tokens in self.of_models.items():
+            lost = [t for t in tokens.numbers if t not in self.merged]
+            if lost and self.merged:
+                yield name, sorted(lost, key=tokens.numbers.__getitem__)
+
+    def kind(self, name: str) -> str:
+        """Return the type of a model's tokenizer, `BPE`, as its file has it."""
+        beside = self.output.beside(name)
+        model = beside.json("tokenizer.json").get("model") if beside is not None else None
+        return str(mapping(model).get("type", "no tokenizer.json"))
