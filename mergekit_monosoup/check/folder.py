@@ -157,8 +157,8 @@ def _about_code(beside: Beside, output: Output | None, name: str) -> str:
     if needed:
         text = (
             f"code of its own is needed (auto_map: {joined(files)}): mergekit stops at its start "
-            "without --trust-remote-code, which runs that code; `check` does not run it, and compares "
-            "names and shapes only"
+            "without --trust-remote-code, which runs that code; `check` does not run it, and "
+            "compares names and shapes only"
         )
     elif written and left:
         text = f"code of its own (auto_map: {joined(files)}), which mergekit does not copy"
@@ -340,7 +340,7 @@ def _other_vocabularies(
         ours = written.vocabulary
         other = [t for t, number in files.vocabulary.items() if ours.get(t) != number]
         if other:
-            tokens = joined([shown_value(token) for token in other])
+            tokens = _tokens(other)
             yield document.warning(
                 "tokenizer.json",
                 f"{_tokenizer_gets(output)}; {name} has other tokens, or under other numbers: "
@@ -390,7 +390,7 @@ def tokens_without_rows(document: Document) -> Iterator[Finding]:
     resize = "resize its embedding (transformers: `resize_token_embeddings`), or remove the tokens"
     if base is not None and base.beyond:
         lacking = f"{len(base.beyond)} token(s) have no row among its {base.size}"
-        tokens = joined([shown_value(token) for token in base.beyond])
+        tokens = _tokens(base.beyond)
         if output.tokenizer_source is None:
             yield document.warning(
                 output.called(output.donor),
@@ -402,13 +402,16 @@ def tokens_without_rows(document: Document) -> Iterator[Finding]:
                 f"{lacking}: {tokens}; mergekit can drop them from a BPE tokenizer only, this is "
                 f"{kind}, so the merge stops; {resize}",
             )
-    for name, lost, tokens in vocabularies.without_rows():
+    for name, lost, of_model in vocabularies.without_rows():
         yield document.error(
             name,
-            f"{len(lost)} token(s) have no row among the {tokens.size} of its config.json: "
-            f"{joined([shown_value(token) for token in lost])}; mergekit would stop with "
-            f"a KeyError; {resize}",
+            f"{len(lost)} token(s) have no row among the {of_model.size} of its config.json: "
+            f"{_tokens(lost)}; mergekit would stop with a KeyError; {resize}",
         )
+
+
+def _tokens(tokens: list[str]) -> str:
+    return joined([shown_value(token) for token in tokens])
 
 
 @define_check(
@@ -426,8 +429,7 @@ def dropped_rows(document: Document) -> Iterator[Finding]:
         yield document.warning(
             "tokenizer",
             f"the merged model will not have {len(tokens)} token(s) of {name}: "
-            f"{joined([shown_value(token) for token in tokens])}"
-            + _keeping(output, vocabularies, name),
+            f"{_tokens(tokens)}" + _keeping(output, vocabularies, name),
         )
     rows, base = vocabularies.rows(output.donor), vocabularies.of_models.get(output.donor)
     merged = vocabularies.merged_rows

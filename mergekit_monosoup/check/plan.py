@@ -12,6 +12,7 @@ from contextlib import suppress
 
 from mergekit.common import ModelReference
 
+from mergekit_monosoup.check import crimes
 from mergekit_monosoup.check.context import Document
 from mergekit_monosoup.check.finding import Finding, define_check
 from mergekit_monosoup.checkpoints import misfit
@@ -33,7 +34,7 @@ def no_config(document: Document) -> Iterator[Finding]:
     "PLAN402",
     "error",
     title="models of different architectures",
-    advice="merge fine-tunes of one model; mergekit merges others with --allow-crimes only",
+    advice="merge fine-tunes of one model; the message says whether --allow-crimes would help",
 )
 def other_architecture(document: Document) -> Iterator[Finding]:
     architectures = document.planning.architectures
@@ -43,7 +44,7 @@ def other_architecture(document: Document) -> Iterator[Finding]:
             yield document.error(
                 str(other),
                 f"is a {misfit.class_of(other)} and {first} a {misfit.class_of(first)}; "
-                "mergekit merges them with --allow-crimes only",
+                + crimes.advice(document),
             )
 
 
