@@ -292,7 +292,7 @@ def other_tokenizer(document: Document) -> Iterator[Finding]:
         yield document.warning(
             "tokenizer_config.json",
             f"{_tokenizer_gets(output)}; {_has(models)} {text}: "
-            + _tokenizer_way_out(output, models),
+            + _tokenizer_way_out(output, models[-1], dict(tokenized)[models[-1]]),
         )
     yield from _other_templates(document, output, tokenized)
     if output.tokenizer_source is None:
@@ -305,10 +305,11 @@ def _tokenizer_gets(output: Output) -> str:
     return f"the merged model gets that of {output.called(output.tokenizer_donor)}"
 
 
-def _tokenizer_way_out(output: Output, models: list[str]) -> str:
-    if output.tokenizer_source is None:
-        return f"where these are wanted, copy the tokenizer's files of {models[-1]}"
-    return f"where these are wanted, write `tokenizer: {{source: {models[-1]}}}`"
+def _tokenizer_way_out(output: Output, model: str, files: Beside) -> str:
+    # Of BASE+ADAPTER mergekit would take the tokenizer of BASE.
+    if output.tokenizer_source is None or model in output.document.adapters:
+        return f"where these are wanted, copy the tokenizer's files of {files.folder}"
+    return f"where these are wanted, write `tokenizer: {{source: {model}}}`"
 
 
 def _other_templates(
@@ -325,7 +326,7 @@ def _other_templates(
         yield document.warning(
             "chat template",
             f"{_tokenizer_gets(output)}, which {has_none}; {_has(models)} {state}: where it is "
-            f"wanted, copy {template_file(files)} of {models[-1]} into the merged folder",
+            f"wanted, copy {template_file(files)} of {files.folder} into the merged folder",
         )
 
 
@@ -339,13 +340,16 @@ def _other_vocabularies(
             continue  # of different embeddings TEN509 says more
         ours = written.vocabulary
         other = [t for t, number in files.vocabulary.items() if ours.get(t) != number]
-        if other:
-            tokens = _tokens(other)
-            yield document.warning(
-                "tokenizer.json",
-                f"{_tokenizer_gets(output)}; {name} has other tokens, or under other numbers: "
-                f"{tokens}; to keep them add `tokenizer: {{source: {name}}}`",
-            )
+        if not other or (name in document.adapters and len(files.vocabulary) > (rows or 0)):
+            continue  # an adapter of another vocabulary does not fit, which FOL611 says
+        way_out = f"to keep them add `tokenizer: {{source: {name}}}`"
+        if name in document.adapters:
+            way_out = f"where these are wanted, copy the tokenizer's files of {files.folder}"
+        yield document.warning(
+            "tokenizer.json",
+            f"{_tokenizer_gets(output)}; {name} has other tokens, or under other numbers: "
+            f"{_tokens(other)}; {way_out}",
+        )
 
 
 @define_check(
@@ -426,10 +430,12 @@ def dropped_rows(document: Document) -> Iterator[Finding]:
         return
     vocabularies = Vocabularies(output)
     for name, tokens in vocabularies.dropped():
+        if name == output.donor and set(tokens) <= set(vocabularies.of_models[name].beyond):
+            continue  # which FOL609 says
         yield document.warning(
             "tokenizer",
             f"the merged model will not have {len(tokens)} token(s) of {name}: "
-            f"{_tokens(tokens)}" + _keeping(output, vocabularies, name),
+            f"{_tokens(tokens)}" + _keeping(vocabularies, name, tokens),
         )
     rows, base = vocabularies.rows(output.donor), vocabularies.of_models.get(output.donor)
     merged = vocabularies.merged_rows
@@ -442,11 +448,9 @@ def dropped_rows(document: Document) -> Iterator[Finding]:
         )
 
 
-def _keeping(output: Output, vocabularies: Vocabularies, name: str) -> str:
-    """Return how a model's tokens would be kept; empty where only its own rows could."""
-    lost = dict(vocabularies.dropped())[name]
-    beyond = vocabularies.of_models[name].beyond
-    if set(lost) <= set(beyond):
+def _keeping(vocabularies: Vocabularies, name: str, lost: list[str]) -> str:
+    """Return how tokens would be kept, if any way there is."""
+    if set(lost) <= set(vocabularies.of_models[name].beyond):
         return "; they have no row in its embedding"
     return "; `tokenizer: {source: union}` keeps those of all models"
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 
 from mergekit.common import ModelReference
 
+from mergekit_monosoup.check import adapters
 from mergekit_monosoup.check.context import Document
 from mergekit_monosoup.check.document import mapping
 from mergekit_monosoup.check.finding import Finding, Level, define_check
@@ -60,13 +61,14 @@ def unreachable(document: Document) -> Iterator[Finding]:
 @define_check(
     "TEN503",
     "warning",
-    title="adapter",
-    advice="nothing, if it belongs to that model: the shapes in an adapter are not looked at",
+    title="adapter that is not in a local folder",
+    advice="nothing, if it belongs to that model: the shapes in it are not looked at",
 )
 def adapter(document: Document) -> Iterator[Finding]:
     for name in document.tensors:
         reference = document.references[name]
-        if isinstance(reference, ModelReference) and reference.lora:
+        read = name in document.adapters and adapters.tensors(document, document.adapters[name])
+        if isinstance(reference, ModelReference) and reference.lora and not read:
             yield document.warning(name, "the LoRA adapter's own shapes are not checked")
 
 
