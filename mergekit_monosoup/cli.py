@@ -219,7 +219,8 @@ def inspect(
             f"{unedited} tensors hold no matrix of floating point (norms, biases, integers): "
             "they are not edited."
         )
-    for line in [*lines, *inspected.cosine_lines(records), *inspected.reading(records)]:
+    reading = inspected.reading(records, partial=bool(checkpoints.remarks))
+    for line in [*lines, *inspected.cosine_lines(records), *reading]:
         console.print(terminal.plain(line))
 
 

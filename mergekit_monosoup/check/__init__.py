@@ -118,6 +118,7 @@ _OF_TENSORS: tuple[Check[Document], ...] = (
     folder.tokens_without_rows,
     folder.dropped_rows,
     folder.unfitting_adapter,
+    folder.unknown_template,
 )
 CHECKS: tuple[Check[Any], ...] = (*_OF_FILE, *_OF_DOCUMENT, *_OF_TENSORS)
 

@@ -7,15 +7,17 @@ local folders are looked into.
 
 from __future__ import annotations
 
+import importlib.resources
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 
 import transformers
+from mergekit._data import chat_templates
 from transformers import CONFIG_MAPPING
 
 from mergekit_monosoup.check import adapters, leftovers
 from mergekit_monosoup.check.context import Document
-from mergekit_monosoup.check.finding import Finding, define_check
+from mergekit_monosoup.check.finding import Finding, define_check, nearest
 from mergekit_monosoup.check.output import (
     Output,
     differences,
@@ -279,7 +281,7 @@ def other_tokenizer(document: Document) -> Iterator[Finding]:
     written = output.tokenizer(output.tokenizer_donor)
     tokenized = list(output.tokenized)
     if written is None:
-        if tokenized:
+        if tokenized and output.beside(output.tokenizer_donor) is not None:
             yield document.warning(
                 "tokenizer",
                 f"the merged model gets none, for {output.called(output.tokenizer_donor)} has "
@@ -318,14 +320,21 @@ def _other_templates(
     written = output.chat_template
     if written is None:
         return  # the configuration has its own
+    if output.templates_tie:
+        yield document.warning(
+            "chat_template",
+            "`auto` takes the most common of the models' templates, and several are equally "
+            "common: it may be any of these; write the template's name or text, or copy one "
+            "into the merged folder",
+        )
+        return
     others = [(n, files) for n, files in tokenized if files.chat_template not in ("", written)]
     for models in _grouped((name, files.chat_template) for name, files in others).values():
         files = dict(others)[models[-1]]
-        state = "another one" if written else "one"
-        has_none = "has none" if not written else "differs"
+        theirs = f"{_has(models)} another one" if written else f"which has none; {_has(models)} one"
         yield document.warning(
             "chat template",
-            f"{_tokenizer_gets(output)}, which {has_none}; {_has(models)} {state}: where it is "
+            f"{_tokenizer_gets(output)}{';' if written else ','} {theirs}: where it is "
             f"wanted, copy {template_file(files)} of {files.folder} into the merged folder",
         )
 
@@ -465,3 +474,27 @@ def unfitting_adapter(document: Document) -> Iterator[Finding]:
     for name, beside in document.adapters.items():
         for text in adapters.misfits(document, name, beside):
             yield document.error(name, text)
+
+
+@define_check(
+    "FOL612",
+    "error",
+    title="chat_template that mergekit does not take",
+    advice="write `auto`, a name that the message lists, or the template itself, in Jinja",
+)
+def unknown_template(document: Document) -> Iterator[Finding]:
+    chosen = document.data.get("chat_template")
+    if document.raw or not isinstance(chosen, str) or chosen in ("", "auto"):
+        return
+    names = sorted(
+        entry.name.removesuffix(".jinja")
+        for entry in importlib.resources.files(chat_templates).iterdir()
+        if entry.name.endswith(".jinja")
+    )
+    is_template = len(chosen) >= 20 and "{" in chosen  # as mergekit tells them apart
+    if chosen not in names and not is_template:
+        yield document.error(
+            "chat_template",
+            f"{shown_value(chosen)} is neither a template nor the name of one, which mergekit "
+            f"notices after the merge, and writes no tokenizer{nearest(chosen, ['auto', *names])}",
+        )

@@ -249,9 +249,21 @@ class Output:
             return inherited
         if chosen != "auto":
             return None
+        common = self._templates.most_common(1)
+        return common[0][0] if common else inherited
+
+    @cached_property
+    def _templates(self) -> Counter[str]:
+        """The chat templates of the models, and how many have each."""
         found = [self.beside(name) for name in self.document.models]
-        templates = [b.chat_template for b in found if b is not None and b.chat_template]
-        return Counter(templates).most_common(1)[0][0] if templates else inherited
+        return Counter(b.chat_template for b in found if b is not None and b.chat_template)
+
+    @property
+    def templates_tie(self) -> bool:
+        """Whether `chat_template: auto` leaves to chance which template is written."""
+        first_two = [count for _, count in self._templates.most_common(2)]
+        chosen = self.document.data.get("chat_template")
+        return chosen == "auto" and len(first_two) == 2 and first_two[0] == first_two[1]
 
 
 def tokenizer_differences(written: Beside, wanted: Beside) -> str:

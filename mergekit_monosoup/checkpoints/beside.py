@@ -30,16 +30,17 @@ class DamagedError(ValueError):
 
 
 def read_json(file: str) -> Any:
-    """Return what a JSON file holds, or None if there is no such file.
+    """Return what a JSON file holds.
 
     Raises:
+        FileNotFoundError: there is no such file.
         DamagedError: it cannot be read.
     """
     try:
         with open(file, encoding="utf-8") as opened:
             return json.load(opened)
     except FileNotFoundError:
-        return None
+        raise
     except OSError as error:
         raise DamagedError(f"cannot be read: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:  # of JSON, of UTF-8, or nested too deeply
@@ -76,10 +77,12 @@ class Beside:
             self._read[name] = kind()
             try:
                 found = read_json(os.path.join(self.folder, name))
-                if isinstance(found, kind):
-                    self._read[name] = found
-                elif found is not None:
-                    raise DamagedError(f"holds a {type(found).__name__}, not a {kind.__name__}")
+                if not isinstance(found, kind):
+                    words = {dict: "a mapping", list: "a list"}
+                    raise DamagedError(f"does not hold {words[kind]}: copy or download it again")
+                self._read[name] = found
+            except FileNotFoundError:
+                pass
             except DamagedError as error:
                 self.faults[name] = str(error)
         return self._read[name]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from typing import Any
 
 from mergekit_monosoup.checkpoints.beside import Beside
@@ -118,10 +119,9 @@ def fault_of(path: str, names: Iterable[str]) -> str:
     Args:
         path: a file, or the folder of the files.
         names: of its tensors.
-
-    Raises what :meth:`Headers.of_model` does.
     """
     named = method(Beside(path)) if os.path.isdir(path) else ""
-    if not named and not hints_at_codes(names):
-        return ""
-    return fault(Headers().of_model(path), named)
+    if named or hints_at_codes(names):
+        with suppress(Exception):  # whoever reads the tensors says what is wrong with the file
+            return fault(Headers().of_model(path), named)
+    return ""

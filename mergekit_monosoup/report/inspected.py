@@ -25,6 +25,8 @@ DROPPED = 0.1
 # Columns of text from which on the table shows P_k too; 80 hold all the rest.
 WIDE = 100
 
+EVERYTHING = "all matrices"
+
 Modes = Sequence[str | None]
 
 
@@ -192,8 +194,11 @@ def _share(value: float | None) -> str:
 # -- reading ---------------------------------------------------------------------------------------
 
 
-def reading(records: Sequence[Record]) -> list[str]:
-    """Return a few sentences per mode, from means over the matrices of a projection type."""
+def reading(records: Sequence[Record], *, partial: bool = False) -> list[str]:
+    """Return a few sentences per mode, from means over the matrices of a projection type.
+
+    ``partial``: the models hold others, too, so that these are not all matrices.
+    """
     sentences = []
     for mode in dict.fromkeys(record.mode for record in records):
         of_mode = by_depth(record for record in records if record.mode == mode)
@@ -204,6 +209,8 @@ def reading(records: Sequence[Record]) -> list[str]:
             types[projection(record.name)].append(record)
         for verdict, kinds in _by_verdict(types).items():
             place = _family_names(kinds, list(types))
+            if partial and place == EVERYTHING:
+                place = "all matrices that the models share"
             members = [record for kind in kinds for record in types[kind]]
             sentences.append(f"{label}: {_sentence(verdict, place, members)}")
     return sentences
@@ -261,7 +268,7 @@ def _rel_edit(record: Record) -> float | None:
 def _family_names(kinds: Sequence[str], all_kinds: Sequence[str]) -> str:
     """Return ``mlp.*`` for all of the types that begin so, ``all matrices`` for all there are."""
     if len(kinds) == len(all_kinds) > 1:
-        return "all matrices"
+        return EVERYTHING
     names = []
     for kind in kinds:
         family = kind.split(".")[0] + "."

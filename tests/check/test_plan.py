@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
+import torch
 import transformers
 from helpers import checkpoints
 from helpers.findings import messages
 from helpers.misfits import by_pytorch, fine_tuned, names_of, run_strictly
+from safetensors.torch import save_file
 
 from mergekit_monosoup.check import check
 from mergekit_monosoup.planner import PlanningError
@@ -37,8 +40,27 @@ def test_what_mergekit_would_refuse_at_its_start(write, models, tmp_path):
     (message,) = messages(write(models=[{"model": str(llama)}]))[:1]
     assert (
         "is a LlamaForCausalLM" in message
-        and "a Qwen3ForCausalLM; mergekit merges them with --allow-crimes" in message
+        and "a Qwen3ForCausalLM; with --allow-crimes mergekit" in message
     )
+
+
+@finds("PLAN402")
+def test_whether_allow_crimes_would_help(write, tmp_path):
+    """mergekit then takes the architecture of any of the models, and with it what it needs."""
+    base, (tuned,) = checkpoints.pair(tmp_path, "llama")
+    path = write(base_model=str(base), models=[{"model": str(tuned)}])
+
+    def as_class(name, **tensors):
+        config = json.loads((tuned / "config.json").read_text())
+        (tuned / "config.json").write_text(json.dumps(config | {"architectures": [name]}))
+        state = checkpoints.state_dict(tuned) | tensors
+        save_file(state, tuned / "model.safetensors", metadata={"format": "pt"})
+        (error,) = messages(path)
+        return error
+
+    assert as_class("MistralForCausalLM").endswith("merges them with --allow-crimes only")
+    error = as_class("LlamaForSequenceClassification", **{"score.weight": torch.zeros(1, 32)})
+    assert f"mergekit may stop: {base} lacks score.weight. `mergekit-pytorch CONFIG" in error
 
 
 @finds("PLAN404")
