@@ -28,7 +28,7 @@ from mergekit_monosoup.check.output import (
 )
 from mergekit_monosoup.check.vocabulary import Vocabularies
 from mergekit_monosoup.checkpoints import quantisation
-from mergekit_monosoup.checkpoints.beside import Beside
+from mergekit_monosoup.checkpoints.beside import Beside, printable
 
 
 def _output(document: Document) -> Output | None:
@@ -122,7 +122,9 @@ def _refusal(beside: Beside, error: Exception) -> str:
             "mergekit stops at its start: correct it, or update transformers"
         )
     words = " ".join(str(error).split())
-    return f"cannot be loaded by transformers, so mergekit stops at its start: {words:.200}"
+    return (
+        f"cannot be loaded by transformers, so mergekit stops at its start: {printable(words):.200}"
+    )
 
 
 def _needs_trust(beside: Beside) -> bool:
@@ -191,10 +193,10 @@ def leftover_quantisation(document: Document) -> Iterator[Finding]:
         return
     beside = output.beside(output.donor)
     if beside is not None and quantisation.declared(beside):
+        method = printable(quantisation.method(beside))
         yield document.error(
             f"{output.called(output.donor)}: config.json",
-            f"has a quantization_config ({quantisation.method(beside)}), but its weights are not "
-            "quantised: mergekit copies it and the merged model does not load; remove the key "
+            f"has a quantization_config ({method}), but its weights are not quantised: mergekit copies it and the merged model does not load; remove the key "
             "here, or from the merged config.json",
         )
 

@@ -19,7 +19,7 @@ from transformers import PretrainedConfig
 
 from mergekit_monosoup.check.context import Document
 from mergekit_monosoup.check.document import donor, tokenizer_source
-from mergekit_monosoup.checkpoints.beside import TOKENS, Beside
+from mergekit_monosoup.checkpoints.beside import TOKENS, Beside, printable
 from mergekit_monosoup.checkpoints.reader import NAMES_IN_MESSAGE
 
 Values = dict[str, Any]
@@ -34,7 +34,7 @@ _HARMLESS = re.compile(
     r"gradient_checkpointing|\w*dropout\w*|\w*pdrop|drop_path_rate|initializer_\w+|\w*_loss_coef|"
     r"output_router_logits|problem_type|finetuning_task|unsloth\w*|pretraining_tp|auto_map|"
     r"vocab_size|quantization_config|compression_config|_from_model_config|"
-    r"return_dict_in_generate|chunk_size_feed_forward"
+    r"return_dict_in_generate|chunk_size_feed_forward|tokenizer_class"
 )
 # What transformers takes where the file says nothing.
 _GENERATION_DEFAULTS: Mapping[str, Any] = {
@@ -75,7 +75,7 @@ def differences(written: Values, wanted: Values) -> str:
     """Return the first differing keys with both values, and how many more there are."""
     keys = [k for k in dict.fromkeys([*wanted, *written]) if wanted.get(k) != written.get(k)]
     shown = [
-        f"{key} {shown_value(wanted.get(key))} (not {shown_value(written.get(key))})"
+        f"{printable(key)} {shown_value(wanted.get(key))} (not {shown_value(written.get(key))})"
         for key in keys[:NAMES_IN_MESSAGE]
     ]
     more = len(keys) - len(shown)
@@ -85,8 +85,8 @@ def differences(written: Values, wanted: Values) -> str:
 def shown_value(value: Any) -> str:
     """Return a value from a file, short and without control characters."""
     text = "none" if value is None else repr(value) if isinstance(value, str) else str(value)
-    printable = text if text.isprintable() else repr(text)
-    return printable if len(printable) <= 40 else f"{printable[:39]}…"
+    shown = printable(text)
+    return shown if len(shown) <= 40 else f"{shown[:39]}…"
 
 
 # -- what is written -------------------------------------------------------------------------------
@@ -296,6 +296,6 @@ def template_file(beside: Beside) -> str:
 
 def joined(names: list[str]) -> str:
     """Return names of models for a message."""
-    shown = ", ".join(names[:NAMES_IN_MESSAGE])
+    shown = ", ".join(map(printable, names[:NAMES_IN_MESSAGE]))
     more = len(names) - NAMES_IN_MESSAGE
     return shown + (f" and {more} more" if more > 0 else "")

@@ -29,6 +29,11 @@ class DamagedError(ValueError):
     """A file that is there but does not hold what its name says."""
 
 
+def printable(text: str) -> str:
+    """Return a text from a file as it may be shown: a terminal would obey an escape sequence."""
+    return text if text.isprintable() else repr(text)
+
+
 def read_json(file: str) -> Any:
     """Return what a JSON file holds.
 
@@ -78,8 +83,8 @@ class Beside:
             try:
                 found = read_json(os.path.join(self.folder, name))
                 if not isinstance(found, kind):
-                    words = {dict: "a mapping", list: "a list"}
-                    raise DamagedError(f"does not hold {words[kind]}: copy or download it again")
+                    wanted = "mapping" if kind is dict else "list"
+                    raise DamagedError(f"does not hold a {wanted}: copy or download it again")
                 self._read[name] = found
             except FileNotFoundError:
                 pass

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import Any
 
-from mergekit_monosoup.checkpoints.beside import Beside
+from mergekit_monosoup.checkpoints.beside import Beside, printable
 from mergekit_monosoup.checkpoints.headers import Headers, Stored
 
 # Last parts of names of codes: GPTQ and AWQ, EXL2, compressed-tensors, HQQ, QuIP#, quanto, torchao,
@@ -104,7 +104,7 @@ def fault(tensors: Mapping[str, Stored], named: str = "") -> str:
     found = codes(tensors, named)
     if not found:
         return ""
-    label = f" ({named})" if named.strip("?") else ""
+    label = f" ({printable(named)})" if named.strip("?") else ""
     back = _WAYS_BACK.get(named.lower())
     return (
         f"is quantised{label}: {len(found)} tensor(s) hold {found[0].dtype} codes, "
