@@ -196,8 +196,9 @@ def leftover_quantisation(document: Document) -> Iterator[Finding]:
         method = printable(quantisation.method(beside))
         yield document.error(
             f"{output.called(output.donor)}: config.json",
-            f"has a quantization_config ({method}), but its weights are not quantised: mergekit copies it and the merged model does not load; remove the key "
-            "here, or from the merged config.json",
+            f"has a quantization_config ({method}), but its weights are not quantised: mergekit "
+            "copies it, and with it the merged model does not load, or is taken for quantised; "
+            "remove the key here, or from the merged config.json",
         )
 
 
