@@ -109,6 +109,7 @@ def _by_suite(folder: Path, only: Collection[str] | None) -> dict[str, dict[str,
         raise ComparisonError(f"{folder}: no such folder; `python -m evaluation.run` makes it")
     suites: dict[str, dict[str, Evaluation]] = {}
     for evaluation in store.read(folder, only):
+        store.check_answers(evaluation)
         suites.setdefault(evaluation.result.suite.name, {})[evaluation.result.model] = evaluation
     return suites
 

@@ -128,7 +128,7 @@ class _Part(BaseModel):
 
     key: str
     task: str
-    rows: Annotated[list[Sample], Field(min_length=1)]
+    rows: list[Sample]
     info: dict[str, Any]
 
 
@@ -260,6 +260,21 @@ def read(folder: Path, only: Collection[str] | None = None) -> list[Evaluation]:
     return evaluations
 
 
+def check_answers(evaluation: Evaluation) -> None:
+    """Check that every task of the suite was answered, and scored by its metric.
+
+    Raises:
+        DamagedError: one was not.
+    """
+    for task in evaluation.result.suite.tasks:
+        answers = evaluation.samples.get(task.task, [])
+        if not answers or any(task.key not in answer.values for answer in answers):
+            raise DamagedError(
+                f"{evaluation.path}: its answers to {task.task} are missing, or without "
+                f"{task.key}; {AGAIN}"
+            )
+
+
 def _read_result(path: Path) -> Result:
     try:
         check_file(path)
@@ -280,7 +295,7 @@ def _read_samples(path: Path, result: Result) -> dict[str, list[Sample]]:
     """Return the samples of each task of a result.
 
     Raises:
-        DamagedError: their file is not the one, or lacks answers that the result counts.
+        DamagedError: their file is not the one, or holds something else.
     """
     file = path.parent / result.samples.file
     if file.name != result.samples.file:
@@ -304,11 +319,6 @@ def _read_samples(path: Path, result: Result) -> dict[str, list[Sample]]:
                 f"{file}, line {number}: not an answer of this version of evaluation.run; {AGAIN}"
             ) from error
         by_task.setdefault(sample.task, []).append(sample)
-    for task in result.suite.tasks:
-        if any(task.key not in sample.values for sample in by_task.get(task.task, [])):
-            raise DamagedError(f"{file}: an answer to {task.task} has no {task.key}; {AGAIN}")
-        if not by_task.get(task.task):
-            raise DamagedError(f"{file}: no answers to {task.task}; {AGAIN}")
     return by_task
 
 

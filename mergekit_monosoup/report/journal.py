@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from mergekit_monosoup.report import output
 from mergekit_monosoup.report.record import REALISED_WARNING, Record
+from mergekit_monosoup.terminal import plain
 
 LOG = logging.getLogger("mergekit_monosoup")
 
@@ -124,7 +125,7 @@ def _warn(records: Sequence[Record], method: str) -> bool:
                 method,
                 record.dtype,
                 100 * max(record.realised, 0.0),
-                record.name or "a tensor",
+                plain(record.name) or "a tensor",
                 record.dtype,
             )
             return True

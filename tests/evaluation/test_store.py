@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gzip
+import hashlib
 import json
+import os
 
 import pytest
 from helpers import evaluations
 
-from evaluation import store
+from evaluation import run, store, tables
 from evaluation.formatting import file_name
 
 # A result as it has been written since the first version, but for its samples.
@@ -113,18 +116,6 @@ def test_results_of_any_names_stay_in_the_folder(tmp_path):
     assert files.partial.parent == folder
 
 
-def test_samples_of_another_folder_are_not_read(tmp_path):
-    evaluations.write(tmp_path / "in", "m", {"a": [1], "b": [1], "c": [1]})
-    file = tmp_path / "in" / "m.made.json"
-    data = json.loads(file.read_text())
-    samples = tmp_path / "in" / data["samples"]["file"]
-    samples.rename(tmp_path / samples.name)
-    data["samples"]["file"] = f"../{samples.name}"
-    file.write_text(json.dumps(data))
-    with pytest.raises(store.DamagedError, match="names samples in another folder"):
-        store.read(tmp_path / "in")
-
-
 def test_a_full_disk_loses_no_earlier_result(tmp_path):
     """The samples that were written last, and no result, do not drive out those of the old one."""
     evaluations.write(tmp_path, "m", {"a": [1], "b": [1], "c": [1]})
@@ -135,3 +126,97 @@ def test_a_full_disk_loses_no_earlier_result(tmp_path):
         files.write_samples([])  # and then the disk is full
     assert (tmp_path / f"{files.samples.name}.old").read_bytes() == good
     assert (tmp_path / f"{files.result.name}.old").exists()
+
+
+# -- damaged ---------------------------------------------------------------------------------------
+
+
+def damage(folder, kind):
+    """Damage the result of the model m in one way."""
+    result, samples = folder / "m.made.json", folder / "m.made.samples.jsonl.gz"
+    data, lines = json.loads(result.read_text()), gzip.decompress(samples.read_bytes()).splitlines()
+    answer = json.loads(lines[0])
+
+    def put(changes=(), rows=lines, content=None):
+        samples.write_bytes(gzip.compress(b"\n".join(rows)) if content is None else content)
+        data["samples"]["sha256"] = hashlib.sha256(samples.read_bytes()).hexdigest()
+        result.write_text(json.dumps({**data, **dict(changes)}))
+
+    def answered(**changes):
+        put(rows=[json.dumps({**answer, **changes}).encode(), *lines[1:]])
+
+    kinds = {
+        "cut off": lambda: result.write_bytes(result.read_bytes()[:-99]),
+        "empty": lambda: result.write_bytes(b""),
+        "binary": lambda: result.write_bytes(bytes(range(256))),
+        "utf-16": lambda: result.write_text(result.read_text(), encoding="utf-16"),
+        "a list": lambda: result.write_text("[]"),
+        "deep": lambda: result.write_text("[" * 100_000),
+        "a number of 5000 digits": lambda: result.write_text('{"seconds": ' + "9" * 5000 + "}"),
+        "a folder": lambda: (result.unlink(), result.mkdir()),
+        "a pipe": lambda: (result.unlink(), os.mkfifo(result)),
+        "another version": lambda: put({"format": 2}),
+        "a list for a mapping": lambda: put({"tasks": []}),
+        "a number for a mapping": lambda: put({"suite": 3}),
+        "null": lambda: put({"suite": None}),
+        "a path for a suite": lambda: put({"suite": {**data["suite"], "name": "../../x"}}),
+        "a path for a model": lambda: put({"model": "../x"}),
+        "a path for samples": lambda: put({"samples": {**data["samples"], "file": "../x"}}),
+        "not finite": lambda: put({"seconds": float("inf")}),
+        "samples missing": samples.unlink,
+        "samples of a folder": lambda: (samples.unlink(), samples.mkdir()),
+        "samples changed": lambda: samples.write_bytes(gzip.compress(b"")),
+        "samples not zipped": lambda: put(content=b"text"),
+        "samples cut off": lambda: put(content=samples.read_bytes()[:-9]),
+        "samples torn": lambda: put(content=samples.read_bytes()[:30] + bytes(60)),
+        "samples not text": lambda: put(rows=[b"\xff\xfe"]),
+        "samples not JSON": lambda: put(rows=[b"{", *lines]),
+        "samples a list": lambda: put(rows=[b"[]", *lines]),
+        "an answer without a field": lambda: put(rows=[b'{"task": "a"}', *lines]),
+        "an answer of no number": lambda: answered(values={"exact_match,none": "x"}),
+        "an answer not finite": lambda: answered(values={"exact_match,none": float("nan")}),
+        "an answer without its metric": lambda: answered(values={}),
+        "a task not answered": lambda: put(rows=lines[:1]),
+    }
+    if kind is None:
+        return list(kinds)
+    return kinds[kind]()
+
+
+def test_damaged_results_are_named_in_one_line(tmp_path, capsys):
+    evaluations.write(tmp_path, "m", {"a": [1], "b": [1], "c": [1]})
+    for number, kind in enumerate(damage(tmp_path, None)):
+        folder = tmp_path / str(number)
+        for model in ("finetuned", "m"):
+            evaluations.write(folder, model, {"a": [1], "b": [1], "c": [1]})
+        assert tables.main([str(folder)]) == 0
+        capsys.readouterr()
+        damage(folder, kind)
+        assert tables.main([str(folder)]) == 1, kind
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1 and f"error: {folder}/m.made." in lines[0], (kind, lines)
+        store.ResultFiles(folder, "m", "made").finished("k")  # is asked again, or whole
+
+
+def test_damaged_parts_are_asked_again(tmp_path):
+    files = store.ResultFiles(tmp_path, "m", "s")
+    for content in (b"", b"x", gzip.compress(b"[]"), gzip.compress(b"{}"), gzip.compress(b"\xff")):
+        files.keep("key", store.TaskResult("a", []))
+        assert set(files.resume("key")) == {"a"}
+        (files.partial / "key" / "a.json.gz").write_bytes(content)
+        assert files.resume("key") == {}
+
+
+def test_a_folder_that_cannot_be_written_is_named_before_anything_is_asked(tmp_path, capsys):
+    file = tmp_path / "file"
+    file.write_text("")
+    for out in (file, file / "sub", tmp_path / ("x" * 300)):
+        assert run.main(["tiny", "--model", "a=none", "--out", str(out)]) == 1
+        assert capsys.readouterr().err.startswith(f"error: {out}: ")
+
+
+def test_what_cannot_be_written_is_named(tmp_path):
+    files = store.ResultFiles(tmp_path, "m" * 250, "s")
+    with pytest.raises(OSError, match="too long") as caught:
+        files.write_samples([])
+    assert caught.value.filename == str(files.samples) and not list(tmp_path.iterdir())

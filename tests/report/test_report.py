@@ -128,6 +128,53 @@ def test_a_report_that_is_not_one(tmp_path):
         read(path)
 
 
+ABSURD = {
+    "k": ["1" + "0" * 5000, "-1", "1e999", "[]", "true", "9223372036854775808"],
+    "R": ["1e999", "NaN", "-Infinity", '"x"', "{}"],
+    "edit_norm": ["1e999", "[1]"],
+    "shape": ["null", "[-1]", "[1e999]", '{"a": 1}', "[" + "9," * 70 + "9]", "[" * 5000],
+    "name": ["null", "3", "[]"],
+    "mode": ['"[/b]"', "3"],
+    "cosine": ['{"a": 1e999}', "[[]]"],
+    "spectrum": ["[NaN]", "3"],
+}
+
+
+@pytest.mark.parametrize("key", ABSURD)
+def test_absurd_values_are_named_by_line(key, tmp_path):
+    path, good = tmp_path / "r.jsonl", record("a", k=1).to_json()
+    for value in ABSURD[key]:
+        line = f'{{"name": "a", "shape": [1], "dtype": "x", "{key}": {value}}}'
+        path.write_text(f"{good}\n{line}\n")
+        result = CliRunner().invoke(main, ["report", str(path)])
+        assert result.exit_code == 1, value
+        assert f"Error: {path}, line 2: not a monosoup record" in result.output
+        assert len(result.output.splitlines()) == 1
+
+
+def test_large_values_are_added_all_the_same():
+    large = [
+        record(name, edit_norm=1e300, realised=share, k=2**62, rank=1)
+        for name, share in (("a", 0.5), ("b", 1.0))
+    ]
+    assert summarise(large)[-1].realised == 0.75
+    assert summarise([record("a", edit_norm=0.0, realised=0.5)])[-1].realised == 0.5
+
+
+def test_what_is_no_file_is_no_report(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "utf-16").write_text(record("a").to_json(), encoding="utf-16")
+    for place, reason in {
+        tmp_path: "it is a folder",
+        tmp_path / "pipe": "it is a pipe",
+        "/dev/zero": "it is a device",
+        tmp_path / "utf-16": "not text",
+        tmp_path / "missing": "No such file",
+    }.items():
+        with pytest.raises(ValueError, match=reason):
+            read(place)
+
+
 def test_summary_by_hand():
     made = [
         record(
