@@ -18,7 +18,7 @@ import torch
 from evaluation import configs, features, fingerprint, options, sources
 from evaluation.sources import FINETUNED, PRETRAINED, Source, SourceError
 from mergekit_monosoup import terminal
-from mergekit_monosoup.checkpoints.texts import UnreadableError, read_text
+from mergekit_monosoup.checkpoints.texts import UnreadableError, read_text, write_text
 
 MOST_TEXT = 2**30  # bytes; all of it is in memory
 
@@ -99,7 +99,7 @@ def _run(given: argparse.Namespace, command: str) -> None:
         "cka": values,
     }
     file = given.out / "cka.json"
-    file.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(file, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     features.heatmap(values).savefig(given.out / "cka.png", bbox_inches="tight", dpi=150)
     for name, by_model in values.items():
         for model, blocks in by_model.items():

@@ -26,6 +26,9 @@ RESUMABLE = (
 )
 
 
+MOST_SETTINGS = 1000  # of a sweep
+
+
 def exit_code(work: Callable[[], None], interruption: str = RESUMABLE) -> int:
     """Do the work and return the program's exit code: 0, 1 after an error, 130 if interrupted.
 
@@ -88,9 +91,9 @@ def numbers(text: str) -> list[float]:
     try:
         if ":" in text:
             first, last, step = map(float, text.split(":"))
-            if step <= 0 or last < first:
+            if not (step > 0 and last >= first):
                 raise ValueError(text)
-            steps = math.floor((last - first) / step + 1e-9)
+            steps = math.floor(min((last - first) / step, MOST_SETTINGS) + 1e-9)
             values = [first + step * i for i in range(steps + 1)]
         else:
             values = [float(part) for part in text.split(",")]
@@ -98,6 +101,10 @@ def numbers(text: str) -> list[float]:
         raise argparse.ArgumentTypeError(
             f"{text!r} is neither FROM:TO:STEP nor a list of numbers"
         ) from None
+    if len(values) > MOST_SETTINGS:
+        raise argparse.ArgumentTypeError(
+            f"{text!r:.80} stands for more than {MOST_SETTINGS} numbers, each of which is a merge"
+        )
     if not all(0 <= value <= 1 for value in values):
         raise argparse.ArgumentTypeError(f"{text!r} leaves the range from 0 to 1")
     return [round(value, 10) for value in values]

@@ -33,7 +33,7 @@ from evaluation.sources import Origin
 from evaluation.statistics import Estimate
 from evaluation.suite import GroupName, Suite
 from mergekit_monosoup import files
-from mergekit_monosoup.checkpoints.texts import UnreadableError, check_file
+from mergekit_monosoup.checkpoints.texts import UnreadableError, check_file, check_new_folder
 
 AGAIN = "run it again, or move the file away"
 FILE_NAME = r"^(?!\.)[\w.,+-]+$"  # also of a model, whose name is part of those
@@ -238,6 +238,7 @@ def check_folder(folder: Path) -> None:
     Raises:
         OSError: they cannot; names the folder.
     """
+    check_new_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with tempfile.TemporaryFile(dir=folder):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from pathlib import Path
@@ -62,3 +63,16 @@ def read_text(path: str | Path, most: int) -> str:
             f"cannot be read: not UTF-8 (byte 0x{content[error.start]:02x} in line {line}); "
             "save it as UTF-8"
         ) from error
+
+
+def check_new_folder(path: str | Path) -> None:
+    """Check the name of a folder that is to be filled.
+
+    Raises:
+        OSError: it is not UTF-8: safetensors cannot write there, and says so after the work.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        reason = "the name is not UTF-8, which model files need; take another one"
+        raise OSError(errno.EILSEQ, reason, str(path)) from error

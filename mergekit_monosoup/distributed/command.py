@@ -29,7 +29,7 @@ from mergekit_monosoup.checkpoints.beside import Beside
 from mergekit_monosoup.checkpoints.headers import Headers, LackingError
 from mergekit_monosoup.checkpoints.names import renaming
 from mergekit_monosoup.checkpoints.reader import is_single_file
-from mergekit_monosoup.checkpoints.texts import UnreadableError, read_text
+from mergekit_monosoup.checkpoints.texts import UnreadableError, check_new_folder, read_text
 from mergekit_monosoup.checkpoints.yaml import MOST_BYTES, PlainLoader, parse_documents
 from mergekit_monosoup.distributed.dependencies import (
     asked,
@@ -255,6 +255,7 @@ def _check_places(out_path: str, config: MergeConfiguration) -> None:
         ValueError: OUT is one of them, which the merge would replace; or one is a single file, no
             model, damaged or quantised.
     """
+    check_new_folder(out_path)
     references = config.referenced_models()
     for reference in references:
         for part in (reference.model, reference.lora):

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
@@ -68,8 +68,6 @@ class Record:
     output in bfloat16.
     """
 
-    __pydantic_config__: ClassVar = ConfigDict(allow_inf_nan=False)
-
     name: str
     shape: Annotated[tuple[Size, ...], Field(max_length=64)]
     dtype: str
@@ -123,6 +121,10 @@ class Record:
 @cache
 def _adapter() -> TypeAdapter[Record]:
     return TypeAdapter(Record)
+
+
+# Not in the class, where it would look like a field of a report.
+Record.__pydantic_config__ = ConfigDict(allow_inf_nan=False)  # type: ignore[attr-defined]
 
 
 def read(path: str | Path) -> list[Record]:

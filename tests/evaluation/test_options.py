@@ -11,6 +11,8 @@ from evaluation.engines import EvaluationError
 from evaluation.sources import SourceError
 from evaluation.suite import SuiteError
 
+ENDLESS = ["nan:1:0.1", "0:inf:0.1", "0:1:1e-300"]
+
 
 def test_both_ends_of_a_range_count():
     tenths = [0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95]
@@ -18,7 +20,7 @@ def test_both_ends_of_a_range_count():
     assert len(options.numbers("0:1:0.1")) == 11 and options.numbers("0.5,0.8") == [0.5, 0.8]
 
 
-@pytest.mark.parametrize("text", ["0.5:0.9", "0.9:0.5:0.1", "0:1:0", "a", "0.5,1.5", ""])
+@pytest.mark.parametrize("text", ["0.5:0.9", "0.9:0.5:0.1", "0:1:0", "a", "0.5,1.5", "", *ENDLESS])
 def test_what_is_no_range_and_no_list_is_refused(text):
     with pytest.raises(argparse.ArgumentTypeError):
         options.numbers(text)

@@ -12,6 +12,7 @@ from helpers import evaluations
 
 from evaluation import run, store, tables
 from evaluation.formatting import file_name
+from mergekit_monosoup import terminal
 
 # A result as it has been written since the first version, but for its samples.
 ESTIMATE = {"mean": 0.5, "standard_error": 0.25}
@@ -210,9 +211,9 @@ def test_damaged_parts_are_asked_again(tmp_path):
 def test_a_folder_that_cannot_be_written_is_named_before_anything_is_asked(tmp_path, capsys):
     file = tmp_path / "file"
     file.write_text("")
-    for out in (file, file / "sub", tmp_path / ("x" * 300)):
+    for out in (file, file / "sub", tmp_path / ("x" * 300), tmp_path / "not utf-8 \udce9"):
         assert run.main(["tiny", "--model", "a=none", "--out", str(out)]) == 1
-        assert capsys.readouterr().err.startswith(f"error: {out}: ")
+        assert capsys.readouterr().err.startswith(f"error: {terminal.plain(out)}: ")
 
 
 def test_what_cannot_be_written_is_named(tmp_path):
