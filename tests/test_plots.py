@@ -12,9 +12,11 @@ import torch
 from click.testing import CliRunner
 
 from mergekit_monosoup import plots
+from mergekit_monosoup.checkpoints.places import arrange
 from mergekit_monosoup.cli import main
 from mergekit_monosoup.kernel.monosoup import edit, preview
-from mergekit_monosoup.report import read
+from mergekit_monosoup.plots import panels
+from mergekit_monosoup.report import Record, read
 
 TYPES = ("self_attn.q_proj", "mlp.up_proj")
 PAIRS = ("models/alpha ~ org/beta", "models/alpha ~ org/gamma")
@@ -119,24 +121,18 @@ def test_nothing_is_drawn_that_was_not_asked_for(inspected):
         plots.draw({"r": [copied]})
 
 
-def test_text_stays_inside_and_does_not_overlap(inspected):
-    """Titles, ticks, axis labels and legends of all panels, as rendered."""
-    figure = plots.draw({"r": inspected})
+def texts(axes):
+    """Boxes of title, labels, ticks and legend, as rendered."""
+    found = [axes.xaxis.label, axes.yaxis.label, axes._left_title, axes.get_legend()]
+    for axis, (low, high) in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
+        found += [t.label1 for t in axis.get_major_ticks() if low <= t.get_loc() <= high]
+    return [t.get_window_extent() for t in found if getattr(t, "get_text", lambda: True)()]
+
+
+def check_layout(figure):
+    """No text leaves the figure or touches another, and panels keep their size."""
     figure.canvas.draw()
-    boxes = []
-    for axes in figure.axes:
-        texts = [
-            t
-            for t in (axes.xaxis.label, axes.yaxis.label, axes._left_title, axes.get_legend())
-            if t is not None
-        ]
-        for axis, (low, high) in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
-            texts += [
-                t.label1
-                for t in axis.get_major_ticks()
-                if t.label1.get_text() and low <= t.get_loc() <= high
-            ]
-        boxes += [t.get_window_extent() for t in texts]
+    boxes = [box for axes in figure.axes for box in texts(axes)]
     width, height = figure.canvas.get_width_height()
     for box in boxes:
         assert box.x0 >= -1 and box.y0 >= -1 and box.x1 <= width + 1 and box.y1 <= height + 1
@@ -146,11 +142,89 @@ def test_text_stays_inside_and_does_not_overlap(inspected):
         for b in boxes[i + 1 :]
         if a.padded(-1.5).overlaps(b.padded(-1.5))
     ]
-    assert overlapping == [] and len(boxes) > 40
+    assert overlapping == [] and len(boxes) > 10
+    sizes = [axes.get_window_extent() for axes in figure.axes]
+    assert min(size.height for size in sizes) > 220 and min(size.width for size in sizes) > 300
+    rows = {round(size.y0): size.height for size in sizes}
+    assert sum(rows.values()) > 0.45 * height
+
+
+def test_text_stays_inside_and_does_not_overlap(inspected):
+    check_layout(plots.draw({"r": inspected}))
+
+
+BERT = [
+    "cls.predictions.transform.dense.weight",
+    *(f"bert.embeddings.{n}_embeddings.weight" for n in ("word", "position", "token_type")),
+    *(
+        f"bert.encoder.layer.{n}.{kind}.weight"
+        for n in range(12)
+        for kind in ("attention.self.query", "attention.output.dense", "output.dense")
+    ),
+]
+EFFICIENTNET = [
+    "_conv_stem.weight",
+    *(f"_blocks.{n}.{k}.weight" for n in range(16) for k in ("_expand_conv", "_project_conv")),
+    "_fc.weight",
+]
+TOWERS = [
+    f"model.{tower}.layers.{n}.{kind}.weight"
+    for tower in ("decoder", "encoder")
+    for n in range(30)
+    for kind in ("self_attn.k_proj", "fc1")
+]
+EXPERTS = [f"layers.{n}.mlp.experts.{e}.up_proj.weight" for n in range(3) for e in range(40)]
+FORTY = [f"a_module.of_some_kind_{n}.projection_with_a_long_name.weight" for n in range(40)]
+HOSTILE = [
+    *(
+        "",
+        "_",
+        "__a",
+        "²",
+        "[/b]",
+        r"$\frac{$",
+        "$a$ and $b",
+        "a\n\tb",
+        "\x1b[31mred",
+        "\u202eturned",
+    ),
+    *("中文权重", "🚀", "\udc80", "x" * 5000, "x" * 5000 + "y", "layers.0." + "9" * 5000),
+    "layers." + "9" * 5000 + ".w",
+]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("names", "legend", "ticks"),
+    [
+        (BERT, ["attention.output.dense", "attention.self.query", "output.dense"], "11"),
+        (EFFICIENTNET, ["_conv_stem", "_expand_conv", "_project_conv", "_fc"], "_conv_stem"),
+        (TOWERS, ["encoder.self_attn.k_proj", "decoder.fc1"], "decoder:"),
+        (EXPERTS, ["mlp.experts.*.up_proj"], "2"),
+        (FORTY, [], "kind_0"),
+        (HOSTILE, ["_", "__a", "²", "[/b]", r"\$\frac{\$", r"a\n\tb", r"\u202eturned"], "[/b]"),
+    ],
+    ids=["BERT", "EfficientNet", "towers", "experts", "forty types", "hostile"],
+)
+def test_any_names(names, legend, ticks):
+    """Names of other architectures, and of nobody's: all are in the legend, and all can be read."""
+    records = [
+        Record(n, (8, 4), "float32", "edited", k=1, rank=4, effective_rank=3.0, lambda_high=0.9)
+        for n in names
+    ]
+    figure = plots.draw({"_$r$_" * 99: records, "b": records[:1]})
+    check_layout(figure)
+    shown = [text.get_text().lstrip("\u200b") for text in figure.axes[1].get_legend().get_texts()]
+    assert set(legend) <= set(shown) and len(set(shown)) == len(shown)
+    kinds = {place.kind for place in arrange(names).values()}
+    assert len(shown) == len(kinds), "every type has an entry"
+    for axes in figure.axes[:2]:
+        assert any(ticks in tick.get_text() for tick in axes.get_xticklabels())
+    assert figure.axes[0].get_title(loc="left").count(r"\$") > 4, "not as mathematics"
 
 
 def test_styles_differ_in_grey_too():
-    styles = [style for style, _ in zip(plots._styles(), range(70), strict=False)]
+    styles = [style for style, _ in zip(panels.styles(), range(70), strict=False)]
     assert len({tuple(style.values()) for style in styles}) == 70
     assert len({(style["marker"], style["linestyle"]) for style in styles[:20]}) == 20, (
         "without colour"

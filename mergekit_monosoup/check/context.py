@@ -35,8 +35,8 @@ from mergekit_monosoup.checkpoints import quantisation
 from mergekit_monosoup.checkpoints.beside import Beside
 from mergekit_monosoup.checkpoints.coverage import Reads
 from mergekit_monosoup.checkpoints.headers import Headers, LackingError, Stored
-from mergekit_monosoup.checkpoints.names import Renaming, renaming
 from mergekit_monosoup.checkpoints.reader import NotThereError, check_model_path, is_single_file
+from mergekit_monosoup.checkpoints.renaming import Renaming, renaming
 
 
 @dataclass(frozen=True)

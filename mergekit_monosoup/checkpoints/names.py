@@ -8,9 +8,9 @@ name tells them apart.
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
 
 Index = tuple[int | slice, ...]
 
@@ -49,13 +49,64 @@ def matrices(name: str, shape: Sequence[int]) -> list[tuple[str, Index]]:
     ]
 
 
-# `layers.12`, `stages.2.blocks.5`; an expert is a matrix of its layer, not a layer, and
-# `downsample.1.weight` is a matrix.
+# `layers.12`, `stages.2.blocks.5`, `layer1.0`, `features.1.0`: words with the numbers of a layer.
+_GLUED = re.compile(r"(.*?(?:layer|block|stage|unit)s?)_?([0-9]{1,9})", re.IGNORECASE)
 # More than nine digits count no layers: they are a hash, and Python may refuse to read them.
-_NUMBER = r"\.[0-9]{1,9}"
-_LAYER = re.compile(
-    rf"(?:^|\.)(?!experts\.)\w+{_NUMBER}(?:\.(?!experts\.)\w+{_NUMBER})*(?=\.(?!weight$|bias$))"
-)
+_NUMBER = re.compile(r"[0-9]{1,9}")
+
+
+class Parts(NamedTuple):
+    """A name in three: what leads to the layers, the layer's numbers, what is within the layer."""
+
+    stack: tuple[str, ...]
+    layer: tuple[int, ...]
+    rest: tuple[str, ...]
+
+
+@lru_cache(maxsize=1 << 16)
+def split(name: str) -> Parts:
+    """Return the three parts of a name, of which `rest` alone is there outside of layers."""
+    parts = tuple(name.split("."))
+    for start in range(len(parts)):
+        end, numbers = _numbered(parts, start)
+        if numbers:
+            glued = _GLUED.fullmatch(parts[start])
+            word = glued[1] if glued else parts[start]
+            return Parts((*parts[:start], word), numbers, parts[end:])
+    return Parts((), (), parts)
+
+
+def _numbered(parts: Sequence[str], start: int) -> tuple[int, tuple[int, ...]]:
+    """Return where the words with numbers that begin at ``start`` end, and the numbers."""
+    at = start
+    numbers: tuple[int, ...] = ()
+    while (step := _word_with_numbers(parts, at)) is not None:
+        end, more = step
+        # `stages.0.layers.1` is a layer, `layer.0` in it one of its matrices.
+        if len(numbers) + len(more) > 2 and not (numbers and parts[at].endswith("s")):
+            break
+        at, numbers = end, (*numbers, *more)
+    return at, numbers
+
+
+def _word_with_numbers(parts: Sequence[str], at: int) -> tuple[int, tuple[int, ...]] | None:
+    """Return the end and the numbers of ``blocks.5`` or ``layer1.0`` at ``at``; None if neither.
+
+    An expert is a matrix of its layer, not a layer, and so is ``downsample.1.weight``.
+    """
+    if at >= len(parts) or parts[at] == "experts" or _NUMBER.fullmatch(parts[at]):
+        return None
+    glued = _GLUED.fullmatch(parts[at])
+    numbers = [int(glued[2])] if glued else []
+    end = at + 1
+    while len(numbers) < 2 and end < len(parts) and _NUMBER.fullmatch(parts[end]):
+        if parts[end + 1 :] in ((), ("weight",), ("bias",)):
+            break
+        numbers.append(int(parts[end]))
+        end += 1
+    if not numbers or parts[end:] in ((), ("weight",), ("bias",)):
+        return None
+    return end, tuple(numbers)
 
 
 def layer(name: str) -> tuple[int, ...]:
@@ -63,18 +114,13 @@ def layer(name: str) -> tuple[int, ...]:
 
     Embeddings and heads belong to none: ().
     """
-    match = _LAYER.search(name)
-    return (
-        tuple(int(number) for number in re.findall(r"\.([0-9]+)(?![^.])", match[0]))
-        if match
-        else ()
-    )
+    return split(name).layer
 
 
 def block(name: str) -> str:
-    """Return a tensor's name up to the number of its layer; empty outside of layers."""
-    match = _LAYER.search(name)
-    return name[: match.end()] if match else ""
+    """Return what the names of one layer's tensors have in common; empty outside of layers."""
+    parts = split(name)
+    return ".".join((*parts.stack, *map(str, parts.layer))) if parts.layer else ""
 
 
 def projection(name: str) -> str:
@@ -82,11 +128,13 @@ def projection(name: str) -> str:
 
     For tensors outside of layers it is their name without `model.`.
     """
-    match = _LAYER.search(name)
-    rest = name[match.end() + 1 :] if match else name
-    # One type for all experts of a layer, but fc1 and fc2 stay two.
-    kind = re.sub(r"\b\d+\b", "*", rest.removeprefix("model.").removesuffix(".weight"))
-    return kind or "(unnamed)"
+    return re.sub(r"\b[0-9]+\b", "*", type_of(".".join(split(name).rest).removeprefix("model.")))
+
+
+def type_of(rest: str) -> str:
+    """Return one type for all experts of a layer; fc1 and fc2 stay two."""
+    experts = re.sub(r"\bexperts\.[0-9]+\b", "experts.*", rest.removesuffix(".weight"))
+    return re.sub(r"\[[0-9]+\]", "[*]", experts) or "(unnamed)"
 
 
 def natural(name: str) -> tuple[str | tuple[int, str], ...]:
@@ -97,94 +145,3 @@ def natural(name: str) -> tuple[str | tuple[int, str], ...]:
         digits = str(parts[place]).lstrip("0")
         parts[place] = len(digits), digits
     return tuple(parts)
-
-
-# -- names of one model in another's files ---------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Renaming:
-    """What tells the names of one file from those of another, of the same model.
-
-    Attributes:
-        prefix: what the names begin with; empty where parts lie within.
-        parts: what lies within, as ``_fsdp_wrapped_module``.
-        more: whether it is the first file whose names have them, or the second.
-        count: names that are the same without.
-    """
-
-    prefix: str
-    parts: tuple[str, ...]
-    more: bool
-    count: int
-
-    def described(self, other: str) -> str:
-        """Return what differs and what to do, to be read after the name of the second file.
-
-        ``other``: what the first is called.
-        """
-        if self.prefix:
-            kind, listed = "begin with", f"`{self.prefix}`"
-            change = f"name.removeprefix({self.prefix!r}): tensor … if name.startswith(…)"
-        else:
-            kind, listed = "have within", ", ".join(f"`{part}`" for part in self.parts)
-            replaced = "".join(f".replace({part + '.'!r}, '')" for part in self.parts)
-            change = f"name{replaced}: tensor …"
-        if self.more:
-            what = f"the names of {other} {kind} {listed}, its own do not"
-        else:
-            what = f"its names {kind} {listed}, those of {other} do not"
-        return (
-            f"{what} ({self.count} tensors are the same otherwise): save the model inside of its "
-            f"wrapper, or rename the tensors, `{{{change}}}`"
-        )
-
-
-def renaming(first: Collection[str], second: Collection[str]) -> Renaming | None:
-    """Return what tells the second file's names from the first's; None where nothing does.
-
-    A wrapper (torch.compile, DistributedDataParallel, FSDP, a trainer's own class) puts its name
-    before those of the model, or into them. Which one is found by comparing, not looked up.
-    """
-    common = len(set(first) & set(second))
-    if 2 * common >= min(len(first), len(second)):
-        return None
-    found = [
-        *_prefixes(first, second, more=False),
-        *_prefixes(second, first, more=True),
-        *_parts(first, second, more=False),
-        *_parts(second, first, more=True),
-    ]
-    best = max(found, key=lambda candidate: candidate.count, default=None)
-    return best if best and 2 * best.count > min(len(first), len(second)) else None
-
-
-def _prefixes(
-    plain: Collection[str], wrapped: Collection[str], *, more: bool
-) -> Iterator[Renaming]:
-    """Yield the most frequent beginning without which wrapped names are plain ones."""
-    known = set(plain)
-    counts: Counter[str] = Counter()
-    for name in wrapped:
-        for dot in (match.end() for match in re.finditer(r"\.", name)):
-            if name[dot:] in known:
-                counts[name[:dot]] += 1
-                break  # the shortest beginning: `model.model.` also ends in `model.`
-    for prefix, count in counts.most_common(1):
-        yield Renaming(prefix, (), more, count)
-
-
-def _parts(plain: Collection[str], wrapped: Collection[str], *, more: bool) -> Iterator[Renaming]:
-    """Yield the parts that only wrapped names have, if those are plain ones without them."""
-    known = set(plain)
-    usual = {part for name in plain for part in name.split(".")}
-    found: Counter[str] = Counter()
-    same = set()
-    for name in wrapped:
-        parts = name.split(".")
-        kept = ".".join(part for part in parts if part in usual)
-        if kept != name and kept in known:
-            same.add(kept)
-            found.update(set(parts) - usual)
-    if same:
-        yield Renaming("", tuple(part for part, _ in found.most_common(3)), more, len(same))

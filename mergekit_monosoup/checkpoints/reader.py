@@ -21,8 +21,9 @@ from torch import Tensor
 
 from mergekit_monosoup.checkpoints import quantisation
 from mergekit_monosoup.checkpoints.headers import SINGLE_FILES, Headers, LackingError
-from mergekit_monosoup.checkpoints.names import natural, renaming
+from mergekit_monosoup.checkpoints.names import natural
 from mergekit_monosoup.checkpoints.pickles import named_tensors
+from mergekit_monosoup.checkpoints.renaming import renaming
 from mergekit_monosoup.errors import QUANTISED, NonFiniteError, SolverError
 
 # Of a model that is a single file.

@@ -27,8 +27,8 @@ from mergekit_monosoup.check.keys import refusals
 from mergekit_monosoup.checkpoints import foreign, quantisation
 from mergekit_monosoup.checkpoints.beside import Beside
 from mergekit_monosoup.checkpoints.headers import Headers, LackingError
-from mergekit_monosoup.checkpoints.names import renaming
 from mergekit_monosoup.checkpoints.reader import is_single_file
+from mergekit_monosoup.checkpoints.renaming import renaming
 from mergekit_monosoup.checkpoints.texts import UnreadableError, check_new_folder, read_text
 from mergekit_monosoup.checkpoints.yaml import MOST_BYTES, PlainLoader, parse_documents
 from mergekit_monosoup.distributed.dependencies import (

@@ -11,7 +11,7 @@ from typing import Annotated
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from mergekit_monosoup.checkpoints.names import layer, natural
+from mergekit_monosoup.checkpoints.places import arrange, depth
 from mergekit_monosoup.checkpoints.texts import UnreadableError, check_file
 
 # Below this share of the edit surviving the rounding to the output dtype, the merge mostly did
@@ -172,12 +172,9 @@ def by_depth(records: Iterable[Record]) -> list[Record]:
     What stands outside of layers comes first, but for heads.
     """
 
-    def key(record: Record) -> tuple[object, ...]:
-        numbers = layer(record.name)
-        place = 1 if numbers else 0 if "embed" in record.name or "stem" in record.name else 2
-        return place, numbers, natural(record.name)
-
-    return sorted(records, key=key)
+    records = list(records)
+    places = arrange(record.name for record in records)
+    return sorted(records, key=lambda record: depth(record.name, places[record.name]))
 
 
 def rank_share(record: Record) -> float | None:
