@@ -27,7 +27,7 @@ from mergekit_monosoup.checkpoints.texts import UnreadableError
 from mergekit_monosoup.checkpoints.yaml import read_document
 from mergekit_monosoup.kernel.similarity import cosine, inner_products
 from mergekit_monosoup.parameters import Count, Order, Similarity
-from mergekit_monosoup.terminal import cell
+from mergekit_monosoup.report.labels import name_cells
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -281,20 +281,21 @@ def similarity_tables(
     from rich import box
     from rich.table import Table
 
+    texts = [["" if value is None else f"{value:.2f}" for value in row] for row in values]
+    numbers = [str(i + 1) for i in range(len(models))]
     per_table = max(4, (width - 40) // 6)
     for start in range(0, len(models), per_table):
-        columns = range(start, min(start + per_table, len(models)))
         table = Table(title="Similarity of the updates", title_justify="left", box=box.SIMPLE_HEAD)
         table.padding, table.pad_edge = (0, 1, 0, 0), False
         table.add_column("", justify="right", no_wrap=True)
-        table.add_column("model", overflow="fold")
-        for j in columns:
-            table.add_column(str(j + 1), justify="right", no_wrap=True)
-        for i, model in enumerate(models):
-            row = [values[i][j] for j in columns]
-            table.add_row(
-                str(i + 1), cell(model), *("" if value is None else f"{value:.2f}" for value in row)
-            )
+        table.add_column("model")
+        shown = numbers[start : start + per_table]
+        for number in shown:
+            table.add_column(number, justify="right", no_wrap=True)
+        rows = [row[start : start + per_table] for row in texts]
+        names = name_cells(models, [numbers, *([number, "-1.00"] for number in shown)], width)
+        for number, name, row in zip(numbers, names, rows, strict=True):
+            table.add_row(number, name, *row)
         yield table
 
 

@@ -43,7 +43,8 @@ def arrange(names: Iterable[str]) -> dict[str, Place]:
     if chain := _chain(names):
         return chain
     stacks = list(dict.fromkeys(parts.stack for name in names if (parts := split(name)).layer))
-    root = _shared([stack[:-1] for stack in stacks] or [split(n).rest[:-1] for n in names])
+    paths = [stack[:-1] for stack in stacks] or [split(name).rest[:-1] for name in names]
+    root = _shared(paths) if len(names) > 1 else ()
     towers = _tower_names(stacks, len(root))
     places = {name: _placed(name, towers, root) for name in names}
     return _starred(places)

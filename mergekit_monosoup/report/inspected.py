@@ -6,12 +6,12 @@ The records may come from a file as well (`report FILE`), so nothing here import
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from mergekit_monosoup.checkpoints.names import layer, projection
+from mergekit_monosoup.checkpoints.places import Place, arrange
+from mergekit_monosoup.report.labels import name_cells, shorten
 from mergekit_monosoup.report.record import REALISED_WARNING, Record, by_depth, rank_share
-from mergekit_monosoup.terminal import cell
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -24,6 +24,9 @@ FLAT = 0.1
 DROPPED = 0.1
 # Columns of text from which on the table shows P_k too; 80 hold all the rest.
 WIDE = 100
+FLAGS_ROOM = 18  # columns that the flags keep beside long names; more of them wrap
+# Of a sentence: types that it names, and characters of each.
+MOST_TYPES, TYPE_LIMIT = 12, 60
 
 EVERYTHING = "all matrices"
 
@@ -87,33 +90,63 @@ def table(records: Sequence[Record], width: int = 100, *, every_layer: bool = Fa
     records = by_depth(records)
     modes = list(dict.fromkeys(record.mode for record in records))
     wide = width >= WIDE
-    table = _empty_table(modes, wide, every_layer)
-    table.caption = _caption(records, every_layer)
-    for (layer_number, kind), members in _rows(records, every_layer).items():
+    places = arrange(record.name for record in records)
+    rows = _rows(records, places, every_layer)
+    firsts, numbers, flags = [], [], []
+    for (layer_number, _), members in rows.items():
         of_first_mode = [record for record in members if record.mode == modes[0]]
-        table.add_row(
-            layer_number if every_layer else str(len(of_first_mode)),
-            cell(projection(kind) if every_layer else kind),
-            _number(_mean(of_first_mode, lambda record: record.rel_update), ".1e"),
-            _number(_mean(of_first_mode, rank_share)),
-            *_mode_cells(members, modes, wide),
-            _realised_cell(members, modes),
-            _flags_cell(members, modes),
-        )
+        firsts.append(layer_number if every_layer else str(len(of_first_mode)))
+        numbers.append(_number_cells(members, of_first_mode, modes, wide))
+        flags.append(_flags_cell(members, modes))
+    headers = _headers(modes, wide)
+    columns = [list(column) for column in zip(*numbers, strict=True)]
+    room = min(max(map(len, [*flags, "flags"])), FLAGS_ROOM)
+    kinds = [places[members[0].name].kind for members in rows.values()]
+    titled = [[header, *column] for header, column in zip(headers, columns, strict=True)]
+    others = [["layer" if every_layer else "n", *firsts], *titled, [" " * room]]
+    names = name_cells(kinds, others, width)
+    table = _empty_table(headers, every_layer)
+    table.caption = _caption(records, every_layer)
+    for row in zip(firsts, names, *columns, flags, strict=True):
+        table.add_row(*row)
     return table
 
 
-def _rows(records: Iterable[Record], every_layer: bool) -> dict[tuple[str, str], list[Record]]:
+def _number_cells(
+    members: Sequence[Record], of_first_mode: Sequence[Record], modes: Modes, wide: bool
+) -> list[str]:
+    return [
+        _number(_mean(of_first_mode, lambda record: record.rel_update), ".1e"),
+        _number(_mean(of_first_mode, rank_share)),
+        *_mode_cells(members, modes, wide),
+        _realised_cell(members, modes),
+    ]
+
+
+def _rows(
+    records: Iterable[Record], places: Mapping[str, Place], every_layer: bool
+) -> dict[tuple[str, str], list[Record]]:
     """Return the records of each row by (layer, tensor), or by ("", projection type)."""
     rows: dict[tuple[str, str], list[Record]] = defaultdict(list)
     for record in records:
-        number = ".".join(map(str, layer(record.name)))
-        key = (number, record.name) if every_layer else ("", projection(record.name))
+        place = places[record.name]
+        number = ".".join(map(str, place.layer))
+        key = (number, record.name) if every_layer else ("", place.kind)
         rows[key].append(record)
     return rows
 
 
-def _empty_table(modes: Modes, wide: bool, every_layer: bool) -> Table:
+def _headers(modes: Modes, wide: bool) -> list[str]:
+    """Return the headers of the columns of numbers."""
+    headers = ["‖ΔW‖\n/‖W0‖", "e.rank\n/rank"]
+    for mode in modes:
+        label = {"freevariance": "free", "variance": "var"}.get(str(mode), str(mode))
+        headers += [f"P_k\n{label}"] * wide + [f"λ {label}\nhigh/low"]
+    labels = "/".join("free" if mode == "freevariance" else "var" for mode in modes)
+    return [*headers, f"in bf16\n{labels}"]
+
+
+def _empty_table(headers: Sequence[str], every_layer: bool) -> Table:
     from rich import box
     from rich.table import Table
 
@@ -123,15 +156,10 @@ def _empty_table(modes: Modes, wide: bool, every_layer: bool) -> Table:
     )
     table.padding, table.pad_edge = (0, 1, 0, 0), False
     table.add_column("layer" if every_layer else "n", justify="right", no_wrap=True)
-    table.add_column("type", overflow="fold", min_width=12)
-    headers = ["‖ΔW‖\n/‖W0‖", "e.rank\n/rank"]
-    for mode in modes:
-        label = {"freevariance": "free", "variance": "var"}.get(str(mode), str(mode))
-        headers += [f"P_k\n{label}"] * wide + [f"λ {label}\nhigh/low"]
-    labels = "/".join("free" if mode == "freevariance" else "var" for mode in modes)
-    for header in [*headers, f"in bf16\n{labels}"]:
+    table.add_column("type")
+    for header in headers:
         table.add_column(header, justify="right", no_wrap=True)
-    table.add_column("flags", overflow="fold")
+    table.add_column("flags")
     return table
 
 
@@ -204,9 +232,10 @@ def reading(records: Sequence[Record], *, partial: bool = False) -> list[str]:
         of_mode = by_depth(record for record in records if record.mode == mode)
         threshold = of_mode[0].R
         label = str(mode) + (f", R = {threshold:g}" if threshold is not None else "")
+        places = arrange(record.name for record in of_mode)
         types: dict[str, list[Record]] = defaultdict(list)
         for record in of_mode:
-            types[projection(record.name)].append(record)
+            types[places[record.name].kind].append(record)
         for verdict, kinds in _by_verdict(types).items():
             place = _family_names(kinds, list(types))
             if partial and place == EVERYTHING:
@@ -275,4 +304,7 @@ def _family_names(kinds: Sequence[str], all_kinds: Sequence[str]) -> str:
         relatives = [other for other in all_kinds if other.startswith(family)]
         whole = len(relatives) > 1 and set(relatives) <= set(kinds)
         names.append(f"{family}*" if whole else kind)
-    return ", ".join(dict.fromkeys(names))
+    names = shorten(list(dict.fromkeys(names)), TYPE_LIMIT)
+    if len(names) > MOST_TYPES:
+        names[MOST_TYPES - 1 :] = [f"{len(names) - MOST_TYPES + 1} more types"]
+    return ", ".join(names)

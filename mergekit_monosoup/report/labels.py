@@ -5,12 +5,38 @@ from __future__ import annotations
 import itertools
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from typing import TYPE_CHECKING
+
+from mergekit_monosoup.terminal import plain
+
+if TYPE_CHECKING:
+    from rich.text import Text
 
 ELLIPSIS = "…"
+EDGE, BETWEEN = 2, 2  # columns that a table of rich with a SIMPLE_HEAD needs for itself
+NARROWEST = 12  # columns of a terminal that names keep, and the numbers beside them are cut then
 
 Measure = Callable[[str], int]
+
+
+def name_cells(names: Sequence[str], others: Iterable[Sequence[str]], width: int) -> list[Text]:
+    """Return the cells of a table's column of names: as wide as the numbers beside it leave.
+
+    Args:
+        names: from files, as they are.
+        others: the texts of each other column of the table, its header among them.
+        width: of the terminal, in columns.
+    """
+    from rich.cells import cell_len
+    from rich.text import Text
+
+    lines = ([cell_len(line) for text in other for line in text.split("\n")] for other in others)
+    taken = EDGE + sum(max(lengths, default=0) + BETWEEN for lengths in lines)
+    room = max(width - taken, NARROWEST)
+    labels = shorten([plain(name) for name in names], room, cell_len)
+    return [Text(label, no_wrap=True) for label in labels]
 
 
 def shorten(names: Sequence[str], limit: int, measure: Measure = len) -> list[str]:
@@ -52,11 +78,11 @@ def _heads(limit: int) -> list[int]:
 
 
 def _ending(name: str, limit: int, measure: Measure) -> str:
-    """Return the longest whole parts at the end that fit, if they fill half of the room."""
+    """Return the longest whole parts at the end that fit, if they fill most of the room."""
     for at in re.finditer(r"[./]", name[-limit:]):
         ending = ELLIPSIS + name[-limit:][at.end() :]
         if measure(ending) <= limit:
-            return ending if 2 * measure(ending) > limit else name
+            return ending if 3 * measure(ending) > 2 * limit else name
     return name
 
 

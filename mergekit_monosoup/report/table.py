@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from mergekit_monosoup.report.labels import name_cells
 from mergekit_monosoup.report.record import LEFT_OUT, Record
 from mergekit_monosoup.terminal import cell
 
@@ -152,17 +153,19 @@ def table(records: Iterable[Record], width: int = 160) -> Table:
     title = f"{'SVC' if calibrated else 'MonoSoup'} by layer group: means over edited matrices"
     out = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     out.padding, out.pad_edge = (0, 1, 0, 0), False
-    out.add_column("layer group", overflow="fold", min_width=30)
+    out.add_column("layer group")
+    cells = [[header, *map(value, rows)] for header, value in columns]
     for header, _ in columns:
         out.add_column(header, justify="right", no_wrap=True)
-    for row in rows:
-        if row is rows[-1]:
+    names = name_cells([_short(row.group) for row in rows], cells, width)
+    for number, (name, *values) in enumerate(zip(names, *(c[1:] for c in cells), strict=True)):
+        if number == len(rows) - 1:
             out.add_section()
-        out.add_row(cell(_short(row.group)), *(value(row) for _, value in columns))
+        out.add_row(name, *values)
     remarks: dict[str, list[str]] = defaultdict(list)
-    for row in rows[:-1]:
+    for row, name in zip(rows[:-1], names, strict=False):
         for reason in row.reasons:
-            remarks[reason].append(_short(row.group))
+            remarks[reason].append(name.plain)
     lines = [cell(f"{reason}: {', '.join(groups)}") for reason, groups in remarks.items()]
     out.caption = Text("\n").join(lines) if lines else None
     out.caption_justify = "left"
