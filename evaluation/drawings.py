@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator, Sequence
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,16 @@ from evaluation.families import MONOSOUP, SCALAR, curves
 from evaluation.formatting import file_name
 from evaluation.statistics import Difference
 from mergekit_monosoup import files
+from mergekit_monosoup.plots.text import figure_labels, figure_text
 
 Z = 1.959964  # of a 95 % normal interval
 # More bars than these beside each other cannot be told apart, nor can the colours.
 MOST_MODELS = 8
 MOST_LABELLED = 12  # models of a plane; with more, the points of curves would fill the legend
+NAME_LIMIT, TITLE_LIMIT = 36, 120  # characters of a model or task, and of a suite's title
+REFERENCE_LIMIT = 24  # characters of it in the label of an axis, which is as long as the axis
+TITLE_LINE = 60  # characters that fit over the axes
+COLUMN = 20  # entries in a column of a legend
 
 
 def draw(comparisons: Sequence[Comparison], out: Path, suffix: str) -> Iterator[Path]:
@@ -37,6 +43,7 @@ def plane(comparison: Comparison) -> Any:
     """Return ID against OOD in per cent, with 95 % intervals of the scores over items."""
     figure, axes = _figure(6.4, 4.8)
     points = curves(comparison)
+    labels = _labels([*points, *comparison.cells])
     for number, (name, on_curve) in enumerate(points.items()):
         ends = [comparison.averages(model) for _, model in on_curve]
         axes.plot(
@@ -46,7 +53,7 @@ def plane(comparison: Comparison) -> Any:
             color=f"C{number}",
             alpha=0.6,
             zorder=1,
-            label=f"{name} curve",
+            label=f"{labels[name]} curve",
         )
     inner = {
         model
@@ -57,14 +64,15 @@ def plane(comparison: Comparison) -> Any:
     for number, model in enumerate(comparison.cells):
         # In a sweep the points of a curve would fill the legend and hide each other's intervals.
         crowded = len(comparison.cells) > MOST_LABELLED and model in inner
-        _place(axes, comparison, model, number, crowded)
-    axes.set(xlabel="ID, %", ylabel="OOD, %", title=comparison.suite.title)
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+        _place(axes, comparison, model, number, None if crowded else labels[model])
+    axes.set(xlabel="ID, %", ylabel="OOD, %", title=_title(comparison))
+    _legend_beside(axes)
     return figure
 
 
-def _place(axes: Any, comparison: Comparison, model: str, number: int, crowded: bool) -> None:
-    """Draw one model of the plane; where it is crowded, as a dot without interval and label."""
+def _place(axes: Any, comparison: Comparison, model: str, number: int, label: str | None) -> None:
+    """Draw one model of the plane; without a label, as a dot without interval."""
+    crowded = label is None
     id_, ood = (cell.estimate for cell in comparison.averages(model))
     axes.errorbar(
         100 * id_.mean,
@@ -74,7 +82,7 @@ def _place(axes: Any, comparison: Comparison, model: str, number: int, crowded: 
         fmt="." if crowded else "osD^v<>Ph*X"[number % 11],
         color="0.3" if crowded else None,
         capsize=2,
-        label=None if crowded else model,
+        label=label,
         zorder=2,
     )
 
@@ -88,21 +96,25 @@ def bars(comparison: Comparison) -> Any:
     if len(models) > MOST_MODELS:
         return _averages(comparison, models)
     figure, axes = _figure(max(6.4, 1.1 * len(comparison.columns)), 4.0)
-    width = 0.8 / max(len(models), 1)
+    width, labels = 0.8 / max(len(models), 1), _labels(comparison.cells)
     for number, model in enumerate(models):
         for place, cell in enumerate(comparison.cells[model]):
             gain = cell.difference
             assert gain is not None
             x = place + (number + 0.5) * width - 0.4
-            label = model if place == 0 else None
+            label = labels[model] if place == 0 else None
             axes.bar(x, 100 * gain.mean, width, color=f"C{number}", label=label)
             if (reach := _reach(gain)) is not None:
                 axes.errorbar(x, 100 * gain.mean, yerr=reach, color="black", capsize=2, fmt="none")
     axes.axhline(0, color="black", linewidth=0.8)
-    headers = [c.header if c.average else f"{c.header}\n({c.group})" for c in comparison.columns]
+    tasks = _labels(column.header for column in comparison.columns)
+    headers = [
+        tasks[c.header] + ("" if c.average else f"\n({c.group})") for c in comparison.columns
+    ]
     axes.set_xticks(range(len(headers)), headers, rotation=45, ha="right")
-    axes.set(ylabel=f"difference from {comparison.reference}, points", title=comparison.suite.title)
-    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    axes.set(ylabel=f"difference from {_reference(comparison)}, points")
+    axes.set_title(_title(comparison))
+    _legend_beside(axes)
     return figure
 
 
@@ -111,7 +123,7 @@ def _averages(comparison: Comparison, models: Sequence[str]) -> Any:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9.0, 1.2 + 0.22 * len(models)), layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
+    panels, labels = figure.subplots(1, 2, sharey=True), _labels(comparison.cells)
     for number, (panel, group) in enumerate(zip(panels, ("ID", "OOD"), strict=True)):
         for place, model in enumerate(models):
             gain = comparison.averages(model)[number].difference
@@ -122,11 +134,11 @@ def _averages(comparison: Comparison, models: Sequence[str]) -> Any:
                 panel.errorbar(mean, place, xerr=reach, color="black", capsize=2, fmt="none")
         panel.axvline(0, color="black", linewidth=0.8)
         panel.set(
-            xlabel=f"{group}: difference from {comparison.reference}, points",
+            xlabel=f"{group}: difference from\n{_reference(comparison)}, points",
             ylim=(len(models) - 0.4, -0.6),
         )
-        panel.set_yticks(range(len(models)), models)
-    figure.suptitle(comparison.suite.title)
+        panel.set_yticks(range(len(models)), [labels[model] for model in models])
+    figure.suptitle(_title(comparison))
     return figure
 
 
@@ -144,13 +156,15 @@ def energy(comparison: Comparison) -> Any:
     """
     figure, axes = _figure(6.4, 4.0)
     points = curves(comparison)
+    labels = _labels(points)
     for kind, style in ((MONOSOUP, "-"), (SCALAR, "--")):
         for place, name in enumerate(name for name in points if name.startswith(kind)):
             values = [x for x, _ in points[name]]
             for number, group in enumerate(("ID", "OOD")):
                 cells = [comparison.averages(model)[number] for _, model in points[name]]
                 estimates = [cell.estimate for cell in cells]
-                color, label = f"C{2 * place + number}", f"{group}, {name.replace(', R', '')}"
+                color = f"C{2 * place + number}"
+                label = f"{group}, {labels[name].replace(', R', '')}"
                 axes.plot(
                     values, [100 * e.mean for e in estimates], style, color=color, label=label
                 )
@@ -159,9 +173,29 @@ def energy(comparison: Comparison) -> Any:
                     for sign in (-1, 1)
                 )
                 axes.fill_between(values, low, high, color=color, alpha=0.12)
-    axes.set(xlabel="R", ylabel="%", title=comparison.suite.title)
-    axes.legend(frameon=False)
+    axes.set(xlabel="R", ylabel="%", title=_title(comparison))
+    _legend_beside(axes)
     return figure
+
+
+def _labels(names: Iterable[str]) -> dict[str, str]:
+    """Return what a figure calls each of the models, curves or tasks."""
+    listed = list(names)
+    return dict(zip(listed, figure_labels(listed, NAME_LIMIT), strict=True))
+
+
+def _title(comparison: Comparison) -> str:
+    return textwrap.fill(figure_text(comparison.suite.title, TITLE_LIMIT), TITLE_LINE)
+
+
+def _reference(comparison: Comparison) -> str:
+    return figure_text(comparison.reference, REFERENCE_LIMIT)
+
+
+def _legend_beside(axes: Any) -> None:
+    entries = len(axes.get_legend_handles_labels()[1])
+    columns = -(-entries // COLUMN) or 1
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), ncols=columns)
 
 
 def _figure(width: float, height: float) -> tuple[Any, Any]:

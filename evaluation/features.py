@@ -20,9 +20,11 @@ from numpy.typing import NDArray
 
 from evaluation.formatting import file_name
 from evaluation.sources import PRETRAINED, Source, SourceError
+from mergekit_monosoup.plots.text import figure_labels, figure_text
 
 Matrix = NDArray[np.float64]
 CHUNK = 4096  # texts read back at once
+NAME_LIMIT = 36  # characters of a model or text set in a figure
 
 Similarities = dict[str, dict[str, list[float | None]]]
 """CKA with the pretrained model: by text set and model, block by block; block 0 is the embedding.
@@ -208,7 +210,14 @@ def heatmap(values: Similarities) -> Any:
         name: np.array([[np.nan if v is None else v for v in blocks] for blocks in models.values()])
         for name, models in values.items()
     }
-    low = min(float(np.nanmin(grid)) for grid in grids.values())
+    known = [
+        v
+        for models in values.values()
+        for blocks in models.values()
+        for v in blocks
+        if v is not None
+    ]
+    low = min(known, default=1.0)
     figure = Figure(
         figsize=(7, 1 + 0.4 * sum(len(grid) + 2 for grid in grids.values())), layout="constrained"
     )
@@ -216,7 +225,8 @@ def heatmap(values: Similarities) -> Any:
     for axes, (name, grid) in zip(panels, grids.items(), strict=True):
         image = axes.imshow(grid, vmin=min(low, 0.999), vmax=1.0, aspect="auto", cmap="viridis")
         axes.set_xticks(range(0, grid.shape[1], 1 + grid.shape[1] // 16))
-        axes.set_yticks(range(len(values[name])), list(values[name]))
-        axes.set(xlabel="block (0: embedding)", title=f"linear CKA with {PRETRAINED}, {name}")
+        axes.set_yticks(range(len(grid)), figure_labels(list(values[name]), NAME_LIMIT))
+        axes.set(xlabel="block (0: embedding)")
+        axes.set_title(f"linear CKA with {PRETRAINED}, {figure_text(name, NAME_LIMIT)}")
         figure.colorbar(image, ax=axes)
     return figure

@@ -24,10 +24,11 @@ def figure_labels(names: Sequence[str], limit: int) -> list[str]:
 
 
 def _drawable(text: str) -> str:
-    """Return text with `\\u4e2d` for each character that the font lacks."""
+    """Return text with `\\u4e2d` for each character that the font lacks; never nothing."""
     glyphs = _glyphs()
     return "".join(
-        c if ord(c) in glyphs else c.encode("unicode_escape").decode("ascii") for c in plain(text)
+        c if ord(c) in glyphs else c.encode("unicode_escape").decode("ascii")
+        for c in plain(text) or "(unnamed)"
     )
 
 
