@@ -8,8 +8,10 @@ from __future__ import annotations
 import argparse
 import csv
 import io
+import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,10 @@ from evaluation import options
 from evaluation.comparison import Cell, Column, Comparison, compare
 from evaluation.formatting import difference_text, with_error
 from mergekit_monosoup import terminal
+from mergekit_monosoup.report.labels import shorten
 
 PAPER = Path(__file__).parent / "paper.yml"
+NAME_LIMIT = 40  # characters of a model or task in Markdown and LaTeX; CSV has the whole name
 # fmt: off
 CSV = [
     "suite", "model", "group", "column", "items", "runs", "mean", "standard_error",
@@ -56,7 +60,8 @@ def _print(given: argparse.Namespace) -> None:
     if given.csv:
         print(as_csv(comparisons), end="")
         return
-    table = as_latex if given.latex else as_markdown
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    table = as_latex if given.latex else partial(as_markdown, width=width)
     tables = [table(c, quoted(c) if given.paper else {}) for c in comparisons]
     print("\n\n".join(tables))
 
@@ -86,25 +91,46 @@ def grids(comparison: Comparison, paper: Quoted) -> list[tuple[str, list[list[st
         for model, cells in comparison.cells.items()
         if model != comparison.reference
     ]
-    title = f"Difference from {comparison.reference}, points"
-    return [("Scores, %", _plain(scores)), (terminal.plain(title), _plain(gains))]
+    reference = terminal.shortened(comparison.reference, terminal.LONGEST_CELL)
+    title = f"Difference from {reference}, points"
+    return [("Scores, %", _shown(scores)), (terminal.plain(title), _shown(gains))]
 
 
-def _plain(rows: Sequence[Sequence[str]]) -> list[list[str]]:
-    return [[terminal.plain(cell) for cell in row] for row in rows]
+def _shown(rows: Sequence[Sequence[str]]) -> list[list[str]]:
+    """Return rows whose names, in the first row and column, are harmless and not endless."""
+    header, *body = [[terminal.plain(cell) for cell in row] for row in rows]
+    names = shorten([row[0] for row in body], NAME_LIMIT)
+    return [
+        shorten(header, NAME_LIMIT),
+        *([n, *row[1:]] for n, row in zip(names, body, strict=True)),
+    ]
 
 
-def as_markdown(comparison: Comparison, paper: Quoted) -> str:
-    """Return both tables and the notes."""
+def as_markdown(comparison: Comparison, paper: Quoted, width: int | None = None) -> str:
+    """Return both tables and the notes; for a terminal in as many parts as its width needs."""
     lines = [f"## {terminal.plain(comparison.suite.title)}", ""]
     for title, rows in grids(comparison, paper):
         lines += [f"**{title}**", ""]
-        header, *body = [
-            "| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in rows
-        ]
-        lines += [header, "|---" * len(rows[0]) + "|", *body, ""]
+        escaped = [[cell.replace("|", r"\|") for cell in row] for row in rows]
+        for part in _parts(escaped, width):
+            header, *body = [f"| {' | '.join(row)} |" for row in part]
+            lines += [header, "|---" * len(part[0]) + "|", *body, ""]
     lines += [f"* {note}" for note in notes(comparison, paper)]
     return "\n".join(lines)
+
+
+def _parts(rows: list[list[str]], width: int | None) -> Iterator[list[list[str]]]:
+    """Yield tables with the first column and as many of the others as fit, in padded cells."""
+    if width is None:
+        yield rows
+        return
+    columns = zip(*rows, strict=True)
+    names, *others = [[c.ljust(max(map(len, column))) for c in column] for column in columns]
+    while others:
+        part = [names, others.pop(0)]
+        while others and sum(len(column[0]) + 3 for column in [*part, others[0]]) < width:
+            part.append(others.pop(0))
+        yield [list(row) for row in zip(*part, strict=True)]
 
 
 def notes(comparison: Comparison, paper: Quoted) -> list[str]:
@@ -121,7 +147,7 @@ def notes(comparison: Comparison, paper: Quoted) -> list[str]:
 # fmt: off
 _LATEX = str.maketrans({
     "%": r"\%", "_": r"\_", "&": r"\&", "#": r"\#", "$": r"\$", "{": r"\{", "}": r"\}",
-    "[": "{[}", "]": "{]}", "±": r"$\pm$", "−": "$-$",
+    "[": "{[}", "]": "{]}", "±": r"$\pm$", "−": "$-$", "…": r"\ldots{}",
     "^": r"\textasciicircum{}", "~": r"\textasciitilde{}", "\\": r"\textbackslash{}",
 })
 # fmt: on

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import io
+from dataclasses import replace
 
 import yaml
 from helpers import evaluations
 from helpers.evaluations import SOUP
 
 from evaluation import tables
+from evaluation.comparison import compare
 from evaluation.suite import load
 
 
@@ -70,3 +72,18 @@ def test_the_papers_rows_name_tasks_of_the_suite():
     for name, rows in yaml.safe_load(tables.PAPER.read_text()).items():
         for row, numbers in rows.items():
             assert set(numbers) == {task.task for task in load(name).tasks}, (name, row)
+
+
+def test_any_names_and_widths(folder):
+    """Names are shortened, numbers never; a terminal gets tables that it can hold."""
+    [comparison] = compare([folder])
+    names = {model: "/models/" + "deep/" * 40 + f"{model}|" for model in comparison.cells}
+    cells = {names[model]: row for model, row in comparison.cells.items()}
+    named = replace(comparison, cells=cells, reference=names[comparison.reference])
+    whole, narrow = (tables.as_markdown(named, {}, width) for width in (None, 80))
+    for shown in (whole, narrow):
+        rows = " ".join(line for line in shown.splitlines() if r"soup\|" in line)
+        assert "+75.0 [" in rows and "+25.0 [0.0, +75.0] covers 0" in rows and "75.0 ± 21.7" in rows
+    assert whole.count("| model |") == 2 and narrow.count("| model") > 4
+    assert max(len(line) for line in narrow.splitlines() if line.startswith("|")) <= 80
+    assert r"\ldots{}" in tables.as_latex(named, {})
