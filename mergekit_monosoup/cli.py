@@ -33,6 +33,13 @@ if TYPE_CHECKING:
 
 EXISTING_FILE: Any = click.Path(exists=True, dir_okay=False, path_type=Path)
 FILE: Any = click.Path(dir_okay=False, path_type=Path)
+# Those of `report.SORTS`, which would have to be imported for the help of every command.
+SORTS = ("name", "update", "edit", "rank", "realised", "params", "seconds")
+_sort = click.option(
+    "--sort",
+    type=click.Choice(SORTS),
+    help="Order of the rows, the largest first. Default: as in the model.",
+)
 
 
 class _Program(click.Group):
@@ -170,6 +177,7 @@ def _loading(command: Callable[..., None]) -> Callable[..., None]:
 )
 @click.option("--spectra", is_flag=True, help="Store each spectrum as a short curve, for `plot`.")
 @click.option("--layers", is_flag=True, help="A row for every matrix instead of means over layers.")
+@_sort
 @click.option("--out", type=FILE, help="Write the records, as a merge's report.")
 @_loading
 def inspect(
@@ -179,6 +187,7 @@ def inspect(
     others: tuple[str, ...],
     spectra: bool,
     layers: bool,
+    sort: str | None,
     out: Path | None,
     storage: Storage,
 ) -> None:
@@ -212,7 +221,7 @@ def inspect(
                 f"{base} and {tuned} share no matrix of floating point: there is nothing to inspect"
             )
     console = terminal.console()
-    console.print(inspected.table(records, console.width, every_layer=layers))
+    console.print(inspected.table(records, console.width, every_layer=layers, sort=sort))
     lines = [*checkpoints.remarks]
     if unedited:
         lines.append(
@@ -343,8 +352,9 @@ def run(context: click.Context, arguments: tuple[str, ...]) -> None:
 
 @main.command()
 @click.argument("file", type=EXISTING_FILE)
+@_sort
 @click.option("--json", "as_json", is_flag=True, help="Rows of the table as JSON.")
-def report(file: Path, as_json: bool) -> None:
+def report(file: Path, sort: str | None, as_json: bool) -> None:
     """Print what a merge did to each layer group.
 
     FILE is its report, written by `parameters: {report: FILE}`.
@@ -358,11 +368,12 @@ def report(file: Path, as_json: bool) -> None:
         if is_inspection and as_json:
             raise ValueError(f"{file} holds an inspection, not a merge: its lines are JSON already")
     if as_json:
-        terminal.echo(json.dumps([asdict(row) for row in reports.summarise(records)], indent=2))
+        rows = reports.sort_rows(reports.summarise(records), sort)
+        terminal.echo(json.dumps([asdict(row) for row in rows], indent=2))
         return
     console = terminal.console()
     make_table = inspected.table if is_inspection else reports.table
-    console.print(make_table(records, console.width))
+    console.print(make_table(records, console.width, sort=sort))
 
 
 @main.command()

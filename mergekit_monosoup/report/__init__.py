@@ -10,13 +10,14 @@ from mergekit_monosoup.report.record import (
     rank_share,
     read,
 )
-from mergekit_monosoup.report.table import Row, layer_group, summarise, table
+from mergekit_monosoup.report.table import SORTS, Row, layer_group, sort_rows, summarise, table
 
 __all__ = [
     "LEFT_OUT",
     "OLD",
     "PLANNING_ONLY",
     "REALISED_WARNING",
+    "SORTS",
     "Journal",
     "Record",
     "Row",
@@ -26,6 +27,7 @@ __all__ = [
     "rank_share",
     "read",
     "replace",
+    "sort_rows",
     "summarise",
     "table",
 ]

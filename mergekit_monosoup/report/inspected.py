@@ -5,13 +5,16 @@ The records may come from a file as well (`report FILE`), so nothing here import
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from mergekit_monosoup.checkpoints.names import natural
 from mergekit_monosoup.checkpoints.places import Place, arrange
 from mergekit_monosoup.report.labels import name_cells, shorten
-from mergekit_monosoup.report.record import REALISED_WARNING, Record, by_depth, rank_share
+from mergekit_monosoup.report.record import REALISED_WARNING, Record, by_depth, rank_share, rel_edit
+from mergekit_monosoup.report.table import descending
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -31,6 +34,7 @@ MOST_TYPES, TYPE_LIMIT = 12, 60
 EVERYTHING = "all matrices"
 
 Modes = Sequence[str | None]
+Rows = dict[tuple[str, str], list[Record]]  # by (layer, tensor) or ("", type)
 
 
 def flag(record: Record) -> str:
@@ -79,19 +83,37 @@ def _mean_realised(records: Iterable[Record]) -> float | None:
     return _mean(records, lambda record: record.realised)
 
 
+# As those of a merge's report.
+_KEYS: dict[str, Callable[[Sequence[Record]], float | None]] = {
+    "update": lambda records: _mean(records, lambda record: record.rel_update),
+    "edit": lambda records: _mean(records, rel_edit),
+    "rank": lambda records: _mean(records, rank_share),
+    "realised": _mean_realised,
+    "params": lambda records: sum(math.prod(record.shape) for record in records),
+    "seconds": lambda records: sum(record.seconds for record in records),
+}
+
+
 # -- table -----------------------------------------------------------------------------------------
 
 
-def table(records: Sequence[Record], width: int = 100, *, every_layer: bool = False) -> Table:
+def table(
+    records: Sequence[Record],
+    width: int = 100,
+    *,
+    every_layer: bool = False,
+    sort: str | None = None,
+) -> Table:
     """Return a table of projection types, means over layers, for ``width`` columns of text.
 
-    With ``every_layer`` it has a row for each matrix, in the order of depth.
+    With ``every_layer`` it has a row for each matrix. Rows are in the order of depth, or one of
+    :data:`report.SORTS`.
     """
     records = by_depth(records)
     modes = list(dict.fromkeys(record.mode for record in records))
     wide = width >= WIDE
     places = arrange(record.name for record in records)
-    rows = _rows(records, places, every_layer)
+    rows = _sorted(_rows(records, places, every_layer), sort)
     firsts, numbers, flags = [], [], []
     for (layer_number, _), members in rows.items():
         of_first_mode = [record for record in members if record.mode == modes[0]]
@@ -123,17 +145,24 @@ def _number_cells(
     ]
 
 
-def _rows(
-    records: Iterable[Record], places: Mapping[str, Place], every_layer: bool
-) -> dict[tuple[str, str], list[Record]]:
+def _rows(records: Iterable[Record], places: Mapping[str, Place], every_layer: bool) -> Rows:
     """Return the records of each row by (layer, tensor), or by ("", projection type)."""
-    rows: dict[tuple[str, str], list[Record]] = defaultdict(list)
+    rows: Rows = defaultdict(list)
     for record in records:
         place = places[record.name]
         number = ".".join(map(str, place.layer))
         key = (number, record.name) if every_layer else ("", place.kind)
         rows[key].append(record)
     return rows
+
+
+def _sorted(rows: Rows, sort: str | None) -> Rows:
+    """Return rows, which are in the order of depth, in another."""
+    if sort is None:
+        return rows
+    if sort == "name":
+        return dict(sorted(rows.items(), key=lambda row: natural(row[0][1])))
+    return dict(sorted(rows.items(), key=lambda row: descending(_KEYS[sort](row[1]))))
 
 
 def _headers(modes: Modes, wide: bool) -> list[str]:
@@ -279,19 +308,13 @@ def _sentence(verdict: str, place: str, records: Sequence[Record]) -> str:
         "tail first": f"in {place} the tail weighs more than the head (λ_low {low:.2f} > "
         f"λ_high {high:.2f}): a flat spectrum with a low cut; look at R.",
         "head only": f"in {place} MonoSoup keeps the head ({high:.2f}) and drops the tail "
-        f"({low:.2f}), an edit of {_mean(records, _rel_edit) or 0.0:.0%} of the update in "
+        f"({low:.2f}), an edit of {_mean(records, rel_edit) or 0.0:.0%} of the update in "
         "bfloat16.",
         "split": f"in {place} MonoSoup scales the head by {high:.2f} and the tail by {low:.2f}.",
         "rounds away": f"rounding to bfloat16 eats the edit in {place}, "
         f"{_mean_realised(records) or 0.0:.0%} survives: merge with `dtype: float32` and "
         "`out_dtype: float32`.",
     }[verdict]
-
-
-def _rel_edit(record: Record) -> float | None:
-    if record.edit_norm is None or not record.delta_norm:
-        return None
-    return record.edit_norm / record.delta_norm
 
 
 def _family_names(kinds: Sequence[str], all_kinds: Sequence[str]) -> str:

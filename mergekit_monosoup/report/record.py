@@ -180,3 +180,10 @@ def by_depth(records: Iterable[Record]) -> list[Record]:
 def rank_share(record: Record) -> float | None:
     """Return effective rank / rank; None where there is no spectrum."""
     return record.effective_rank / record.rank if record.effective_rank and record.rank else None
+
+
+def rel_edit(record: Record) -> float | None:
+    """Return ‖W − W1‖/‖ΔW‖, the size of the edit by that of the update; None without either."""
+    if record.edit_norm is None or not record.delta_norm:
+        return None
+    return record.edit_norm / record.delta_norm

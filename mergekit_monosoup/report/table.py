@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from mergekit_monosoup.checkpoints.names import natural
 from mergekit_monosoup.report.labels import name_cells
-from mergekit_monosoup.report.record import LEFT_OUT, Record
+from mergekit_monosoup.report.record import LEFT_OUT, Record, rel_edit
 from mergekit_monosoup.terminal import cell
 
 if TYPE_CHECKING:
@@ -29,14 +30,17 @@ def layer_group(name: str) -> str:
 class Row:
     """One line of the table: means over the edited matrices of a layer group.
 
-    None where there are none. ``gamma_min`` and ``gamma_max`` are the extremes of the group, not
-    means.
+    None where there are none. ``R_min`` and ``R_max``, ``gamma_min`` and ``gamma_max`` are the
+    extremes of the group, not means; ``rel_edit`` is ‖W − W1‖/‖ΔW‖, ``rel_update`` ‖ΔW‖/‖W0‖, of
+    the copied ones where none was edited.
     """
 
     group: str
     edited: int
     copied: int
     parameters: int
+    R_min: float | None
+    R_max: float | None
     rank_share: float | None
     P_k: float | None
     lambda_high: float | None
@@ -46,6 +50,7 @@ class Row:
     gamma_max: float | None
     amplified: float | None
     rel_update: float | None
+    rel_edit: float | None
     realised: float | None
     seconds: float
     reasons: tuple[str, ...]
@@ -87,11 +92,14 @@ def _realised(records: Iterable[Record]) -> float | None:
 def _row(group: str, records: Sequence[Record]) -> Row:
     merged = [r for r in records if r.action != LEFT_OUT]
     edited = [r for r in merged if r.action == "edited"]
+    thresholds = [r.R for r in edited if r.R is not None]
     return Row(
         group=group,
         edited=len(edited),
         copied=len(merged) - len(edited),
         parameters=sum(math.prod(r.shape) for r in merged),
+        R_min=min(thresholds, default=None),
+        R_max=max(thresholds, default=None),
         rank_share=_mean(r.k / r.rank if r.k and r.rank else None for r in edited),
         P_k=_mean(r.P_k for r in edited),
         lambda_high=_mean(r.lambda_high for r in edited),
@@ -101,6 +109,7 @@ def _row(group: str, records: Sequence[Record]) -> Row:
         gamma_max=max((r.gamma_max for r in edited if r.gamma_max is not None), default=None),
         amplified=_mean(r.amplified for r in edited),
         rel_update=_mean(r.rel_update for r in edited or merged),
+        rel_edit=_mean(map(rel_edit, edited)),
         realised=_realised(edited),
         seconds=sum(r.seconds for r in records),
         reasons=tuple(dict.fromkeys(r.reason for r in records if r.reason)),
@@ -115,6 +124,7 @@ _FIRST: Columns = [
     ("params", lambda row: f"{row.parameters:,}", False),
 ]
 _SPLIT: Columns = [
+    ("R", lambda row: _range(row.R_min, row.R_max), False),
     ("k/rank", lambda row: _number(row.rank_share), True),
     ("P_k", lambda row: _number(row.P_k), False),
     ("λ_high", lambda row: _number(row.lambda_high), False),
@@ -128,25 +138,62 @@ _CALIBRATION: Columns = [
 ]
 _LAST: Columns = [
     ("‖ΔW‖/‖W0‖", lambda row: _number(row.rel_update, ".1e"), True),
+    ("edit/‖ΔW‖", lambda row: _number(row.rel_edit, ".2f"), False),
     ("realised", lambda row: _number(row.realised, ".2f"), True),
     ("seconds", lambda row: f"{row.seconds:.1f}", False),
 ]
 
 
-WIDE = 120  # columns of a terminal that hold all of them beside the longest layer groups
+WIDE = 140  # columns of a terminal that hold all of them beside the longest layer groups
 
 
 def _number(value: float | None, form: str = ".3f") -> str:
     return "" if value is None else format(value, form)
 
 
-def table(records: Iterable[Record], width: int = 160) -> Table:
-    """Return the summary as a rich table for a terminal of ``width`` columns."""
+def _range(low: float | None, high: float | None) -> str:
+    if low is None or high is None:
+        return ""
+    return f"{low:g}" if low == high else f"{low:.2g}–{high:.2g}"
+
+
+# What rows are sorted by, the largest first, and what has no value last; a name from A to Z.
+_KEYS: dict[str, Callable[[Row], float | None]] = {
+    "update": lambda row: row.rel_update,
+    "edit": lambda row: row.rel_edit,
+    "rank": lambda row: row.rank_share,
+    "realised": lambda row: row.realised,
+    "params": lambda row: row.parameters,
+    "seconds": lambda row: row.seconds,
+}
+SORTS = ("name", *_KEYS)
+
+
+def sort_rows(rows: Sequence[Row], sort: str | None) -> list[Row]:
+    """Return rows in one of the orders :data:`SORTS`; the total stays at the end."""
+    *groups, total = rows
+    if sort == "name":
+        groups.sort(key=lambda row: natural(row.group))
+    elif sort is not None:
+        groups.sort(key=lambda row: descending(_KEYS[sort](row)))
+    return [*groups, total]
+
+
+def descending(value: float | None) -> float:
+    """Return a sort key by which the largest comes first, and nothing last."""
+    return math.inf if value is None else -value
+
+
+def table(records: Iterable[Record], width: int = 160, *, sort: str | None = None) -> Table:
+    """Return the summary as a rich table for a terminal of ``width`` columns.
+
+    In the order of the file, or one of :data:`SORTS`.
+    """
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    rows = summarise(records)
+    rows = sort_rows(summarise(records), sort)
     calibrated = rows[-1].gamma_max is not None
     chosen = [*_FIRST, *(_CALIBRATION if calibrated else _SPLIT), *_LAST]
     columns = [(header, value) for header, value, narrow in chosen if narrow or width >= WIDE]

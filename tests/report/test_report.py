@@ -11,8 +11,8 @@ from click.testing import CliRunner
 from mergekit.merge_methods import merge_tensors
 
 from mergekit_monosoup import edit, report
-from mergekit_monosoup.cli import main
-from mergekit_monosoup.report import Journal, Record, layer_group, read, summarise
+from mergekit_monosoup.cli import SORTS, main
+from mergekit_monosoup.report import Journal, Record, inspected, layer_group, read, summarise
 
 FIELDS = [
     "name",
@@ -338,3 +338,49 @@ def test_lines_of_the_wrong_type(tmp_path):
     path.write_bytes(b"\xff\x00")
     with pytest.raises(ValueError, match="not text"):
         read(path)
+
+
+def sized(name, shape=(4, 3), action="edited", **values):
+    return Record(name, shape, "float32", action, **values)
+
+
+SIZED = [
+    sized("layers.0.b", rel_update=1e-2, edit_norm=1.0, delta_norm=2.0, R=0.7, realised=0.2),
+    sized("layers.1.b", rel_update=3e-2, edit_norm=1.0, delta_norm=1.0, R=0.9, realised=0.2),
+    sized("layers.0.a", (2, 2), rel_update=5e-2, edit_norm=1.0, delta_norm=5.0, realised=0.9),
+    sized("layers.0.c", (9, 9), "copied", rel_update=1e-6),
+]
+
+
+def test_rows_have_R_and_sizes_and_the_total_is_of_edited_ones():
+    b, a, copied, total = summarise(SIZED)
+    assert (b.R_min, b.R_max, a.R_min) == (0.7, 0.9, None)
+    assert (b.rel_edit, a.rel_edit, copied.rel_edit) == (0.75, 0.2, None)
+    assert b.rel_update == pytest.approx(2e-2) and total.rel_update == pytest.approx(3e-2)
+    shown = [list(column.cells) for column in report.table(SIZED).columns]
+    assert ["0.7–0.9", "", "", "0.7–0.9"] in shown and ["0.75", "0.20", "", "0.57"] in shown
+
+
+@pytest.mark.parametrize(
+    ("sort", "groups"),
+    [
+        ("name", "abc"),
+        ("update", "abc"),
+        ("edit", "bac"),
+        ("realised", "abc"),
+        ("params", "cba"),
+        (None, "bac"),
+    ],
+)
+def test_rows_in_another_order(sort, groups, tmp_path):
+    assert SORTS == report.SORTS
+    sorted_rows = report.sort_rows(summarise(SIZED), sort)
+    assert [row.group for row in sorted_rows] == [*(f"layers.*.{g}" for g in groups), "total"]
+    table = inspected.table(SIZED, sort=sort)
+    expected = {None: "abc"}.get(sort, groups)  # inspect has the order of depth
+    assert [cell.plain for cell in table.columns[1].cells] == list(expected)
+    path = tmp_path / "r.jsonl"
+    path.write_text("".join(record.to_json() + "\n" for record in SIZED))
+    given = ["--sort", sort] if sort else []
+    rows = json.loads(CliRunner().invoke(main, ["report", str(path), "--json", *given]).output)
+    assert [row["group"][-1] for row in rows] == [*groups, "l"]
