@@ -51,6 +51,7 @@ def matrices(name: str, shape: Sequence[int]) -> list[tuple[str, Index]]:
 
 # `layers.12`, `stages.2.blocks.5`, `layer1.0`, `features.1.0`: words with the numbers of a layer.
 _GLUED = re.compile(r"(.*?(?:layer|block|stage|unit)s?)_?([0-9]{1,9})", re.IGNORECASE)
+MOST_NUMBERS = 3  # of a layer; no network is nested deeper
 # More than nine digits count no layers: they are a hash, and Python may refuse to read them.
 _NUMBER = re.compile(r"[0-9]{1,9}")
 
@@ -80,7 +81,7 @@ def _numbered(parts: Sequence[str], start: int) -> tuple[int, tuple[int, ...]]:
     """Return where the words with numbers that begin at ``start`` end, and the numbers."""
     at = start
     numbers: tuple[int, ...] = ()
-    while (step := _word_with_numbers(parts, at)) is not None:
+    while len(numbers) < MOST_NUMBERS and (step := _word_with_numbers(parts, at)) is not None:
         end, more = step
         # `stages.0.layers.1` is a layer, `layer.0` in it one of its matrices.
         if len(numbers) + len(more) > 2 and not (numbers and parts[at].endswith("s")):

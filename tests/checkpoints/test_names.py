@@ -84,3 +84,4 @@ def test_numbers_in_order():
     names = ["a.²", "a.9", "a.10", "a." + "9" * 5000, "a.1" + "0" * 5000, "a.x"]
     assert sorted(reversed(names), key=natural) == [*names[1:5], "a.x", "a.²"]
     assert layer("model.layers.007.w") == (7,)
+    assert len(layer("stages.1." * 1000 + "w")) < 5
