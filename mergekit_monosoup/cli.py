@@ -152,7 +152,12 @@ def _loading(command: Callable[..., None]) -> Callable[..., None]:
         with announced("reading mergekit …"):
             from mergekit_monosoup.checkpoints.reader import Storage
 
-        command(storage=Storage(transformers_cache, lora_merge_cache, trust_remote_code), **rest)
+        storage = Storage(
+            transformers_cache=transformers_cache,
+            lora_merge_cache=lora_merge_cache,
+            trust_remote_code=trust_remote_code,
+        )
+        command(storage=storage, **rest)
 
     return with_storage
 

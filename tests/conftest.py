@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from helpers.hub_server import Hub
 
 
 @pytest.fixture(scope="session")
@@ -36,3 +41,13 @@ def hub(tmp_path_factory) -> Path:
     save_file(base, folder / "convnext_small.in12k.safetensors")
     save_file(tuned, folder / "convnext_small.in12k_ft_in1k.safetensors")
     return folder
+
+
+@pytest.fixture
+def served(monkeypatch, tmp_path) -> Iterator[Hub]:
+    """A hub without repositories, which this process takes for the real one."""
+    from helpers import hub_server
+
+    with hub_server.serving() as server:
+        hub_server.connect(monkeypatch, server, tmp_path / "home")
+        yield server

@@ -102,11 +102,11 @@ _OF_TENSORS: tuple[Check[Document], ...] = (
     tensors.shapes,
     tensors.nothing_in_common,
     tensors.partial,
+    tensors.misfitting_definition,
+    tensors.uneven_stacks,
     files.renamed,
     files.differing_buffers,
     files.beside,
-    tensors.misfitting_definition,
-    tensors.uneven_stacks,
     folder.damaged,
     folder.unusable_config,
     folder.own_code,
@@ -117,7 +117,6 @@ _OF_TENSORS: tuple[Check[Document], ...] = (
     folder.left_behind,
     folder.tokens_without_rows,
     folder.dropped_rows,
-    folder.unfitting_adapter,
     folder.unknown_template,
 )
 CHECKS: tuple[Check[Any], ...] = (*_OF_FILE, *_OF_DOCUMENT, *_OF_TENSORS)

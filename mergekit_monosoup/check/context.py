@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Any
 
 from mergekit import merge_methods
-from mergekit.common import ModelReference
+from mergekit.common import ModelPath, ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.merge_methods.base import MergeMethod
 from mergekit.scripts.merge_raw_pytorch import RawPyTorchMergeConfig
@@ -173,6 +173,21 @@ class Document:
             return error
 
     @cached_property
+    def adapters(self) -> dict[str, dict[str, Stored] | Exception]:
+        """Name → tensors of its adapter, or why they cannot be read; of BASE+ADAPTER only."""
+        return {
+            name: self._open_adapter(reference.lora)
+            for name, reference in self.references.items()
+            if isinstance(reference, ModelReference) and reference.lora and name not in self.missing
+        }
+
+    def _open_adapter(self, adapter: ModelPath) -> dict[str, Stored] | Exception:
+        try:
+            return self.headers.of_adapter(adapter.path, adapter.revision)
+        except Exception as error:  # as above
+            return error
+
+    @cached_property
     def tensors(self) -> dict[str, dict[str, Stored]]:
         """Name → tensors, of the models that could be read."""
         return {n: tensors for n, tensors in self.opened.items() if isinstance(tensors, dict)}
@@ -193,7 +208,7 @@ class Document:
         return {name: read[folder] for name, folder in folders.items() if folder}
 
     @cached_property
-    def adapters(self) -> dict[str, Beside]:
+    def adapter_folders(self) -> dict[str, Beside]:
         """Name → the files beside its adapter, of adapters in local folders."""
         folders = {n: _local_folder(reference, "lora") for n, reference in self.references.items()}
         return {name: Beside(folder) for name, folder in folders.items() if folder}

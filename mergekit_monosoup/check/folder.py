@@ -15,7 +15,7 @@ import transformers
 from mergekit._data import chat_templates
 from transformers import CONFIG_MAPPING
 
-from mergekit_monosoup.check import adapters, leftovers
+from mergekit_monosoup.check import leftovers
 from mergekit_monosoup.check.context import Document
 from mergekit_monosoup.check.finding import Finding, define_check, nearest
 from mergekit_monosoup.check.output import (
@@ -44,7 +44,7 @@ def _folders(document: Document) -> dict[str, Beside]:
     if document.raw:
         return {}
     found: dict[str, tuple[str, Beside]] = {}
-    for name, beside in [*document.beside.items(), *document.adapters.items()]:
+    for name, beside in [*document.beside.items(), *document.adapter_folders.items()]:
         found.setdefault(beside.folder, (name, beside))
     return dict(found.values())
 
@@ -312,7 +312,7 @@ def _tokenizer_gets(output: Output) -> str:
 
 def _tokenizer_way_out(output: Output, model: str, files: Beside) -> str:
     # Of BASE+ADAPTER mergekit would take the tokenizer of BASE.
-    if output.tokenizer_source is None or model in output.document.adapters:
+    if output.tokenizer_source is None or model in output.document.adapter_folders:
         return f"where these are wanted, copy the tokenizer's files of {files.folder}"
     return f"where these are wanted, write `tokenizer: {{source: {model}}}`"
 
@@ -352,10 +352,10 @@ def _other_vocabularies(
             continue  # of different embeddings TEN509 says more
         ours = written.vocabulary
         other = [t for t, number in files.vocabulary.items() if ours.get(t) != number]
-        if not other or (name in document.adapters and len(files.vocabulary) > (rows or 0)):
-            continue  # an adapter of another vocabulary does not fit, which FOL611 says
+        if not other or (name in document.adapter_folders and len(files.vocabulary) > (rows or 0)):
+            continue  # an adapter of another vocabulary does not fit, which TEN503 says
         way_out = f"to keep them add `tokenizer: {{source: {name}}}`"
-        if name in document.adapters:
+        if name in document.adapter_folders:
             way_out = f"where these are wanted, copy the tokenizer's files of {files.folder}"
         yield document.warning(
             "tokenizer.json",
@@ -469,18 +469,6 @@ def _keeping(vocabularies: Vocabularies, name: str, lost: list[str]) -> str:
 
 @define_check(
     "FOL611",
-    "error",
-    title="adapter of other shapes than the model before its +",
-    advice="name the model that it was trained on, with the embedding resized as it was then",
-)
-def unfitting_adapter(document: Document) -> Iterator[Finding]:
-    for name, beside in document.adapters.items():
-        for text in adapters.misfits(document, name, beside):
-            yield document.error(name, text)
-
-
-@define_check(
-    "FOL612",
     "error",
     title="chat_template that mergekit does not take",
     advice="write `auto`, a name that the message lists, or the template itself, in Jinja",

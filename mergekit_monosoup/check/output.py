@@ -220,7 +220,7 @@ class Output:
 
     def tokenizer(self, name: str) -> Beside | None:
         """Return the files of a model's tokenizer, an adapter's own before those of its base."""
-        adapter = self.document.adapters.get(self.called(name))
+        adapter = self.document.adapter_folders.get(self.called(name))
         if adapter is not None and adapter.has_tokenizer and name != self.donor:
             return adapter
         beside = self.beside(name)

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable, Iterator
 
-from mergekit.common import ModelReference
-
-from mergekit_monosoup.check import adapters
 from mergekit_monosoup.check.context import Document
 from mergekit_monosoup.check.document import mapping
 from mergekit_monosoup.check.finding import Finding, Level, define_check
 from mergekit_monosoup.check.keys import named_dtype
-from mergekit_monosoup.checkpoints import misfit
+from mergekit_monosoup.checkpoints import adapters, misfit
 from mergekit_monosoup.checkpoints.coverage import is_matrix
 from mergekit_monosoup.checkpoints.headers import ForeignError, LackingError, Stored, WrappedError
+from mergekit_monosoup.checkpoints.hub import HubError, RefusedError
 from mergekit_monosoup.checkpoints.names import EXPERTS
 from mergekit_monosoup.checkpoints.reader import NAMES_IN_MESSAGE
 
@@ -25,15 +22,16 @@ Tensors = dict[str, Stored]
 # -- whether headers can be read -------------------------------------------------------------------
 
 
-def _unreadable(document: Document, *, local: bool) -> Iterator[tuple[str, str]]:
-    """Yield (model, error) of the models without headers, of those that lie here or others."""
+def _faults(document: Document) -> Iterator[tuple[str, Exception]]:
+    """Yield (model, error) of the models, and of the adapters, whose headers cannot be read."""
     for name, error in document.opened.items():
         if isinstance(error, ForeignError | WrappedError) or error is document.references[name]:
             continue  # which files.py reports, or KEY102
-        if isinstance(error, Exception) and os.path.exists(name) == local:
-            # The error of a cut-off file says it all.
-            kind = "" if isinstance(error, LackingError) else f"{type(error).__name__}: "
-            yield name, f"{kind}{error}"
+        if isinstance(error, Exception):
+            yield name, error
+    for name, error in document.adapters.items():
+        if isinstance(error, Exception):
+            yield name.partition("+")[2], error
 
 
 @define_check(
@@ -43,33 +41,52 @@ def _unreadable(document: Document, *, local: bool) -> Iterator[tuple[str, str]]
     advice="download or copy it again",
 )
 def unreadable(document: Document) -> Iterator[Finding]:
-    for name, error in _unreadable(document, local=True):
-        yield document.error(name, f"cannot be read: {error}")
+    for name, error in _faults(document):
+        if not isinstance(error, HubError):
+            # The error of a cut-off file says it all.
+            kind = "" if isinstance(error, LackingError) else f"{type(error).__name__}: "
+            yield document.error(name, f"cannot be read: {kind}{error}")
 
 
 @define_check(
     "TEN502",
+    "error",
     "warning",
-    title="hub repository that could not be asked",
-    advice="check again with a network, or download the model first",
+    title="hub repository that is not there for you (error), could not be asked, or has moved",
+    advice="correct the name, log in with `hf auth login`, or check again with a network",
 )
 def unreachable(document: Document) -> Iterator[Finding]:
-    for name, error in _unreadable(document, local=False):
-        yield document.warning(name, f"shapes not checked: {error}")
+    for name, error in _faults(document):
+        if isinstance(error, RefusedError):
+            yield document.error(name, str(error))
+        elif isinstance(error, HubError):
+            yield document.warning(name, f"shapes not checked: {error}")
+    for name, note in document.headers.notes.items():
+        if name in {part for model in document.models for part in _paths(model)}:
+            yield document.warning(name, note)
+
+
+def _paths(model: str) -> list[str]:
+    """Return the names of a model and its adapter, without revisions."""
+    return [part.partition("@")[0] for part in model.split("+")]
 
 
 @define_check(
     "TEN503",
+    "error",
     "warning",
-    title="adapter that is not in a local folder",
-    advice="nothing, if it belongs to that model: the shapes in it are not looked at",
+    title="adapter that does not fit its base (error), or of which that is not known",
+    advice="name the model that the adapter was trained on; enlarge its vocabulary where that was",
 )
 def adapter(document: Document) -> Iterator[Finding]:
-    for name in document.tensors:
-        reference = document.references[name]
-        read = name in document.adapters and adapters.tensors(document, document.adapters[name])
-        if isinstance(reference, ModelReference) and reference.lora and not read:
-            yield document.warning(name, "the LoRA adapter's own shapes are not checked")
+    for name, ours in document.adapters.items():
+        base = document.tensors.get(name)
+        if isinstance(ours, Exception) or base is None:
+            continue
+        if not adapters.shapes(ours, base):
+            yield document.warning(name, "none of the adapter's tensors is called as in the base")
+        for line in adapters.misfits(ours, base)[:NAMES_IN_MESSAGE]:
+            yield document.error(name, line)
 
 
 # -- dtypes ----------------------------------------------------------------------------------------

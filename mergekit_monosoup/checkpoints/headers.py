@@ -10,19 +10,17 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from huggingface_hub import constants
 from mergekit.io import ShardedTensorIndex
 from mergekit.io.lazy_tensor_loader import ShardInfo
 
-from mergekit_monosoup.checkpoints import foreign
+from mergekit_monosoup.checkpoints import foreign, hub
 from mergekit_monosoup.checkpoints.index import INDEX, read_index
 from mergekit_monosoup.checkpoints.pickles import read_pickle
 from mergekit_monosoup.checkpoints.safetensors import read_safetensors
 from mergekit_monosoup.checkpoints.stored import ForeignError, LackingError, Stored, WrappedError
 
 __all__ = ["ForeignError", "Headers", "LackingError", "Stored", "WrappedError", "read_header"]
-
-# The names that mergekit looks for in a folder, in its order; shards have an index beside them.
-SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
 def read_header(file: str, *, unwrap: bool = False) -> dict[str, Stored]:
@@ -43,22 +41,8 @@ def read_header(file: str, *, unwrap: bool = False) -> dict[str, Stored]:
         raise LackingError(f"{file} cannot be read: {error.strerror or error}") from error
 
 
-def _of_hub(repository: str, revision: str | None) -> dict[str, Stored]:
-    """Fetch the headers of a hub repository's safetensors files.
-
-    Raises:
-        ForeignError: it holds another format only, as GGUF; and what the hub's client raises.
-    """
-    from huggingface_hub import get_safetensors_metadata, list_repo_files
-    from huggingface_hub.errors import NotASafetensorsRepoError
-
-    try:
-        files = get_safetensors_metadata(repository, revision=revision).files_metadata
-    except NotASafetensorsRepoError:
-        names = list_repo_files(repository, revision=revision)
-        if not any(name.endswith(".bin") for name in names) and (found := foreign.of_names(names)):
-            raise ForeignError(f"{repository} {found}") from None
-        raise
+def _of_hub(repository: str, files: hub.Files) -> dict[str, Stored]:
+    """Return the tensors of a hub repository from its files' headers."""
     return {
         name: Stored(
             f"{repository}/{file}",
@@ -72,14 +56,28 @@ def _of_hub(repository: str, revision: str | None) -> dict[str, Stored]:
     }
 
 
+def _adapter_file(folder: str) -> str:
+    """Return the file with an adapter's weights."""
+    if os.path.exists(os.path.join(folder, "adapter_config.json")):
+        for name in hub.ADAPTER:
+            if os.path.exists(file := os.path.join(folder, name)):
+                return file
+    raise LackingError(
+        f"{folder} is no adapter: peft looks for adapter_config.json and {' or '.join(hub.ADAPTER)}"
+    )
+
+
 @dataclass(frozen=True)
 class Headers:
     """Headers of files and hub repositories, each read once and kept.
 
-    ``unwrap``: see :func:`read_header`.
+    Attributes:
+        unwrap: see :func:`read_header`.
+        notes: of repositories that were read: what is to be changed about how they are named.
     """
 
     unwrap: bool = False
+    notes: dict[str, str] = field(default_factory=dict)
     _read: dict[str, dict[str, Stored] | Exception] = field(default_factory=dict)
 
     def of_file(self, file: str) -> dict[str, Stored]:
@@ -101,14 +99,53 @@ class Headers:
     def of_model(self, path: str, revision: str | None = None) -> dict[str, Stored]:
         """Return the tensors of a model by name: of a file, a folder or a hub repository.
 
-        Raises what :func:`read_header` does, ForeignError also of a folder without a model; and
-        what the hub's client raises.
+        Raises what :func:`read_header` does; RuntimeError: a folder without a model;
+            HubError: a repository that cannot be had from the hub.
         """
         if not os.path.exists(path):
-            return self._once(f"{path}@{revision}", lambda: _of_hub(path, revision))
+            try:
+                return self._from_hub(hub.headers, path, revision)
+            except hub.UnreachableError:
+                if (folder := hub.cached(path, revision)) is None:
+                    raise
+            self.notes[path] = hub.only_cached(folder)
+            return self.of_model(folder)
         index = self.index(path)
         files = [os.path.join(index.base_path, shard.filename) for shard in index.shards]
         return {name: stored for file in files for name, stored in self.of_file(file).items()}
+
+    def of_adapter(self, path: str, revision: str | None = None) -> dict[str, Stored]:
+        """Return the tensors of an adapter by name, of a folder or a hub repository.
+
+        Raises what :func:`read_header` does; LackingError: a folder without an adapter;
+            HubError: a repository that cannot be had from the hub.
+        """
+        if not os.path.exists(path):
+            return self._from_hub(hub.adapter_headers, path, revision)
+        return self.of_file(_adapter_file(path))
+
+    def _from_hub(
+        self,
+        fetch: Callable[[str, str | None], tuple[hub.Repository, hub.Files]],
+        name: str,
+        revision: str | None,
+    ) -> dict[str, Stored]:
+        """Read from the hub, which is not asked again once it was silent: each wait is long."""
+        silence = self._read.get(constants.ENDPOINT)
+        if isinstance(silence, hub.UnreachableError):
+            raise silence
+
+        def read() -> dict[str, Stored]:
+            repository, files = fetch(name, revision)
+            if repository.name.lower() != name.lower():
+                self.notes[name] = f"is called {repository.name} on the hub now: write that name"
+            return _of_hub(name, files)
+
+        try:
+            return self._once(f"{fetch.__name__} of {name}@{revision}", read)
+        except hub.UnreachableError as error:
+            self._read[constants.ENDPOINT] = error
+            raise
 
     def index(self, path: str) -> ShardedTensorIndex:
         """Return mergekit's index of a model in a folder or file; mergekit would open it again.
@@ -145,7 +182,7 @@ def _model_in(folder: str) -> str:
         ForeignError: there is none.
     """
     try:
-        for name in SINGLE_FILES:
+        for name in hub.WEIGHTS:
             for file in (name + INDEX, name):
                 if os.path.exists(os.path.join(folder, file)):
                     return file

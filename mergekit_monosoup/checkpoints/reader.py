@@ -19,8 +19,9 @@ from mergekit.common import ModelReference
 from mergekit.io import LazyTensorLoader, ShardedTensorIndex
 from torch import Tensor
 
-from mergekit_monosoup.checkpoints import quantisation
-from mergekit_monosoup.checkpoints.headers import SINGLE_FILES, Headers, LackingError
+from mergekit_monosoup.checkpoints import adapters, hub, quantisation
+from mergekit_monosoup.checkpoints.adapters import AdapterError
+from mergekit_monosoup.checkpoints.headers import Headers, LackingError
 from mergekit_monosoup.checkpoints.names import natural
 from mergekit_monosoup.checkpoints.pickles import named_tensors
 from mergekit_monosoup.checkpoints.renaming import renaming
@@ -60,12 +61,10 @@ def is_single_file(path: str) -> bool:
 
 
 @dataclass(frozen=True)
-class Storage:
+class Storage(adapters.Options):
     """Where downloads and merged adapters go; named as mergekit's own options."""
 
     transformers_cache: str | None = None
-    lora_merge_cache: str | None = None
-    trust_remote_code: bool = False
 
 
 class Checkpoints:
@@ -167,6 +166,8 @@ class Checkpoints:
 def _open(model: str, storage: Storage) -> LazyTensorLoader | _Pickled:
     try:
         index = _index(ModelReference.parse(model), storage)
+    except (NotThereError, hub.HubError, AdapterError, LackingError) as error:
+        raise ValueError(f"{model}: {error}") from error
     except Exception as error:
         # Errors of pydantic, the hub, transformers and peft all come without the model's name.
         plain = type(error) is ValueError or isinstance(error, NotThereError | LackingError)
@@ -180,14 +181,11 @@ def _index(reference: ModelReference, storage: Storage) -> ShardedTensorIndex:
     check_model_path(reference.model.path)
     if reference.lora:
         check_model_path(reference.lora.path)
-        if storage.lora_merge_cache is None:
-            raise ValueError(
-                "an adapter has to be merged into its base first: say where with "
-                "--lora-merge-cache DIR"
-            )
-    merged = reference.merged(storage.lora_merge_cache, trust_remote_code=storage.trust_remote_code)
+    merged = adapters.merged(reference, storage)
+    path = merged.model.path
+    if not os.path.isfile(path):
+        path = _folder(merged, storage.transformers_cache)
     headers = Headers(unwrap=True)
-    path = merged.local_path(storage.transformers_cache)
     headers.of_model(path)  # a damaged shard is better found now than after the others are read
     return headers.index(path)
 
@@ -195,8 +193,23 @@ def _index(reference: ModelReference, storage: Storage) -> ShardedTensorIndex:
 def _place(index: ShardedTensorIndex) -> str:
     """Return the folder of an index, or its file where that is all there is of the model."""
     files = {shard.filename for shard in index.shards}
-    alone = len(files) == 1 and not files & set(SINGLE_FILES)
+    alone = len(files) == 1 and not files & set(hub.WEIGHTS)
     return os.path.join(index.base_path, *files) if alone else index.base_path
+
+
+def _folder(reference: ModelReference, cache: str | None) -> str:
+    """Return the folder of a model, downloaded as mergekit does it, or from the cache offline."""
+    name, revision = reference.model.path, reference.model.revision
+    if os.path.exists(name):
+        return name
+    try:
+        with hub.explained():
+            hub.check_holds_model(hub.ask(name, revision))
+            return reference.local_path(cache)
+    except hub.UnreachableError:
+        if folder := hub.cached(name, revision, cache):
+            return folder
+        raise
 
 
 class _Pickled:

@@ -24,12 +24,8 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 
 from mergekit_monosoup.check.keys import refusals
-from mergekit_monosoup.checkpoints import foreign, quantisation
-from mergekit_monosoup.checkpoints.beside import Beside
-from mergekit_monosoup.checkpoints.headers import Headers, LackingError
-from mergekit_monosoup.checkpoints.reader import is_single_file
-from mergekit_monosoup.checkpoints.renaming import renaming
-from mergekit_monosoup.checkpoints.texts import UnreadableError, check_new_folder, read_text
+from mergekit_monosoup.checkpoints import hub
+from mergekit_monosoup.checkpoints.texts import UnreadableError, read_text
 from mergekit_monosoup.checkpoints.yaml import MOST_BYTES, PlainLoader, parse_documents
 from mergekit_monosoup.distributed.dependencies import (
     asked,
@@ -40,10 +36,14 @@ from mergekit_monosoup.distributed.driver import MergeError, Request, check_inpu
 from mergekit_monosoup.distributed.engines import InProcess, OnRay, import_ray
 from mergekit_monosoup.distributed.folder import Done, WorkFolder
 from mergekit_monosoup.distributed.plan import SMALLEST_BATCH
+from mergekit_monosoup.distributed.preconditions import (
+    check_places,
+    names_compared,
+    prepare_models,
+)
 from mergekit_monosoup.planner import strictly
 
 FULL = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))  # as libraries in Rust say it, too
-ADAPTER = "adapter_model.safetensors"
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 NEEDS_WORKERS = (
     "--gpus gives each of several workers a GPU: add --workers N, or take --cuda for one"
@@ -167,13 +167,15 @@ def run(
             threads = threads or 1
             engine = partial(OnRay, address, workers, threads, gpus)
         config, source = _read_configuration(config_file)
-        _check_places(out_path, config)
+        check_places(out_path, config)
+        prepare_models(config, options)
         seed = (options.random_seed or 0) if seed_per_tensor else None
         out = Path(out_path)
         request = Request(config, source, out, options, threads, seed, hash_inputs, engine)
         original = request.config.model_copy(deep=True)
         with (
-            _names_compared(original),
+            names_compared(original),
+            hub.explained(),
             strictly(allow_incomplete=allow_incomplete, in_process=False) as strict,
         ):
             records = merge(request, resume=resume, force=force, strict=strict)
@@ -198,8 +200,13 @@ def _run_mergekit_yaml(
         if gpus:
             raise ValueError(NEEDS_WORKERS)
         config, source = _read_configuration(config_file)
-        _check_places(out_path, config)
-        with _names_compared(config), work.claimed(resume=False, force=force):
+        check_places(out_path, config)
+        with (
+            names_compared(config),
+            hub.explained(),
+            work.claimed(resume=False, force=force),
+        ):
+            prepare_models(config, options)
             inputs = states(local_input_files(config), hashed=hash_inputs)
             threads = options.num_threads or torch.get_num_threads()
             needs = asked(source, options, threads=threads, seed=None, hash_inputs=hash_inputs)
@@ -246,72 +253,6 @@ def _parse_stage(path: str, source: str) -> Any:
             "other, `run` takes one of them"
         )
     return documents[0]
-
-
-def _check_places(out_path: str, config: MergeConfiguration) -> None:
-    """Check the folders of the models that are merged.
-
-    Raises:
-        ValueError: OUT is one of them, which the merge would replace; or one is a single file, no
-            model, damaged or quantised.
-    """
-    check_new_folder(out_path)
-    references = config.referenced_models()
-    for reference in references:
-        for part in (reference.model, reference.lora):
-            if part is not None and is_single_file(part.path):
-                way_out = (
-                    "is a single file, and `run` merges folders of models: merge files with "
-                    "`mergekit-pytorch CONFIG OUT`"
-                )
-                raise ValueError(f"{part.path} {foreign.of_file(part.path) or way_out}")
-            if part is not None and os.path.realpath(part.path) == os.path.realpath(out_path):
-                raise ValueError(
-                    f"{out_path} is an input of this merge, which would replace it: name another "
-                    "folder"
-                )
-    headers = Headers()
-    for reference in references:
-        if os.path.isdir(reference.model.path):
-            tensors = headers.of_model(reference.model.path)
-            method = quantisation.method(Beside(reference.model.path))
-            if fault := quantisation.fault(tensors, method):
-                raise ValueError(f"{reference.model.path} {fault}")
-        if (lora := reference.lora) and os.path.isfile(file := os.path.join(lora.path, ADAPTER)):
-            headers.of_file(file)
-
-
-@contextmanager
-def _names_compared(config: MergeConfiguration) -> Iterator[None]:
-    """Say that a wrapper changed the names of a model, where tensors are said to be missing.
-
-    Not looked for before a merge: mergekit knows both names of some tensors, as GPT-2's.
-
-    Raises:
-        ValueError: in place of the error that a tensor is missing.
-    """
-    try:
-        yield
-    except (LackingError, RuntimeError) as error:
-        missing = isinstance(error, LackingError) or "required but not present" in str(error)
-        if missing and (found := _renamed(config)):
-            raise ValueError(found) from error
-        raise
-
-
-def _renamed(config: MergeConfiguration) -> str:
-    """Return which model has the names of another with a prefix, or without; empty if none has."""
-    base_first = sorted(config.referenced_models(), key=lambda r: (r != config.base_model, str(r)))
-    names = {
-        str(reference): Headers().of_model(reference.model.path)
-        for reference in base_first
-        if os.path.isdir(reference.model.path)
-    }
-    first, *others = names.items() or [("", {})]
-    for name, tensors in others:
-        if how := renaming(first[1], tensors):
-            return f"{name}: {how.described(first[0])}"
-    return ""
 
 
 def _check_options(options: MergeOptions, on_ray: bool, gpus: bool) -> MergeOptions:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -51,18 +50,15 @@ def test_a_tokenizer_that_aligns_vocabularies(write, tmp_path):
 
 
 @finds("TEN502")
-def test_a_hub_name_that_cannot_be_reached_is_a_warning(write, monkeypatch):
-    import huggingface_hub
-
-    def unreachable(*args, **kwargs):
-        raise ConnectionError("offline")
-
-    monkeypatch.setattr(huggingface_hub, "get_safetensors_metadata", unreachable)
+def test_a_hub_that_cannot_be_reached_is_a_warning(write, served, monkeypatch):
+    """More of it is in tests/hub."""
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     path = write(models=[{"model": "Qwen/Qwen3-0.6B"}])
     assert messages(path) == []
-    assert messages(path, "warning") == [
-        "Qwen/Qwen3-0.6B: shapes not checked: ConnectionError: offline"
-    ]
+    (message,) = messages(path, "warning")
+    assert message.startswith(
+        "Qwen/Qwen3-0.6B: shapes not checked: the hub (http://127.0.0.1:9) cannot be reached"
+    )
 
 
 @finds("TEN506")
@@ -197,13 +193,61 @@ def test_adapters_and_codes_and_dtypes(write, models, tmp_path):
     )
 
 
-@finds("TEN503")
-def test_adapters_are_not_looked_into(write, models, tmp_path):
-    (tmp_path / "adapter").mkdir()
-    path = write(models=[{"model": f"{models[1][0]}+{tmp_path}/adapter"}])
+def saved_adapter(folder: Path, tensors: dict[str, tuple[int, ...]]) -> Path:
+    """Write what `check` reads of an adapter: peft's names and shapes."""
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text("{}")
+    state = {f"base_model.model.{name}": torch.zeros(shape) for name, shape in tensors.items()}
+    save_file(state, folder / "adapter_model.safetensors")
+    return folder
+
+
+DOWN = "model.layers.0.mlp.down_proj"  # (32, 48) in the base
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({f"{DOWN}.lora_A.weight": (4, 48), f"{DOWN}.lora_B.weight": (32, 4)}, ""),
+        ({f"{DOWN}.lora_A.weight": (4, 32), f"{DOWN}.lora_B.weight": (48, 4)}, ""),  # Conv1D
+        ({"model.embed_tokens.lora_embedding_A": (4, 96)}
+         | {"model.embed_tokens.lora_embedding_B": (32, 4)}, ""),
+        (
+            {f"{DOWN}.lora_A.weight": (4, 40), f"{DOWN}.lora_B.weight": (32, 4)},
+            f"{DOWN}.weight is (32, 40) in the adapter and (32, 48) in its base: it was trained on",
+        ),
+        (
+            {"lm_head.weight": (104, 32)},
+            "lm_head.weight is (104, 32) in the adapter and (96, 32) in its base: the vocabulary "
+            "was enlarged before training. Enlarge the base alike (`model.resize_token_embeddings"
+            "(104)`",
+        ),
+        (
+            {"model.embed_tokens.lora_embedding_A": (4, 104)}
+            | {"model.embed_tokens.lora_embedding_B": (32, 4)},
+            "model.embed_tokens.weight is (104, 32) in the adapter and (96, 32) in its base: the "
+            "vocabulary was enlarged",
+        ),
+    ],
+)  # fmt: skip
+def test_an_adapter_is_compared_with_its_base(write, models, tmp_path, tensors, message):
+    adapter = saved_adapter(tmp_path / "adapter", tensors)
+    found = check(write(models=[{"model": f"{models[0]}+{adapter}"}]))
+    assert [finding.code for finding in found] == ["TEN503"] * bool(message)
+    assert not message or (found[0].message.startswith(message) and found[0].level == "error")
+
+
+@finds("TEN501", "TEN503")
+def test_adapters_that_cannot_be_compared(write, models, tmp_path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (message,) = messages(write(models=[{"model": f"{models[0]}+{empty}"}]))
+    assert f"{empty} is no adapter: peft looks for adapter_config.json" in message
+    other = saved_adapter(tmp_path / "other", {"encoder.q.lora_A.weight": (2, 3)})
+    path = write(models=[{"model": f"{models[0]}+{other}"}])
     assert messages(path) == []
     (message,) = messages(path, "warning")
-    assert message.endswith("adapter: the LoRA adapter's own shapes are not checked")
+    assert message.endswith("none of the adapter's tensors is called as in the base")
 
 
 @finds("TEN510")
@@ -231,17 +275,11 @@ def test_many_shapes_are_counted(write, tmp_path):
     assert f"0.weight: (2, 2) in {files[0]} but (3, 2) in {files[1]}" in messages(path)
 
 
-def test_shapes_on_the_hub(write, models, monkeypatch):
-    """The hub is asked for headers only."""
-    import huggingface_hub
-
-    def metadata(repository, *, revision):
-        assert (repository, revision) == ("org/model", "v1")
-        tensor = SimpleNamespace(shape=[3, 5], dtype="F32", data_offsets=(0, 60))
-        file = SimpleNamespace(tensors={"model.norm.weight": tensor})
-        return SimpleNamespace(files_metadata={"model.safetensors": file})
-
-    monkeypatch.setattr(huggingface_hub, "get_safetensors_metadata", metadata)
+def test_shapes_on_the_hub(write, models, served, tmp_path):
+    (tmp_path / "v1").mkdir()
+    save_file({"model.norm.weight": torch.zeros(3, 5)}, tmp_path / "v1" / "model.safetensors")
+    served.add("org/model", Path(models[1][0]), v1=tmp_path / "v1")
+    assert messages(write(models=[{"model": "org/model"}])) == []
     (message,) = messages(write(models=[{"model": "org/model@v1"}]))
     assert message == f"model.norm.weight: (32,) in {models[0]} but (3, 5) in org/model@v1"
 
