@@ -66,6 +66,7 @@ def evaluate(
     evaluator = _Evaluator(suite, settings, manager, local_tasks, _w0(models), command, fresh)
     todo = [model for source in models if (model := evaluator.unfinished(source, out))]
     if todo:
+        language.check_contexts(manager, suite, [model.source.folder for model in todo])
         language.check_data(manager, suite.tasks)
     for number, model in enumerate(todo, 1):
         evaluator.finish(model, f"[{number}/{len(todo)}] {model.source.name}")

@@ -14,11 +14,14 @@ from typing import Any
 
 from evaluation import fingerprint
 from evaluation.fingerprint import ModelDigests
+from mergekit_monosoup.checkpoints import hub
 from mergekit_monosoup.checkpoints.texts import UnreadableError
 from mergekit_monosoup.checkpoints.yaml import PlainLoader, read_document, read_documents
 
 PRETRAINED, FINETUNED = "pretrained", "finetuned"  # models of these names are W0 and W1
 MERGE_CACHE = Path("results", "merged")
+# Of a hub repository: configuration, tokenizer and chat template.
+BESIDE_WEIGHTS = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
 
 
 class SourceError(ValueError):
@@ -71,8 +74,11 @@ def find(name: str, given: str, cache: Path) -> Source:
     return Source(name, folder, Origin(given, _fingerprint(folder), _recorded_merge(folder)))
 
 
-def local(given: str) -> Path:
+def local(given: str, weights: tuple[str, ...] = hub.WEIGHTS) -> Path:
     """Return a folder as it is; of a hub name the snapshot here, downloaded if there is a network.
+
+    `weights` are the names that the weights may have. Nothing else is downloaded but what
+    transformers reads beside them.
 
     Raises:
         SourceError: there is neither.
@@ -81,16 +87,14 @@ def local(given: str) -> Path:
         return Path(given)
     if given.startswith((".", "/", "~")) or given.count("/") != 1:
         raise SourceError(f"{given}: no such folder")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
+    name, _, revision = given.partition("@")
     try:
-        return Path(snapshot_download(given))
-    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+        return Path(hub.download(name, revision or None, weights, BESIDE_WEIGHTS))
+    except hub.HubError as error:
+        raise SourceError(f"{given}: {error}") from error
+    except OSError as error:  # no space, say
         raise SourceError(
-            f"{given}: neither a folder here nor a model that can be had from the hub. "
-            f"Offline, download it elsewhere with `hf download {given} --local-dir FOLDER`, "
-            "copy the folder and give its path."
+            f"{given}: cannot be downloaded: {' '.join(str(error).split())}"
         ) from error
 
 
@@ -129,13 +133,12 @@ def _merged(path: Path, cache: Path) -> tuple[Path, Merge]:
 
     data = _checked(path)
     config = MergeConfiguration.model_validate(data)
-    parts = [
-        part
-        for reference in config.referenced_models()
-        for part in (reference.model, reference.lora)
-        if part
-    ]
-    merge = Merge(data, {part.path: fingerprint.of_weights(local(part.path)) for part in parts})
+    inputs = {}
+    for reference in config.referenced_models():
+        inputs[str(reference.model)] = local(str(reference.model))
+        if reference.lora:
+            inputs[str(reference.lora)] = local(str(reference.lora), hub.ADAPTER)
+    merge = Merge(data, {name: fingerprint.of_weights(place) for name, place in inputs.items()})
     key = fingerprint.digest({**asdict(merge), "code": _merge_code()})[:32]
     target, unfinished = cache / key, cache / f"{key}.unfinished-{os.getpid()}"
     if not target.exists():
@@ -182,14 +185,22 @@ def _run_merge(config: Any, folder: Path) -> None:
     from mergekit.merge import run_merge
     from mergekit.options import MergeOptions
 
+    from mergekit_monosoup.checkpoints import adapters
+
     # mergekit names a merged adapter after its path: kept longer, it would stand for another
     # adapter under that path.
     suffix = f".unfinished-{os.getpid()}"
-    with tempfile.TemporaryDirectory(dir=folder.parent, suffix=suffix) as adapters:
+    with tempfile.TemporaryDirectory(dir=folder.parent, suffix=suffix) as cache:
         # Of the whole process, by path: it would hand out what an earlier merge read there.
         LoaderCache.loaders.clear()
-        options = MergeOptions(quiet=True, copy_tokenizer=True, lora_merge_cache=adapters)
-        run_merge(config, str(folder), options)
+        options = MergeOptions(quiet=True, copy_tokenizer=True, lora_merge_cache=cache)
+        try:
+            for reference in config.referenced_models():
+                adapters.merged(reference, adapters.Options(cache))
+            with hub.explained():
+                run_merge(config, str(folder), options)
+        except (adapters.AdapterError, hub.HubError) as error:
+            raise SourceError(f"the merge failed: {error}") from error
 
 
 def _abandoned(unfinished: Path) -> bool:

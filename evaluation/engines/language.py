@@ -22,14 +22,15 @@ import lm_eval.evaluator
 import lm_eval.models.huggingface
 import torch
 import transformers
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from lm_eval.api.registry import DEFAULT_METRIC_REGISTRY, get_model
+from lm_eval.models.utils import normalize_gen_kwargs, resolve_max_length
 from lm_eval.tasks import TaskManager
 from tqdm import tqdm
 
 from evaluation.engines import EvaluationError, Settings
 from evaluation.store import Sample, TaskResult
 from evaluation.suite import Suite, Task
+from mergekit_monosoup.checkpoints import hub
 
 
 def quiet() -> None:
@@ -180,14 +181,11 @@ def check_data(manager: TaskManager, tasks: Iterable[Task]) -> None:
     for task in tasks:
         try:
             loaded = manager.load([task.task])["tasks"]
-        except (
-            OSError,
-            HfHubHTTPError,
-            LocalEntryNotFoundError,
-            OfflineModeIsEnabled,
-            datasets.exceptions.DatasetsError,
-        ) as error:
-            raise EvaluationError(_missing_data(manager, task)) from error
+        except Exception as error:  # of datasets, the hub's client and its network library
+            known = isinstance(error, OSError | datasets.exceptions.DatasetsError)
+            if not known and hub.explanation(error) is None:
+                raise
+            raise EvaluationError(_missing_data(manager, task, error)) from error
         for name, of_leaf in loaded.items():
             first = next(iter(of_leaf.eval_docs))
             if task.cluster not in (None, "doc_id", *first):
@@ -197,13 +195,51 @@ def check_data(manager: TaskManager, tasks: Iterable[Task]) -> None:
                 )
 
 
-def _missing_data(manager: TaskManager, task: Task) -> str:
+def _missing_data(manager: TaskManager, task: Task, error: Exception) -> str:
     configs = [manager.task_index[leaf].cfg or {} for leaf in leaves(manager, task.task)]
     paths = sorted({str(config.get("dataset_path")) for config in configs})
+    needs = f"task {task.task} needs the data set {', '.join(paths)}"
+    if "gated" in str(error):  # datasets keeps no more of what the hub said than this text
+        return f"{needs}. {' '.join(str(error).split())} Log in with `hf auth login`."
     return (
-        f"task {task.task} needs the data set {', '.join(paths)}, which is neither on this "
+        f"{needs}, which is neither on this "
         "machine nor to be had. On a machine with a network run the suite once with `--limit 1`, "
         "then copy its Hugging Face cache (HF_HOME) here. The suite `tiny` needs no network."
+    )
+
+
+def check_contexts(manager: TaskManager, suite: Suite, folders: Iterable[Path]) -> None:
+    """Check that each model has room for a question beside the longest answer that is asked for.
+
+    Raises:
+        EvaluationError: the context of one is too short; lm-eval would stop half-way.
+    """
+    longest = {task.task: _longest_answer(manager, task) for task in suite.tasks}
+    for folder in folders:
+        try:
+            length = resolve_max_length(transformers.AutoConfig.from_pretrained(folder))
+        except (OSError, ValueError, KeyError):
+            continue  # loading the model says what is wrong with its configuration
+        for task, tokens in longest.items():
+            if tokens >= length:
+                raise EvaluationError(
+                    f"{folder}: its context is {length} tokens, and {task} asks for answers of up "
+                    f"to {tokens}, which leaves no room for the question. Copy the suite "
+                    f"{suite.name} and set `generation: {{max_gen_toks: N}}` there, with N well "
+                    f"below {length}, or take a model with a longer context"
+                )
+
+
+def _longest_answer(manager: TaskManager, task: Task) -> int:
+    """Return how many tokens a task may generate; 0 if it generates none."""
+    configs = [manager.task_index[leaf].cfg or {} for leaf in leaves(manager, task.task)]
+    return max(
+        normalize_gen_kwargs({**(config.get("generation_kwargs") or {}), **task.generation})[
+            "max_gen_toks"
+        ]
+        if config.get("output_type") == "generate_until"
+        else 0
+        for config in configs
     )
 
 
@@ -214,6 +250,7 @@ class Model:
     """One checkpoint in lm-eval. Use as a context: leaving it frees the memory for the next."""
 
     def __init__(self, folder: Path, suite: Suite, settings: Settings) -> None:
+        self.folder = folder
         shared: dict[str, Any] = {
             "pretrained": str(folder),
             "dtype": settings.dtype,
@@ -259,7 +296,16 @@ class Model:
         One call of lm-eval per task: shots and generation settings hold for a whole call, and what
         is finished can be kept. Never with lm-eval's `use_cache`, which does not ask which model
         answered.
+
+        Raises:
+            EvaluationError: answers could not end, or lm-eval did not do what was asked for.
         """
+        if self.lm.tokenizer.eos_token_id is None and _longest_answer(manager, task):
+            raise EvaluationError(
+                f"{self.folder}: its tokenizer has no end-of-text token, at which the answers of "
+                f"{task.task} would end: set eos_token in its tokenizer_config.json, as in the "
+                "model that it was trained from"
+            )
         results = lm_eval.evaluator.simple_evaluate(
             model=self.lm,
             tasks=[task.task],

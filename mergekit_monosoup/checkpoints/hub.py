@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -85,13 +85,15 @@ def explanation(error: BaseException | None) -> HubError | None:
     while error is not None:
         if (found := _refusal(error) or _failure(error)) is not None:
             return found
-        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+        # Not __context__: who looks for an optional file is often at another one's absence.
+        error = error.__cause__
     return None
 
 
 def _refusal(error: BaseException) -> RefusedError | None:
     if isinstance(error, GatedRepoError):  # a RepositoryNotFoundError, too
-        page = f"{constants.ENDPOINT}/{getattr(error, 'repo_id', None) or ''}".rstrip("/")
+        kind = "datasets/" if getattr(error, "repo_type", None) == "dataset" else ""
+        page = f"{constants.ENDPOINT}/{kind}{getattr(error, 'repo_id', None) or ''}".rstrip("/")
         if error.response.status_code == 401:
             return RefusedError(
                 f"is gated: accept its licence at {page}, then log in with `hf auth login`"
@@ -310,23 +312,55 @@ def _shards(index: str, name: str) -> list[str]:
 # -- the cache -------------------------------------------------------------------------------------
 
 
-def cached(name: str, revision: str | None = None, cache: str | None = None) -> str | None:
+def download(name: str, revision: str | None, weights: tuple[str, ...], beside: list[str]) -> str:
+    """Return the folder of a repository's weights and of files that match ``beside``.
+
+    Where the hub cannot be asked it is the one in the cache. ``weights`` are the names that the
+    weights may have; of two formats only the first is downloaded.
+
+    Raises:
+        HubError: it cannot be had.
+    """
+    try:
+        repository = ask(name, revision)
+        if (first := repository.first(weights)) is None:
+            check_holds_model(repository)
+            raise RefusedError(f"has neither {' nor '.join(weights)}")
+        with explained():
+            return snapshot_download(
+                name,
+                revision=revision,
+                allow_patterns=[*beside, f"*{os.path.splitext(first)[1]}"],
+                ignore_patterns=["*/*.safetensors", "*/*.bin"],  # other models, in folders
+            )
+    except UnreachableError:
+        if (folder := cached(name, revision, weights=weights, beside=beside)) is None:
+            raise
+        return folder
+
+
+def cached(
+    name: str,
+    revision: str | None = None,
+    cache: str | None = None,
+    *,
+    weights: tuple[str, ...] = WEIGHTS,
+    beside: Sequence[str] = CONFIGURATION,
+) -> str | None:
     """Return the folder in the client's cache that holds a model whole; None if none does."""
-    for weights in ("*.safetensors", "*.bin"):
+    for kind in ("*.safetensors", "*.bin"):
         try:
             folder = snapshot_download(
                 name,
                 revision=revision,
                 cache_dir=cache,
-                allow_patterns=[*CONFIGURATION, weights],
+                allow_patterns=[*beside, kind],
+                ignore_patterns=["*/*.safetensors", "*/*.bin"],
                 local_files_only=True,
             )
         except (LocalEntryNotFoundError, HFValidationError):
             continue
-        if any(
-            os.path.exists(os.path.join(folder, file + index))
-            for file in WEIGHTS
-            for index in ("", ".index.json")
-        ):
+        names = [f"{file}{index}" for file in weights for index in ("", ".index.json")]
+        if any(os.path.exists(os.path.join(folder, file)) for file in names):
             return folder
     return None
