@@ -15,10 +15,8 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from mergekit import merge_methods
 from torch import Tensor
 
-from mergekit_monosoup.methods import JOURNAL, EditingMethod
 from mergekit_monosoup.report.record import Record
 
 # The last part of the names of codes, which are weights only together with scales (GPTQ's qweight
@@ -36,7 +34,7 @@ def keep(task_adapter: ModuleType) -> None:
 
     @functools.wraps(mergekits)
     def execute(self: Any, tensors: Mapping[Any, Tensor], **rest: Any) -> Tensor | None:
-        if isinstance(merge_methods.get(self.method_name), EditingMethod):
+        if _ours(self.method_name):
             there = {
                 model: tensor
                 for model in self.model_order
@@ -48,6 +46,16 @@ def keep(task_adapter: ModuleType) -> None:
         return merged
 
     task.execute = execute
+
+
+def _ours(name: str) -> bool:
+    """Whether a merge method is this package's: mergekit's own of the same name wins."""
+    # Not at the top: mergekit may be imported anew, and these modules with it.
+    from mergekit import merge_methods
+
+    from mergekit_monosoup.methods import EditingMethod
+
+    return isinstance(merge_methods.get(name), EditingMethod)
 
 
 def _kept(task: Any, tensors: Mapping[Any, Tensor]) -> Tensor:
@@ -78,6 +86,8 @@ def _kept(task: Any, tensors: Mapping[Any, Tensor]) -> Tensor:
         action="copied",
         reason=reason,
     )
+    from mergekit_monosoup.methods import JOURNAL
+
     JOURNAL.add([record], parameters[model].get("report"), task.method_name)
     return tensor
 
