@@ -165,3 +165,15 @@ def test_what_was_cut_off_does_not_drive_out_what_is_whole(tmp_path):
     assert [r.k for r in read(f"{path}.old")] == [1, 1, 1]
     merge(path, "z")
     assert [r.k for r in read(f"{path}.old")] == [4, 4, 4]
+
+
+def test_where_there_are_no_hard_links(tmp_path, monkeypatch):
+    def none(*_):
+        raise OSError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", none)
+    path = tmp_path / "r.jsonl"
+    merge(path, "a", k=1)
+    merge(path, "a", k=2)
+    assert [r.k for file in (path, f"{path}.old") for r in read(file)] == [2, 1]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["r.jsonl", "r.jsonl.old"]
