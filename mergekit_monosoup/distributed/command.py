@@ -43,7 +43,8 @@ from mergekit_monosoup.distributed.preconditions import (
 )
 from mergekit_monosoup.planner import strictly
 
-FULL = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))  # as libraries in Rust say it, too
+# Of disks, quotas and limits that are reached; libraries in Rust use the same words.
+FULL = tuple(map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)))
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 NEEDS_WORKERS = (
     "--gpus gives each of several workers a GPU: add --workers N, or take --cuda for one"
