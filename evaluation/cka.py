@@ -18,7 +18,8 @@ import torch
 from evaluation import configs, features, fingerprint, options, sources
 from evaluation.sources import FINETUNED, PRETRAINED, Source, SourceError
 from mergekit_monosoup import terminal
-from mergekit_monosoup.checkpoints.texts import UnreadableError, read_text, write_text
+from mergekit_monosoup.checkpoints.texts import UnreadableError, read_text
+from mergekit_monosoup.files import write_text
 
 MOST_TEXT = 2**30  # bytes; all of it is in memory
 

@@ -9,7 +9,7 @@ from mergekit.common import ModelReference
 
 from mergekit_monosoup.check.context import Document
 from mergekit_monosoup.check.planning import Planning
-from mergekit_monosoup.checkpoints.headers import SINGLE_FILES
+from mergekit_monosoup.checkpoints import hub
 from mergekit_monosoup.checkpoints.reader import listed
 
 
@@ -66,6 +66,6 @@ def _by_files(document: Document) -> str:
 
 def _single_files(document: Document) -> Iterator[str]:
     for beside in document.beside.values():
-        name = next((name for name in SINGLE_FILES if beside.has(name)), None)
+        name = next((name for name in hub.WEIGHTS if beside.has(name)), None)
         if name is not None:
             yield os.path.join(beside.folder, name)
