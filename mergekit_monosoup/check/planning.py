@@ -25,9 +25,12 @@ from mergekit_monosoup.checkpoints import misfit
 from mergekit_monosoup.checkpoints.coverage import Reads, compare, is_sliced
 from mergekit_monosoup.checkpoints.headers import Headers
 from mergekit_monosoup.checkpoints.inputs import Inputs
+from mergekit_monosoup.checkpoints.names import layer
 
 # Loggers that mergekit warns with while it plans; also the root, see :func:`_silent`.
 _TALKATIVE = ("mergekit.architecture", "mergekit.architecture.auto")
+
+_MANY = 5000  # names of a model, from which on it pays to look at those of one layer
 
 
 @dataclass(frozen=True)
@@ -190,19 +193,34 @@ def _lent_to_mergekit(loaders: dict[ModelReference, LazyTensorLoader]) -> Iterat
 
 @contextmanager
 def _names_lent_to_mergekit(loaders: dict[ModelReference, LazyTensorLoader]) -> Iterator[None]:
-    """Let mergekit infer an architecture from these names; it would open every file again."""
+    """Let mergekit infer an architecture from these names; it would open every file again.
+
+    Of a model with many names, also let it look for the parts of a stack in its layer only: with
+    the 45 thousand of DeepSeek V3 it takes eight seconds to find that a dense layer has none.
+    """
     module: Any = auto
-    original = module.get_model_tensor_names
+    original, convertible = module.get_model_tensor_names, module.can_convert_checkpoint_keys
+    layers: dict[int, dict[tuple[int, ...], set[str]]] = {}
 
     def names(model: ModelReference, options: MergeOptions) -> list[str]:
         lent = loaders.get(model)
         return original(model, options) if lent is None else list(lent.index.tensor_paths)
 
-    module.get_model_tensor_names = names
+    def can_convert(kind: str | None, keys: set[str], target: str) -> bool:
+        if len(keys) < _MANY or not layer(target):
+            return bool(convertible(kind, keys, target))
+        if id(keys) not in layers:
+            by_layer = layers.setdefault(id(keys), {})
+            for key in keys:
+                by_layer.setdefault(layer(key), set()).add(key)
+        return bool(convertible(kind, layers[id(keys)].get(layer(target), set()), target))
+
+    module.get_model_tensor_names, module.can_convert_checkpoint_keys = names, can_convert
     try:
         yield
     finally:
         module.get_model_tensor_names = original
+        module.can_convert_checkpoint_keys = convertible
 
 
 @contextmanager

@@ -441,7 +441,11 @@ def test_mergekit_yaml_goes_on_and_the_report_says_what_is_missing(write, tmp_pa
     assert sum(record.action == "left out" for record in records.values()) == 1
 
 
-def test_an_inferred_architecture_that_is_merged_whole_is_fine(write, tmp_path, caplog):
+@pytest.mark.parametrize("many", [1, 5000])
+def test_an_inferred_architecture_that_is_merged_whole_is_fine(
+    write, tmp_path, caplog, monkeypatch, many
+):
+    monkeypatch.setattr(planning, "_MANY", many)
     path = fine_tuned(write, deepseek(0), tmp_path)
     assert check(path) == []
     assert not caplog.records, "what mergekit says of inferring is not for the user of `check`"
