@@ -85,8 +85,8 @@ def adapter(document: Document) -> Iterator[Finding]:
             continue
         if not adapters.shapes(ours, base):
             yield document.warning(name, "none of the adapter's tensors is called as in the base")
-        for line in adapters.misfits(ours, base)[:NAMES_IN_MESSAGE]:
-            yield document.error(name, line)
+        if found := adapters.misfit(ours, base):
+            yield document.error(name, found)
 
 
 # -- dtypes ----------------------------------------------------------------------------------------

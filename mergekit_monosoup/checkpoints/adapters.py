@@ -63,13 +63,15 @@ def shapes(
     return found
 
 
-def misfits(adapter: Mapping[str, Stored], base: Mapping[str, Stored]) -> list[str]:
-    """Return a line for each tensor whose shape by the adapter is not that in the base."""
-    return [
+def misfit(adapter: Mapping[str, Stored], base: Mapping[str, Stored]) -> str:
+    """Return a line about the tensors whose shape by the adapter is not that in the base, or ""."""
+    lines = [
         f"{name} is {ours} in the adapter and {theirs} in its base{_reason(name, ours, theirs)}"
         for name, (ours, theirs) in shapes(adapter, base).items()
         if ours != theirs
     ]
+    more = f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""
+    return lines[0] + more if lines else ""
 
 
 def _reason(name: str, ours: tuple[int, ...], base: tuple[int, ...]) -> str:
@@ -174,6 +176,5 @@ def _check_fits(reference: ModelReference) -> None:
         base = headers.of_model(reference.model.path, reference.model.revision)
     except (hub.UnreadHeadersError, hub.UnreachableError):
         return  # it may be in the cache, where transformers and peft look
-    if found := misfits(ours, base):
-        more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-        raise AdapterError(found[0] + more)
+    if found := misfit(ours, base):
+        raise AdapterError(found)

@@ -9,7 +9,6 @@ import random
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -372,31 +371,14 @@ def test_an_index_that_is_left_over(tmp_path):
         Headers().of_model(str(tmp_path))
 
 
-def test_of_a_hub_repository_only_headers_are_fetched(monkeypatch):
-    import huggingface_hub
-
-    def metadata(repository, *, revision):
-        tensor = SimpleNamespace(shape=[3, 5], dtype="BF16", data_offsets=(10, 40))
-        file = SimpleNamespace(tensors={"w": tensor})
-        return SimpleNamespace(files_metadata={f"{revision}.safetensors": file})
-
-    monkeypatch.setattr(huggingface_hub, "get_safetensors_metadata", metadata)
-    assert Headers().of_model("org/model", "v1") == {
-        "w": Stored("org/model/v1.safetensors", "w", (3, 5), 30, "BF16")
-    }
-
-
-@pytest.mark.parametrize("names", [["model.Q8_0.gguf"], ["model.Q8_0.gguf", "pytorch_model.bin"]])
-def test_a_hub_repository_of_another_format(monkeypatch, names):
-    """Not where there are .bin files, which mergekit downloads."""
-    import huggingface_hub
-    from huggingface_hub.errors import NotASafetensorsRepoError
-
-    def metadata(repository, *, revision):
-        raise NotASafetensorsRepoError(repository)
-
-    monkeypatch.setattr(huggingface_hub, "get_safetensors_metadata", metadata)
-    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda *_, revision: names)
-    expected = ForeignError if len(names) == 1 else NotASafetensorsRepoError
-    with pytest.raises(expected, match="org/model"):
-        Headers().of_model("org/model")
+def test_of_a_hub_repository_only_headers_are_fetched(served, tmp_path):
+    (tmp_path / "main").mkdir()
+    (tmp_path / "v1").mkdir()
+    save_file({"w": torch.zeros(3, 5, dtype=torch.bfloat16)}, tmp_path / "v1" / "model.safetensors")
+    served.add("org/model", tmp_path / "main", v1=tmp_path / "v1")
+    headers = Headers()
+    for _ in range(2):
+        assert headers.of_model("org/model", "v1") == {
+            "w": Stored("org/model/model.safetensors", "w", (3, 5), 30, "BF16")
+        }
+    assert sum(path.endswith("/model.safetensors") for path in served.requests) == 2, "and once"
