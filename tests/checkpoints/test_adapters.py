@@ -94,3 +94,11 @@ def test_an_adapter_of_another_shape_is_refused_before_anything_is_loaded(
     monkeypatch.setattr(adapters, "_merge", None)
     with pytest.raises(AdapterError, match=r"lm_head.weight is \(104, 32\) in the adapter"):
         merged(reference, options)
+
+
+def test_a_damaged_adapter_is_one_line(reference, options):
+    file = adapter_file(reference)
+    file.rename(file.with_suffix(".bin"))
+    with pytest.raises(AdapterError, match=r"^a file of the adapter or its base cannot be read: "):
+        merged(reference, options)
+    assert os.listdir(options.lora_merge_cache) == []
