@@ -37,6 +37,8 @@ from huggingface_hub.errors import (
     SafetensorsParsingError,
 )
 
+from mergekit_monosoup.checkpoints import foreign
+
 TIMEOUT = 10  # seconds without an answer; of itself the client waits for lists for ever
 AT_ONCE = 16  # shards whose headers are fetched together, as the client does it
 
@@ -249,10 +251,11 @@ def check_holds_model(repository: Repository) -> None:
     if repository.first(("adapter_config.json", *ADAPTER)):
         raise RefusedError("is an adapter: write BASE+ADAPTER, as in `model: BASE+ADAPTER`")
     there = sorted(file for file in repository.files if not file.startswith("."))
-    gguf = ", and does not read GGUF" if any(f.lower().endswith(".gguf") for f in there) else ""
+    if other := foreign.of_names(there):
+        raise RefusedError(other)
     raise RefusedError(
         f"has no weights that mergekit finds: it looks for {' or '.join(WEIGHTS)} or their "
-        f"indexes{gguf}; the repository has {', '.join(there[:5]) or 'no file'}"
+        f"indexes; the repository has {', '.join(there[:5]) or 'no file'}"
         f"{f' and {len(there) - 5} more' if len(there) > 5 else ''}"
     )
 

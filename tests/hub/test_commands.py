@@ -136,7 +136,7 @@ REFUSED = [
     (
         "gguf/only",
         None,
-        r"no weights that mergekit finds: .* not read GGUF; .* model-q4\.gguf",
+        r"has model-q4\.gguf: GGUF, which mergekit does not read",
     ),
     (ADAPTER, None, r"is an adapter: write BASE\+ADAPTER"),
     (f"{BASE}+{OTHER}", None, "is no adapter: peft looks for adapter_config.json"),
