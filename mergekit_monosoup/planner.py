@@ -88,10 +88,8 @@ def _explained(get_architecture_info: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(get_architecture_info)
     def explained(config: MergeConfiguration, *arguments: Any, **named: Any) -> Any:
-        try:
+        with _explained_errors(config):
             return get_architecture_info(config, *arguments, **named)
-        except Exception as error:
-            raise _explanation(error, config) from error
 
     return explained
 
@@ -160,13 +158,11 @@ def _plan_strictly(planner: Planner, plan: Callable[[], Any], strict: Strict) ->
     """
     written = planner.config.model_copy(deep=True)
     trust = planner.options.trust_remote_code
-    try:
+    with _explained_errors(written):
         layers = misfit.depths(written, planner.arch_info, trust)
         if layers:
             raise PlanningError(misfit.uneven_depths(layers))
         tasks = plan()
-    except Exception as error:
-        raise _explanation(error, written) from error
     reads = _compare(planner, tasks, written)
     for fault in _faults(reads, written, strict, trust):
         raise PlanningError(fault)
@@ -210,13 +206,21 @@ def _loaders(config: MergeConfiguration) -> dict[ModelReference, LazyTensorLoade
     return {model: cache.get(model) for model in models}
 
 
-def _explanation(error: Exception, config: MergeConfiguration) -> Exception:
-    """Return the error to raise in the place of one that mergekit raises for a configuration."""
-    if misfit.is_refusal(error):
-        return error
-    model = config.base_model or config.referenced_models()[0]
-    said = misfit.cannot_plan(error, model, misfit.class_of(model))
-    return PlanningError(f"{said}. {_way_out(config)}")
+@contextmanager
+def _explained_errors(config: MergeConfiguration) -> Iterator[None]:
+    """Name mergekit's own faults as such; what it rightly refuses passes.
+
+    Raises:
+        PlanningError: in the place of an error of mergekit's.
+    """
+    try:
+        yield
+    except Exception as error:
+        if misfit.is_refusal(error):
+            raise
+        model = config.base_model or config.referenced_models()[0]
+        said = misfit.cannot_plan(error, model, misfit.class_of(model))
+        raise PlanningError(f"{said}. {_way_out(config)}") from error
 
 
 def _way_out(config: MergeConfiguration) -> str:
