@@ -14,7 +14,7 @@ from pathlib import Path
 from evaluation.comparison import ComparisonError
 from evaluation.engines import EvaluationError
 from evaluation.sources import FINETUNED, MERGE_CACHE, SourceError
-from evaluation.store import FILE_NAME, DamagedError
+from evaluation.store import MODEL_NAME, DamagedError
 from evaluation.suite import SuiteError, shipped
 from mergekit_monosoup import terminal
 
@@ -79,7 +79,7 @@ def positive(text: str) -> int:
 def named_path(text: str) -> tuple[str, str]:
     """Return (name, path) of NAME=PATH."""
     name, separator, path = text.partition("=")
-    if not separator or not path or not re.fullmatch(FILE_NAME, name):
+    if not separator or not path or not re.fullmatch(MODEL_NAME, name):
         raise argparse.ArgumentTypeError(
             f"{text!r} is not NAME=PATH (a name: letters, digits, _ . , + -, no dot in front)"
         )

@@ -36,7 +36,8 @@ from mergekit_monosoup import files
 from mergekit_monosoup.checkpoints.texts import UnreadableError, check_file, check_new_folder
 
 AGAIN = "run it again, or move the file away"
-FILE_NAME = r"^(?!\.)[\w.,+-]+$"  # also of a model, whose name is part of those
+MODEL_NAME = r"^[\w,+-][\w.,+-]*$"
+FILE_NAME = r"^[\w,+%-][\w.,+%-]*$"  # what `file_name` makes of any name
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -107,7 +108,7 @@ class Result(BaseModel):
 
     format: Literal[1] = 1
     key: str
-    model: Annotated[str, Field(pattern=FILE_NAME)]
+    model: Annotated[str, Field(pattern=MODEL_NAME)]
     source: Origin
     w0: Pretrained | None
     command: str

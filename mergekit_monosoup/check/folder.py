@@ -35,6 +35,8 @@ def _output(document: Document) -> Output | None:
     """Return what is written beside the merged weights, if mergekit gets to that."""
     if document.raw or document.config is None:
         return None  # mergekit-pytorch writes weights alone
+    if len(document.tensors) < len(document.opened) or document.reads.lacking:
+        return None  # it stops before, as TEN501, TEN508 or TEN512 says
     output = Output(document)
     return output if output.beside(output.donor) is not None else None
 

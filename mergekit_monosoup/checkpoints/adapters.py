@@ -15,7 +15,7 @@ from mergekit.common import ModelReference
 from mergekit.io import ShardedTensorIndex
 
 from mergekit_monosoup.checkpoints import hub
-from mergekit_monosoup.checkpoints.headers import Headers, LackingError, Stored, read_header
+from mergekit_monosoup.checkpoints.headers import Headers, Stored, read_header
 
 PREFIX = "base_model.model."  # of peft's names, before the module's own
 SECOND = {"A.weight": "B.weight", "embedding_A": "embedding_B"}  # the factors of an update
@@ -176,10 +176,5 @@ def _check_fits(reference: ModelReference) -> None:
         base = headers.of_model(reference.model.path, reference.model.revision)
     except (hub.UnreadHeadersError, hub.UnreachableError):
         return  # it may be in the cache, where transformers and peft look
-    except (hub.HubError, LackingError):
-        raise
-    except Exception as error:  # of zip, pickle and torch, for .bin files
-        words = " ".join(f"{type(error).__name__}: {error}".split())
-        raise AdapterError(f"a file of the adapter or its base cannot be read: {words}") from error
     if found := misfit(ours, base):
         raise AdapterError(found)

@@ -202,12 +202,12 @@ def _run_mergekit_yaml(
             raise ValueError(NEEDS_WORKERS)
         config, source = _read_configuration(config_file)
         check_places(out_path, config)
+        prepare_models(config, options)
         with (
             names_compared(config),
             hub.explained(),
             work.claimed(resume=False, force=force),
         ):
-            prepare_models(config, options)
             inputs = states(local_input_files(config), hashed=hash_inputs)
             threads = options.num_threads or torch.get_num_threads()
             needs = asked(source, options, threads=threads, seed=None, hash_inputs=hash_inputs)

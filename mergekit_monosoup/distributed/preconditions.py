@@ -15,6 +15,7 @@ from mergekit_monosoup.checkpoints.headers import Headers, LackingError
 from mergekit_monosoup.checkpoints.reader import check_model_path, is_single_file
 from mergekit_monosoup.checkpoints.renaming import renaming
 from mergekit_monosoup.checkpoints.texts import check_new_folder
+from mergekit_monosoup.planner import PlanningError
 
 ADAPTER = "adapter_model.safetensors"
 
@@ -63,8 +64,10 @@ def names_compared(config: MergeConfiguration) -> Iterator[None]:
     """
     try:
         yield
-    except (LackingError, RuntimeError) as error:
-        missing = isinstance(error, LackingError) or "required but not present" in str(error)
+    except (LackingError, PlanningError, RuntimeError) as error:
+        missing = isinstance(error, LackingError | PlanningError) or (
+            "required but not present" in str(error)
+        )
         if missing and (found := _renamed(config)):
             raise ValueError(found) from error
         raise

@@ -15,7 +15,7 @@ from mergekit_monosoup.checkpoints import quantisation
 from mergekit_monosoup.checkpoints.beside import Beside
 from mergekit_monosoup.checkpoints.headers import Stored
 from mergekit_monosoup.checkpoints.reader import Checkpoints
-from mergekit_monosoup.distributed import command
+from mergekit_monosoup.distributed.preconditions import check_places
 
 # What each format stores for one matrix: name → (dtype, shape), the codes first.
 FORMATS = {
@@ -108,4 +108,4 @@ def test_check_inspect_and_run_say_so(tmp_path):
     with pytest.raises(ValueError, match=r"tuned0 is quantised \(awq\)"):
         Checkpoints([str(base), str(tuned)])
     with pytest.raises(ValueError, match=r"tuned0 is quantised \(awq\)"):
-        command._check_places("out", MergeConfiguration.model_validate(given))
+        check_places("out", MergeConfiguration.model_validate(given))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from helpers import evaluations
-
 from evaluation import drawings, figures
 
 
@@ -13,16 +11,6 @@ def test_files(folder, tmp_path, capsys):
     assert written == ["made-bars.png", "made-plane.png"]
     assert "made-plane.png" in capsys.readouterr().out
     assert figures.main([str(folder), "--reference", "nobody"]) == 1
-
-
-def test_the_name_of_a_suite_leads_nowhere(tmp_path):
-    """It comes out of a results file, which may be somebody else's."""
-    folder = tmp_path / "a" / "b"
-    for model, outcomes in (("finetuned", evaluations.TUNED), ("soup", evaluations.SOUP)):
-        evaluations.write(folder, model, outcomes, made=evaluations.suite(name="../../evil"))
-    assert figures.main([str(folder)]) == 0
-    assert {p.parent for p in tmp_path.rglob("*.png")} == {folder}
-    assert not list(tmp_path.glob("*.*"))
 
 
 def test_a_full_disk_keeps_the_earlier_figure(folder, monkeypatch, capsys):
