@@ -1,0 +1,31 @@
+"""What is changed at random, and by which commands it is read; a file for each kind of input."""
+
+from __future__ import annotations
+
+from fuzz.subjects import (
+    beside,
+    configurations,
+    names,
+    reports,
+    results,
+    scores,
+    suites,
+    texts,
+    weights,
+)
+
+SUBJECTS = {
+    subject.__name__.rpartition(".")[2]: subject.commands
+    for subject in (
+        configurations,
+        weights,
+        beside,
+        reports,
+        results,
+        suites,
+        scores,
+        names,
+        texts,
+    )
+}
+"""By name: writes the files of a case into a place and returns the commands that read them."""
