@@ -63,7 +63,8 @@ def _candidates(output: Output, name: str, beside: Beside) -> Iterator[str]:
     modules = _module_folders(beside)
     yield from (file for file in _MODULES if beside.has(file))
     for entry in sorted(os.scandir(beside.folder), key=lambda entry: entry.name):
-        if not entry.is_dir() or _OTHER_FORMATS.fullmatch(entry.name):
+        # os.path: a link to itself is no folder, where the entry raises.
+        if not os.path.isdir(entry.path) or _OTHER_FORMATS.fullmatch(entry.name):
             continue
         if weights := _weights(entry.path, read):
             yield from (f"{entry.name}/{file}" for file in weights)

@@ -84,9 +84,9 @@ def explanation(error: BaseException | None) -> HubError | None:
 
     Libraries that load models wrap them in their own, which say less, so the chain is followed.
     """
-    seen = set[int]()  # of an error that was raised again from itself, there is no end
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
+    seen: list[BaseException] = []  # an error may be its own cause, at one remove or none
+    while error is not None and error not in seen:
+        seen.append(error)
         if (found := _refusal(error) or _failure(error)) is not None:
             return found
         # Not __context__: who looks for an optional file is often at another one's absence.
