@@ -2,7 +2,7 @@
 # Another interpreter: make PYTHON=python3.12 test
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # two targets at once would set up one environment twice
-.PHONY: fast test lint demo evidence clean
+.PHONY: fast test fuzz lint demo evidence clean
 
 VENV := .venv
 NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 10))'
@@ -42,6 +42,12 @@ test: $(VENV)/ready-test
 	$(PYTEST) -m alone $(ARGS) || alone=$$?; \
 	case $$together,$$alone in 0,0|0,5|5,0) ;; *) exit 1 ;; esac
 
+# Damaged and hostile input for every command, new each time; CASE=SUBJECT-NUMBER repeats one.
+MINUTES ?= 10
+fuzz: $(VENV)/ready-test
+	OMP_NUM_THREADS=1 FUZZ_MINUTES=$(MINUTES) FUZZ_SEED=$(SEED) FUZZ_CASE=$(CASE) \
+	$(PYTEST) --capture no tests/fuzz $(ARGS)
+
 lint: $(VENV)/ready-lint
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -72,5 +78,5 @@ $(VENV)/ready-%: $(COPIED)
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist demo-out evidence-out .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist demo-out evidence-out fuzz-out .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from mergekit_monosoup.checkpoints.texts import UnreadableError
 from mergekit_monosoup.checkpoints.yaml import read_document
@@ -16,6 +17,7 @@ from mergekit_monosoup.checkpoints.yaml import read_document
 SHIPPED = Path(__file__).parent / "suites"
 GroupName = Literal["ID", "OOD"]
 NAME = r"^[A-Za-z0-9_-]+$"  # of a suite; part of file names
+MOST_MISTAKES = 5  # in a message; the rest are counted
 
 Value = bool | int | float | str | list[str]
 
@@ -146,11 +148,19 @@ def load(name_or_path: str) -> Suite:
 
 
 def _messages(path: Path, error: ValidationError) -> str:
-    """Return one line per mistake: file, key, message."""
+    """Return a line for each mistake, if they are few: file, key, message."""
     mistakes = error.errors()
     # A group whose only task is wrong is also said to be too short.
     mistakes = [mistake for mistake in mistakes if mistake["type"] != "too_short"] or mistakes
-    return "\n".join(
-        f"{path}: {'.'.join(map(str, mistake['loc'])) or 'suite'}: {mistake['msg']}"
-        for mistake in mistakes
-    )
+    lines = list(dict.fromkeys(f"{path}: {_message(mistake)}" for mistake in mistakes))
+    rest = len(lines) - MOST_MISTAKES
+    return "\n".join(lines[:MOST_MISTAKES] + [f"{path}: {rest} more mistakes"] * (rest > 0))
+
+
+def _message(mistake: ErrorDetails) -> str:
+    """Return key and message of a mistake; one for all kinds that a value could have been of."""
+    place, words = [str(key) for key in mistake["loc"]], mistake["msg"]
+    if "generation" in place[:-2] and place[-1] != "[key]":
+        del place[place.index("generation") + 2 :]
+        words = "must be true or false, a number, text or a list of texts"
+    return f"{'.'.join(place) or 'suite'}: {words}"

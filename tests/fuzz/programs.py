@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import io
+import random
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from click.testing import CliRunner
+
+ENCODINGS = ["utf-8", "utf-8", "cp1252", "ascii", "cp437", "latin-1"]
+PLANNED = "the merge was planned, which is all that is asked of it here"
 
 Program = Callable[[Sequence[str]], "Outcome"]
 
@@ -39,20 +44,21 @@ class Command:
 
     def __str__(self) -> str:
         words = [argument if len(argument) < 200 else "…" for argument in self.arguments]
-        return f"{self.program.__name__} {words}"
+        return f"{getattr(self.program, '__name__', self.program)} {words}"
 
 
-def monosoup(arguments: Sequence[str]) -> Outcome:
-    """Run `mergekit-monosoup`."""
+def monosoup(arguments: Sequence[str], encoding: str = "utf-8") -> Outcome:
+    """Run `mergekit-monosoup`, with an output in some encoding."""
     from mergekit_monosoup.cli import main
 
-    result = CliRunner().invoke(main, list(arguments))
+    result = CliRunner(charset=encoding).invoke(main, list(arguments))
     raised = None if isinstance(result.exception, SystemExit) else result.exception
     return Outcome(result.exit_code, result.stdout, result.stderr, raised)
 
 
-class _PlannedError(ValueError):
-    """The merge was planned."""
+def in_some_encoding(rng: random.Random) -> Program:
+    """Return :func:`monosoup` with the output of some system."""
+    return partial(monosoup, encoding=rng.choice(ENCODINGS))
 
 
 class _Planned:
@@ -62,7 +68,7 @@ class _Planned:
         pass
 
     def run(self, *_: Any, **__: Any) -> Any:
-        raise _PlannedError("tuned0 was planned, m.yml was read")
+        raise ValueError(PLANNED)
 
 
 @contextmanager
@@ -80,7 +86,8 @@ def _without_merging() -> Any:
 def reading_part_of_run(arguments: Sequence[str]) -> Outcome:
     """Run `mergekit-monosoup run` up to the end of mergekit's planning."""
     with _without_merging():
-        return monosoup(["run", *arguments])
+        outcome = monosoup(["run", *arguments])
+    return replace(outcome, code=0) if PLANNED in outcome.errors else outcome
 
 
 def _python(main: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> Outcome:

@@ -36,7 +36,7 @@ class _HangError(BaseException):
 
 
 @contextmanager
-def watchdog(seconds: float = LONGEST) -> Iterator[None]:
+def watchdog(seconds: float) -> Iterator[None]:
     """Raise in the block when its time is over; end the process where that does not help."""
 
     def ring(*_: Any) -> None:
@@ -64,7 +64,7 @@ def _working_in(folder: Path) -> Iterator[None]:
         os.chdir(before)
 
 
-def assert_rules(command: Command, place: Place) -> Outcome:
+def assert_rules(command: Command, place: Place, longest: float = LONGEST) -> Outcome:
     """Run a command in the place's work folder.
 
     Raises:
@@ -73,14 +73,14 @@ def assert_rules(command: Command, place: Place) -> Outcome:
     before = snapshot(place.top)
     started = time.monotonic()
     try:
-        with watchdog(), _working_in(place.work):
+        with watchdog(longest), _working_in(place.work):
             outcome = command.program(command.arguments)
     except _HangError:
         text = traceback.format_exc()
         raise Broken("it hangs", command, text, _where(text)) from None
     _no_traceback(command, outcome)
     _clean_words(command, outcome)
-    if time.monotonic() - started > LONGEST:
+    if time.monotonic() - started > longest:
         raise Broken("it hangs", command, "in code that no signal interrupts")
     work = f"{place.work.relative_to(place.top)}/"
     allowed = tuple(work + name for name in command.writes)
@@ -107,18 +107,29 @@ def _clean_words(command: Command, outcome: Outcome) -> None:
         raise Broken(f"it prints {sorted(unsafe)!a}", command, everything)
     if outcome.code == 0:
         return
-    said = outcome.errors or outcome.output
+    said = _without_bars(outcome.errors or outcome.output)
     is_check = command.arguments[:1] == ["check"]
     if is_check and "--json" not in command.arguments:
         strange = [line for line in outcome.output.splitlines() if not FINDING.match(line)]
         if strange:
             raise Broken("a line of check is no finding", command, "\n".join(strange))
     elif not is_check and len(said.splitlines()) > MOST_LINES:
-        raise Broken("an error of many lines", command, said, said[:60])
+        raise Broken("an error of many lines", command, said, _kind(said))
     if not said.strip():
         raise Broken("an error without words", command, repr(outcome))
     if command.names and not any(name in said for name in command.names):
-        raise Broken("an error that names no file", command, said, said[:60])
+        raise Broken("an error that names no file", command, said, _kind(said))
+
+
+def _kind(said: str) -> str:
+    """Return what errors of one kind have in common."""
+    return re.sub(r"\d+", "0", said)[:40]
+
+
+def _without_bars(text: str) -> str:
+    """Return a text without progress bars, which terminals overwrite."""
+    lines = (line.rpartition("\r")[2] for line in text.split("\n"))
+    return "\n".join(line for line in lines if not re.search(r"\d+%\|", line))
 
 
 def _where(text: str) -> str:

@@ -1,14 +1,14 @@
-"""Cases of each subject: a few fixed ones here and now, new ones for minutes by `make fuzz`."""
+"""Cases of each subject: a few fixed ones in every run, new ones for minutes by `make fuzz`."""
 
 from __future__ import annotations
 
-import gc
 import os
 import random
 import shutil
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 
@@ -22,13 +22,13 @@ FAILURES = Path(__file__).parents[2] / "fuzz-out"
 MINUTES = float(os.environ.get("FUZZ_MINUTES") or 0)
 FIRST = int(os.environ.get("FUZZ_SEED") or time.time())  # number of the first case
 ONE = os.environ.get("FUZZ_CASE", "")  # SUBJECT-NUMBER
-FIXED = range(4)  # numbers that are tried in every run of the tests
+FIXED = range(4)  # numbers of the cases that every run of the tests tries
 MOST_FAULTS = 20  # of a subject, before it is given up
 
 
 @pytest.fixture(autouse=True)
 def alone_in_the_world(monkeypatch, tmp_path_factory):
-    """No hub, no home, no colours, and a narrow choice of what mergekit remembers."""
+    """No hub, an empty home, and nothing that mergekit remembers of the models before."""
     from mergekit.io.tasks import LoaderCache
 
     home = tmp_path_factory.mktemp("home")
@@ -71,6 +71,19 @@ def attempt(subject: str, number: int, top: Path) -> None:
         assert_rules(command, place)
 
 
+@contextmanager
+def named(case: str) -> Iterator[None]:
+    """Name a case in fuzz-out/running for as long as it runs: the process may die of it."""
+    running = FAILURES / "running"
+    if MINUTES:
+        FAILURES.mkdir(exist_ok=True)
+        running.write_text(f"make fuzz CASE={case}\n")
+    try:
+        yield
+    finally:
+        running.unlink(missing_ok=True)
+
+
 def keep(subject: str, number: int, fault: Broken) -> str:
     """Write the input of a case, and what came of it, below fuzz-out/; return what to tell."""
     case = f"{subject}-{number}"
@@ -88,11 +101,9 @@ def test_no_traceback_no_hang_no_other_file(subject, tmp_path):
     faults: dict[str, str] = {}
     tried = 0
     for number in numbers(subject):
-        # The last one when the process dies of it: a hang that only ends with the process.
-        if MINUTES or ONE:
-            (tmp_path.parent / "running").write_text(f"{subject}-{number}")
         try:
-            attempt(subject, number, tmp_path / str(number))
+            with named(f"{subject}-{number}"):
+                attempt(subject, number, tmp_path / str(number))
         except Broken as fault:
             if fault.signature not in faults:
                 faults[fault.signature] = keep(subject, number, fault)
@@ -102,5 +113,4 @@ def test_no_traceback_no_hang_no_other_file(subject, tmp_path):
             break
     if MINUTES:
         print(f"{subject}: {tried} cases from number {FIRST}", file=sys.stderr)
-    gc.collect()
     assert not faults, "\n\n".join(faults.values())

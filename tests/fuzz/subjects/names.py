@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from evaluation.store import FILE_NAME
 from fuzz.place import Place
-from fuzz.programs import Command, figures, monosoup, tables
+from fuzz.programs import Command, figures, in_some_encoding, tables
 from fuzz.values import TEXTS
 
 PARTS = [
@@ -64,7 +64,7 @@ def _models(rng: random.Random, place: Place) -> list[Command]:
     ]
     if rng.random() < 0.15:
         made.append(["plot", "i.jsonl", "--out", "p.svg"])
-    return [Command(monosoup, arguments, (), out) for arguments in made]
+    return [Command(in_some_encoding(rng), arguments, (), out) for arguments in made]
 
 
 def _results(rng: random.Random, place: Place) -> list[Command]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from fuzz import mutation
 from fuzz.place import Place
-from fuzz.programs import Command, monosoup
+from fuzz.programs import Command, in_some_encoding, monosoup
 from mergekit_monosoup.cli import SORTS
 from mergekit_monosoup.report import Record
 
@@ -44,7 +44,7 @@ def commands(rng: random.Random, place: Place) -> list[Command]:
     place.write("r.jsonl", mutation.content(rng, text) if rng.random() < 0.2 else text)
     names = ("r.jsonl",)
     read = ["report", "r.jsonl", *rng.choice([[], ["--sort", rng.choice(SORTS)], ["--json"]])]
-    made = [Command(monosoup, read, names)]
+    made = [Command(in_some_encoding(rng), read, names)]
     if rng.random() < 0.2:
         made.append(Command(monosoup, ["plot", "r.jsonl", "--out", "p.svg"], (), ("p.svg",)))
     return made
