@@ -281,6 +281,7 @@ def test_weights_and_modules_that_stay_behind(said, tuned):
         save_file(weights, tuned / harmless / "model.safetensors")
     for name in ("pytorch_model.bin", "training_args.bin", "optimizer.pt", "consolidated.00.pth"):
         torch.save(weights, tuned / name)
+    (tuned / "itself").symlink_to("itself")
     assert said() == []
     (tuned / "2_Dense").mkdir()
     save_file(weights, tuned / "2_Dense" / "model.safetensors")

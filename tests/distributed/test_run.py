@@ -243,11 +243,18 @@ def test_error_is_one_line_with_the_tensor(world, tmp_path):
     assert_same(tmp_path / "b" / "out", mergekit(path, tmp_path / "c" / "out"))
 
 
-def test_errors_of_planning_leave_no_trace(world, tmp_path):
-    path = config(world, tmp_path, parameters={"R": 7})
+@pytest.mark.parametrize(
+    ("method", "parameters", "words"),
+    [
+        ("monosoup", {"R": 7}, "`R` must be a number in (0, 1]"),
+        ("linear", {"weight": "x"}, "unable to parse string as a number"),  # mergekit's planner's
+    ],
+)
+def test_errors_of_planning_leave_no_trace(method, parameters, words, world, tmp_path):
+    path = config(world, tmp_path, method, parameters=parameters)
     for options in (["--resume"], []):
         output = run(path, tmp_path / "deep" / "out", *options, code=1)
-        assert "`R` must be a number in (0, 1]" in output
+        assert words in output
         assert not (tmp_path / "deep").exists()
 
 

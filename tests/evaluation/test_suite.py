@@ -43,6 +43,22 @@ def test_errors_name_file_and_key(make_suite, tmp_path, changes, message):
     assert "at least 1 item" not in str(caught.value) or changes == {"ID": []}
 
 
+@pytest.mark.parametrize(
+    ("tasks", "lines"),
+    [
+        ([{"task": "a", "metric": "m", "generation": {"until": [1, {}], "top_k": None}}], 2),
+        ([{"task": "a", "metric": "m", "generation": {1: 2}}], 1),
+        ([3] * 50, 6),
+    ],
+)
+def test_many_mistakes_are_a_few_lines(make_suite, tasks, lines):
+    with pytest.raises(suite.SuiteError) as caught:
+        make_suite(ID=tasks)
+    said = str(caught.value).splitlines()
+    assert len(said) == lines and all("mine.yml: " in line for line in said)
+    assert ("45 more mistakes" in said[-1]) == (tasks == [3] * 50)
+
+
 def test_a_key_given_twice(tmp_path):
     path = tmp_path / "mine.yml"
     path.write_text(yaml.safe_dump(MINIMAL) + "seed: 1\nseed: 2\n")
