@@ -21,6 +21,7 @@ from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.io import LazyTensorLoader
 from mergekit.io.tasks import LoaderCache, SaveTensor
+from pydantic import ValidationError
 
 from mergekit_monosoup.checkpoints import misfit
 from mergekit_monosoup.checkpoints.coverage import (
@@ -215,6 +216,9 @@ def _explained_errors(config: MergeConfiguration) -> Iterator[None]:
     """
     try:
         yield
+    except ValidationError as error:  # three lines that name no parameter
+        values = "; ".join(f"{m['msg']}: {m['input']!r:.100}" for m in error.errors())
+        raise PlanningError(f"{values} (`mergekit-monosoup check` says where)") from error
     except Exception as error:
         if misfit.is_refusal(error):
             raise

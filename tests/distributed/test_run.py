@@ -247,7 +247,7 @@ def test_error_is_one_line_with_the_tensor(world, tmp_path):
     ("method", "parameters", "words"),
     [
         ("monosoup", {"R": 7}, "`R` must be a number in (0, 1]"),
-        ("linear", {"weight": "x"}, "unable to parse string as a number"),  # mergekit's planner's
+        ("linear", {"weight": "x"}, "a number: 'x' (`mergekit-monosoup check` says where)\n"),
     ],
 )
 def test_errors_of_planning_leave_no_trace(method, parameters, words, world, tmp_path):

@@ -6,6 +6,7 @@ from fuzz.subjects import (
     beside,
     configurations,
     names,
+    places,
     reports,
     results,
     scores,
@@ -25,6 +26,7 @@ SUBJECTS = {
         suites,
         scores,
         names,
+        places,
         texts,
     )
 }
