@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
+
+from mergekit_monosoup.checkpoints.texts import UnreadableError, read_text
 
 TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 # Any of these makes a folder one that a tokenizer can be loaded from.
@@ -23,6 +26,8 @@ VOCABULARY_FILES = (
     "spiece.model",
     "sentencepiece.bpe.model",
 )
+
+_LARGEST = 100_000_000  # bytes; tokenizers of the largest vocabularies have 40 MB
 
 
 class DamagedError(ValueError):
@@ -41,15 +46,24 @@ def read_json(file: str) -> Any:
         FileNotFoundError: there is no such file.
         DamagedError: it cannot be read.
     """
+    text = _read_text(file)
     try:
-        with open(file, encoding="utf-8") as opened:
-            return json.load(opened)
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise DamagedError(f"cannot be read: {error.strerror or error}") from None
+        return json.loads(text)
     except (ValueError, RecursionError) as error:  # of JSON, of UTF-8, or nested too deeply
         raise DamagedError(f"is no JSON ({error}): copy or download it again") from None
+
+
+def _read_text(file: str) -> str:
+    """Return the text of a file, which may be a device or a pipe that never ends.
+
+    Raises as :func:`read_json`.
+    """
+    try:
+        return read_text(file, _LARGEST)
+    except UnreadableError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            raise error.__cause__ from None
+        raise DamagedError(str(error)) from None
 
 
 @dataclass(frozen=True)
@@ -94,12 +108,11 @@ class Beside:
 
     def _text(self, name: str) -> str:
         try:
-            with open(os.path.join(self.folder, name), encoding="utf-8") as file:
-                return file.read()
+            return _read_text(os.path.join(self.folder, name))
         except FileNotFoundError:
             return ""
-        except (OSError, UnicodeDecodeError) as error:
-            self.faults[name] = f"cannot be read: {error}"
+        except DamagedError as error:
+            self.faults[name] = str(error)
             return ""
 
     @property
@@ -168,7 +181,8 @@ def _added(decoder: Any) -> dict[str, int]:
     return {
         str(entry["content"]): int(number)
         for number, entry in entries
-        if isinstance(entry, dict) and "content" in entry and str(number).isdecimal()
+        # int() refuses thousands of digits.
+        if isinstance(entry, dict) and "content" in entry and re.fullmatch(r"[0-9]{1,9}", number)
     }
 
 

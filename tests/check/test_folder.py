@@ -214,6 +214,15 @@ def test_damaged_files_give_one_line(said, tuned, file, content):
     assert found.startswith(f"FOL601 TUNED: {file}: ") and "\n" not in found
 
 
+def test_devices_and_numbers_that_never_end(said, tuned):
+    edit(tuned, "tokenizer_config.json", added_tokens_decoder={"9" * 5000: {"content": "x"}})
+    assert not [text for text in said() if "FOL601" in text]
+    (tuned / "tokenizer_config.json").unlink()
+    (tuned / "tokenizer_config.json").symlink_to("/dev/zero")
+    (found,) = [text for text in said() if "FOL601" in text]
+    assert found.endswith("tokenizer_config.json: cannot be read: it is a device; give a file")
+
+
 @finds("FOL602")
 @pytest.mark.parametrize(
     ("changed", "expected"),
