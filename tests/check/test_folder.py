@@ -220,7 +220,7 @@ def test_devices_and_numbers_that_never_end(said, tuned):
     (tuned / "tokenizer_config.json").unlink()
     (tuned / "tokenizer_config.json").symlink_to("/dev/zero")
     (found,) = [text for text in said() if "FOL601" in text]
-    assert found.endswith("tokenizer_config.json: cannot be read: it is a device; give a file")
+    assert "tokenizer_config.json: cannot be read: it is a device; give a file" in found
 
 
 @finds("FOL602")
