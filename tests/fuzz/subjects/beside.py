@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 
 from fuzz import mutation
@@ -36,12 +37,14 @@ def commands(rng: random.Random, place: Place) -> list[Command]:
         present = {
             path.name: path.read_bytes()
             for path in sorted((place.work / folder).glob("*.json"))
-            if not path.name.endswith(".index.json") and path.is_file()
+            if not path.name.endswith(".index.json") and path.is_file() and not path.is_symlink()
         }
         # config.json is what most is read of.
         name = rng.choice(
             [*ADDED, *present, *(["config.json"] * 3 if "config.json" in present else [])]
         )
+        if os.path.lexists(place.work / folder / name) and name not in present:
+            continue  # the change before put something else in its place
         original = present.get(name) or ADDED.get(name, b"{}")
         if rng.random() < 0.05:
             mutation.place_taken(rng, place.work / folder / name)

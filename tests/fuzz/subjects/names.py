@@ -9,7 +9,7 @@ import torch
 from helpers import evaluations
 from safetensors.torch import save_file
 
-from evaluation.store import FILE_NAME
+from evaluation.store import MODEL_NAME
 from fuzz.place import Place
 from fuzz.programs import Command, figures, in_some_encoding, tables
 from fuzz.values import TEXTS
@@ -26,7 +26,7 @@ FOLDERS = [
     if text not in UNFIT and len(text) < 100 and not set(text) & set("/\0@+\\~")
 ]
 
-MODELS = ["made", *(f"s{text}" for text in FOLDERS if re.fullmatch(FILE_NAME, f"s{text}"))]
+MODELS = ["made", *(f"s{text}" for text in FOLDERS if re.fullmatch(MODEL_NAME, f"s{text}"))]
 
 
 def commands(rng: random.Random, place: Place) -> list[Command]:

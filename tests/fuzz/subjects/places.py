@@ -78,6 +78,8 @@ def _writing(rng: random.Random, name: str) -> Command:
         ]
     )
     path = name + suffix
-    # What it names it may write, but for what is there already.
+    # What it names it may write, with its folder, but for what is there already.
     there = name in ("file", "locked", "pipe") and suffix != ".svg"
-    return Command(program, [*arguments, path], (), () if there else (path, "out", "r.jsonl"))
+    return Command(
+        program, [*arguments, path], (), () if there else (path, "missing", "out", "r.jsonl")
+    )
