@@ -5,6 +5,7 @@ One results folder is one run. Several are combined: see `statistics.over_runs`.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -84,7 +85,7 @@ def compare(
         ComparisonError: models were asked different things, or there is nothing to compare.
         DamagedError: a result file does not hold what was written.
     """
-    if len({folder.resolve() for folder in folders}) < len(folders):
+    if len({os.path.realpath(folder) for folder in folders}) < len(folders):
         raise ComparisonError(
             "a folder is given twice; "
             "several folders are runs of their own, with spread between them"

@@ -26,6 +26,7 @@ from mergekit_monosoup.check.output import (
     template_file,
     tokenizer_differences,
 )
+from mergekit_monosoup.check.planning import is_one_class
 from mergekit_monosoup.check.vocabulary import Vocabularies
 from mergekit_monosoup.checkpoints import quantisation
 from mergekit_monosoup.checkpoints.beside import Beside, printable
@@ -106,7 +107,7 @@ def unusable_config(document: Document) -> Iterator[Finding]:
             continue
         if isinstance(config, Exception):
             yield document.error(f"{name}: config.json", _refusal(beside, config))
-        elif len(config.architectures or []) != 1:
+        elif not is_one_class(config.architectures):
             classes = ", ".join(map(shown_value, config.architectures or [])) or "none"
             yield document.error(
                 f"{name}: config.json",

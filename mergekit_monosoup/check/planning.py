@@ -75,7 +75,9 @@ class Planning:
         """
         found = {}
         for reference, config in self.configs.items():
-            if isinstance(config, Exception) or len(config.architectures or ()) != 1:
+            if isinstance(config, Exception):
+                return {}
+            if not is_one_class(config.architectures):
                 return {}
             with _silent():
                 found[reference] = arch_info_for_config(config)
@@ -242,3 +244,8 @@ def _silent() -> Iterator[None]:
         for logger in loggers:
             logger.removeFilter(elsewhere)
         root.removeHandler(null)
+
+
+def is_one_class(architectures: Any) -> bool:
+    """Whether what config.json has under `architectures` is the list of one name."""
+    return isinstance(architectures, list) and list(map(type, architectures)) == [str]

@@ -229,6 +229,7 @@ def test_devices_and_numbers_that_never_end(said, tuned):
     [
         ({"model_type": "qwen99"}, "has no model_type 'qwen99'"),
         ({"architectures": None}, "must name one class, and names none"),
+        ({"architectures": {"a": 1}}, "must name one class, and names"),
         ({"architectures": ["A", "B"]}, "and names 'A', 'B'"),
         ({"hidden_size": "wide"}, "cannot be loaded by transformers"),
     ],

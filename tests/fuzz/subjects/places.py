@@ -81,5 +81,8 @@ def _writing(rng: random.Random, name: str) -> Command:
     # What it names it may write, with its folder, but for what is there already.
     there = name in ("file", "locked", "pipe") and suffix != ".svg"
     return Command(
-        program, [*arguments, path], (), () if there else (path, "missing", "out", "r.jsonl")
+        program,
+        [*arguments, path],
+        (),
+        () if there else (path.split("/")[0] or path, "out", "r.jsonl"),
     )
