@@ -9,7 +9,7 @@ import errno
 import os
 import traceback
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -33,7 +33,13 @@ from mergekit_monosoup.distributed.dependencies import (
     states,
 )
 from mergekit_monosoup.distributed.driver import MergeError, Request, check_inputs, merge
-from mergekit_monosoup.distributed.engines import InProcess, OnRay, import_ray
+from mergekit_monosoup.distributed.engines import (
+    Engine,
+    InProcess,
+    OnRay,
+    cores,
+    import_ray,
+)
 from mergekit_monosoup.distributed.folder import Done, WorkFolder
 from mergekit_monosoup.distributed.plan import SMALLEST_BATCH
 from mergekit_monosoup.distributed.preconditions import (
@@ -41,13 +47,15 @@ from mergekit_monosoup.distributed.preconditions import (
     names_compared,
     prepare_models,
 )
+from mergekit_monosoup.distributed.threads import InThreads
 from mergekit_monosoup.planner import strictly
 
 # Of disks, quotas and limits that are reached; libraries in Rust use the same words.
 FULL = tuple(map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)))
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
-NEEDS_WORKERS = (
-    "--gpus gives each of several workers a GPU: add --workers N, or take --cuda for one"
+NEEDS_RAY = (
+    "--gpus gives each of several workers a GPU: add --ray local --workers N, or take --cuda for "
+    "one GPU"
 )
 
 # Every option of mergekit 0.1.5 reaches the workers, or the driver, as it is (`num_threads`: of
@@ -89,14 +97,15 @@ SUPPORTED_OPTIONS = frozenset(
 @click.option(
     "--workers",
     type=click.IntRange(min=1),
-    help="Worker processes, on this machine or on the cluster of --ray.",
+    help="Threads of this machine that merge tensors (all cores by default; 1: as mergekit-yaml), "
+    "or processes with --ray.",
 )
 @click.option(
     "--ray",
     "address",
     metavar="ADDRESS",
-    help="A running Ray cluster (HOST:PORT, or auto); OUT and inputs on "
-    "storage that all nodes share.",
+    help="Worker processes on a running Ray cluster (HOST:PORT, or auto), with OUT and inputs on "
+    "storage that all nodes share; or on one that is started on this machine (local).",
 )
 @click.option("--gpus", is_flag=True, help="A GPU for each worker.")
 @click.option(
@@ -139,34 +148,37 @@ def run(
     allow_incomplete: bool,
     merge_options: MergeOptions,
 ) -> None:
-    """Merge CONFIG into OUT as mergekit-yaml does, tensor for tensor the same, by several workers.
+    """Merge CONFIG into OUT as mergekit-yaml does, tensor for tensor the same, on all cores.
 
-    Without --workers (or with one), --ray, --resume and --seed-per-tensor this is mergekit-yaml in
-    this process, but that OUT gets the model when it is complete, and keeps a finished one. What
-    --workers and --ray merge can be resumed; for one worker, give --resume from the start. A worker
-    has -j threads, 1 by default; the result is that of mergekit-yaml with as many.
+    Threads of this process merge a tensor each, or with --ray the processes of a cluster. A merge
+    that was cut off goes on with --resume. The result is, bit for bit, that of mergekit-yaml with
+    one thread (with --ray: with -j threads, 1 by default).
+
+    One worker (--workers 1, or where workers cannot share: --device, -j) is mergekit-yaml in this
+    process, but that OUT gets the model when it is complete, and keeps a finished one; to be
+    resumed it needs --resume from the start.
     """
-    on_ray = address is not None or (workers or 1) > 1
-    if not (on_ray or resume or seed_per_tensor):
+    if workers is None and address is None and not gpus:
+        workers = _default_workers(merge_options, seed_per_tensor)
+    if workers == 1 and address is None and not (gpus or resume or seed_per_tensor):
         with strictly(allow_incomplete=allow_incomplete, in_process=True):
             _run_mergekit_yaml(
-                config_file,
-                out_path,
-                merge_options,
-                gpus=gpus,
-                force=force,
-                hash_inputs=hash_inputs,
+                config_file, out_path, merge_options, force=force, hash_inputs=hash_inputs
             )
         return
     with _errors(out_path, merge_options.verbosity > 0):
-        options = _check_options(merge_options, on_ray, gpus)
+        on_ray = address is not None
+        options = _check_options(merge_options, workers, on_ray, gpus, seed_per_tensor)
         options.model_copy(update={"num_threads": None}).apply_global_options()
-        engine: type[InProcess] | partial[OnRay] = InProcess
+        engine: Callable[[], Engine] = InProcess
         threads = options.num_threads
-        if on_ray:
+        if address is not None:
             import_ray()  # before anything is read
             threads = threads or 1
             engine = partial(OnRay, address, workers, threads, gpus)
+        elif workers != 1:
+            threads = 1
+            engine = partial(InThreads, workers or cores())
         config, source = _read_configuration(config_file)
         check_places(out_path, config)
         prepare_models(config, options)
@@ -184,12 +196,17 @@ def run(
         _print_summary(out_path, records, options.verbosity > 0, workers or 1)
 
 
+def _default_workers(options: MergeOptions, seed_per_tensor: bool) -> int | None:
+    """Return 1 where threads of this process cannot share the work, else None: all cores."""
+    alone = options.device != "cpu" or options.multi_gpu or (options.num_threads or 1) > 1
+    return 1 if alone or seed_per_tensor else None
+
+
 def _run_mergekit_yaml(
     config_file: str,
     out_path: str,
     options: MergeOptions,
     *,
-    gpus: bool,
     force: bool,
     hash_inputs: bool,
 ) -> None:
@@ -198,8 +215,6 @@ def _run_mergekit_yaml(
     callback: Any = run_yaml.main.callback
     mergekit_yaml = partial(callback, config_file=config_file, **options.model_dump())
     with _errors(out_path, options.verbosity > 0):
-        if gpus:
-            raise ValueError(NEEDS_WORKERS)
         config, source = _read_configuration(config_file)
         check_places(out_path, config)
         prepare_models(config, options)
@@ -256,7 +271,9 @@ def _parse_stage(path: str, source: str) -> Any:
     return documents[0]
 
 
-def _check_options(options: MergeOptions, on_ray: bool, gpus: bool) -> MergeOptions:
+def _check_options(
+    options: MergeOptions, workers: int | None, on_ray: bool, gpus: bool, seed_per_tensor: bool
+) -> MergeOptions:
     """Return mergekit's options for the workers.
 
     Raises:
@@ -271,22 +288,35 @@ def _check_options(options: MergeOptions, on_ray: bool, gpus: bool) -> MergeOpti
     if options.multi_gpu:
         raise ValueError(
             "--multi-gpu (and --gpu-rich) are a thread for each GPU in one process: take "
-            "--workers N --gpus instead, with --read-to-gpu and --low-cpu-memory as you like"
+            "--ray local --workers N --gpus instead, with --read-to-gpu and --low-cpu-memory as "
+            "you like"
         )
     if gpus:
         if not on_ray:
-            raise ValueError(NEEDS_WORKERS)
+            raise ValueError(NEEDS_RAY)
         if options.device not in ("cpu", "cuda"):
             raise ValueError(
                 "--gpus gives each worker one GPU, which it calls cuda: leave out --device "
                 f"{options.device}"
             )
         return options.model_copy(update={"device": "cuda", "cuda": True})
-    if on_ray and options.device != "cpu":
+    several = on_ray or workers != 1
+    if several and options.device != "cpu":
         raise ValueError(
-            f"several workers cannot share one device ({options.device}): add --gpus, which gives "
-            "each its own"
+            f"several workers cannot share one device ({options.device}): add --ray local --gpus, "
+            "which gives each its own"
         )
+    if several and not on_ray:
+        if (options.num_threads or 1) > 1:
+            raise ValueError(
+                f"each of several workers of one process computes with one thread: leave out -j "
+                f"{options.num_threads}, or add --ray local, whose workers are processes"
+            )
+        if seed_per_tensor:
+            raise ValueError(
+                "--seed-per-tensor: threads of one process share its random numbers, so it takes "
+                "one worker, or processes: leave out --workers, or add --ray local"
+            )
     return options
 
 

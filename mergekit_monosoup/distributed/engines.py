@@ -1,4 +1,4 @@
-"""Who executes batches: this process, or workers that Ray starts.
+"""Who executes batches: this process, or workers that Ray starts (threads: threads.py).
 
 Both return results in the order in which they come, and errors as values.
 """
@@ -25,6 +25,7 @@ LOG = logging.getLogger("mergekit_monosoup")
 # A batch is lost with its worker or node, and Ray starts it again; one that took four workers with
 # it is the cause.
 RETRIES = 3
+LOCAL = "local"  # instead of an address: a cluster on this machine for the time of the merge
 # Results are a few kilobytes each; Ray would reserve 30 % of the memory for them.
 OBJECT_STORE = 100 * 2**20
 PATIENCE = 0.5  # seconds until Ctrl-C is looked for again
@@ -78,12 +79,12 @@ class OnRay:
 
     own_process = True
 
-    def __init__(self, address: str | None, workers: int | None, threads: int, gpus: bool):
+    def __init__(self, address: str, workers: int | None, threads: int, gpus: bool):
         """Connect to a cluster, or start one.
 
         Args:
-            address: of a running cluster, as `ray.init` takes it; None starts one on this machine
-                for the time of the merge.
+            address: of a running cluster, as `ray.init` takes it; :data:`LOCAL` starts one on this
+                machine for the time of the merge.
             workers: batches in hand at a time; None: as many as the cluster has room for.
             threads: of each worker, which takes as many CPUs.
             gpus: give each worker one GPU.
@@ -104,19 +105,23 @@ class OnRay:
             self.close()
             raise
 
-    def _start(self, address: str | None, workers: int | None) -> None:
+    def _start(self, address: str, workers: int | None) -> None:
         quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
         try:
-            if address is not None:
+            if address != LOCAL:
                 _check_listening(address)
                 self._ray.init(address=address, **quiet)
                 return
-            cpus, cores = (workers or 1) * self.threads, _cores()
-            if cpus > cores:
+            present = cores()
+            cpus = (workers or max(1, present // self.threads)) * self.threads
+            if cpus > present:
                 LOG.warning(
-                    "%d workers with %d thread(s) each share %d cores", workers, self.threads, cores
+                    "%d workers with %d thread(s) each share %d cores",
+                    cpus // self.threads,
+                    self.threads,
+                    present,
                 )
-            # Never one that happens to run here: --ray is how to ask for that.
+            # Never one that happens to run here: its address is how to ask for that.
             self._ray.init(
                 address="local",
                 num_cpus=cpus,
@@ -126,9 +131,10 @@ class OnRay:
             )
         except (ConnectionError, OSError, RuntimeError, ValueError) as error:
             raise EngineError(
-                f"no Ray cluster at {address}: {_summary(error)}. Start one with `ray start --head`"
-                if address
-                else f"Ray does not start: {_summary(error)}"
+                f"Ray does not start: {_summary(error)}"
+                if address == LOCAL
+                else f"no Ray cluster at {address}: {_summary(error)}. Start one with `ray start "
+                "--head`"
             ) from error
 
     def _nodes(self) -> list[dict[str, float]]:
@@ -264,7 +270,7 @@ def ctrl_c_noted() -> Iterator[Callable[[], None]]:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def _cores() -> int:
+def cores() -> int:
     """Return the number of cores that this process may use.
 
     A container or a batch system may have left it fewer than there are.
@@ -287,9 +293,9 @@ def import_ray() -> Any:
     """
     if importlib.util.find_spec("ray") is None:
         raise ImportError(
-            "several workers need Ray, which is not installed: pip install "
-            "'mergekit-monosoup[ray]' (Python below 3.14), or leave out --workers and --ray: one "
-            "process merges, as mergekit-yaml does"
+            "--ray and --gpus need Ray, which is not installed: pip install "
+            "'mergekit-monosoup[ray]' (Python below 3.14), or leave them out: threads of one "
+            "process merge on all cores of this machine"
         )
     # Both are read when Ray is imported or started. The second stops a tip about GPUs.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

@@ -31,6 +31,7 @@ import re
 import shutil
 import socket
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
@@ -57,6 +58,7 @@ LOG = logging.getLogger("mergekit_monosoup")
 
 NAME = ".mergekit-monosoup"
 FORMAT = 2  # of what lies in the folder; raised when an older version could not continue it
+WORKER_THREAD = "worker "  # and its number: the name of a thread that is one of several workers
 SHARD = re.compile(r"\d{5,}-\d+\.(safetensors|bin)")  # a finished file of weights, in `done`
 
 
@@ -437,9 +439,18 @@ def check_free(out: str | Path, *, resume: bool, force: bool) -> None:
 # -- of the workers --------------------------------------------------------------------------------
 
 
+def worker_name() -> str:
+    """Return NODE@PID of this worker, or NODE@PID-NUMBER on a thread that is one of several."""
+    thread = threading.current_thread()
+    number = (
+        thread.name.removeprefix(WORKER_THREAD) if thread.name.startswith(WORKER_THREAD) else ""
+    )
+    return f"{socket.gethostname()}@{os.getpid()}" + (f"-{number}" if number else "")
+
+
 def attempt(folder: WorkFolder, batch: int) -> tuple[Path, str]:
-    """Make a folder to write a batch to; return it and this worker, NODE@PID, which it names."""
-    worker = f"{socket.gethostname()}@{os.getpid()}"
+    """Make a folder to write a batch to; return it and this worker, which it names."""
+    worker = worker_name()
     path = folder.making / f"{batch:05d}@{worker}@{time.time():.0f}@{uuid.uuid4().hex[:8]}"
     path.mkdir()
     return path, worker

@@ -14,7 +14,7 @@ import shutil
 import socket
 import time
 import traceback
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -99,29 +99,43 @@ class WorkerError(RuntimeError):
     """This worker cannot take part in the merge."""
 
 
+class StoppedError(RuntimeError):
+    """The merge is being given up."""
+
+
 class RandomError(ValueError):
     """A merge method drew random numbers where that would break the promise of an equal result."""
 
 
-def execute(context: MergeContext, batch: Batch) -> Done | Failed:
+def _never() -> bool:
+    return False
+
+
+def execute(
+    context: MergeContext, batch: Batch, stopping: Callable[[], bool] = _never
+) -> Done | Failed:
     """Merge and write a batch.
 
     Errors are returned, not raised: an exception would arrive wrapped in three of Ray's.
+
+    ``stopping``: asked before each tensor; True gives up the batch.
     """
     current: list[str] = []  # its last entry is the tensor at work
     try:
         _join(context)
         with _collected_log(context) as logs:
-            record = _merge_batch(context, batch, current)
+            record = _merge_batch(context, batch, current, stopping)
         return replace(record, logs=logs)
     except Exception as error:
         message = str(error) or type(error).__name__
         if current and current[-1] not in message and not isinstance(error, OSError):
             message = f"{current[-1]}: {message}"
-        return Failed(message, f"{socket.gethostname()}@{os.getpid()}", traceback.format_exc())
+        return Failed(message, folders.worker_name(), traceback.format_exc())
 
 
-def _merge_batch(context: MergeContext, batch: Batch, current: list[str]) -> Done:
+def _merge_batch(
+    context: MergeContext, batch: Batch, current: list[str], stopping: Callable[[], bool]
+) -> Done:
     started = time.perf_counter()
     work = WorkFolder(context.out)
     place, worker = folders.attempt(work, batch.number)
@@ -130,6 +144,8 @@ def _merge_batch(context: MergeContext, batch: Batch, current: list[str]) -> Don
         writer = writer_task.execute()
         with JOURNAL.diverted() as reports:
             for save in batch.tensors:
+                if stopping():
+                    raise StoppedError("the merge is being given up")
                 current.append(save.tensor_name)
                 with _random_numbers(context, save):
                     _merge_tensor(context, save, writer_task, writer)
@@ -301,9 +317,9 @@ def _random_numbers(context: MergeContext, save: SaveTensor) -> Iterator[None]:
         raise RandomError(
             f"merge method {method_of(save)} draws random numbers. mergekit-yaml takes them for "
             "one tensor after the other from one stream, which several workers cannot repeat. "
-            "Merge with mergekit-yaml, or add --seed-per-tensor: each tensor gets a stream of its "
-            "own, from --random-seed and its name; the same with any number of workers, but other "
-            "numbers than mergekit-yaml's"
+            "Merge with --workers 1, as mergekit-yaml, or add --seed-per-tensor: each tensor gets "
+            "a stream of its own, from --random-seed and its name; the same with any number of "
+            "workers, but other numbers than mergekit-yaml's"
         )
 
 

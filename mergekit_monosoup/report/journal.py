@@ -45,24 +45,21 @@ class Journal:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._merges: dict[str | None, _Merge] = defaultdict(_Merge)
-        self._diverted: list[Entry] | None = None
+        self._diverted = threading.local()  # its `entries`, in a thread that is diverted
 
     @contextmanager
     def diverted(self) -> Iterator[list[Entry]]:
         """Collect entries in the list that it yields: nothing is written, nothing warned.
 
         For the workers of a distributed merge: each would take its first tensor for the start of a
-        merge, and put the report of the others away as an old one. Holds for all threads of the
-        process.
+        merge, and put the report of the others away as an old one. Holds for this thread.
         """
         entries: list[Entry] = []
-        with self._lock:
-            self._diverted = entries
+        self._diverted.entries = entries
         try:
             yield entries
         finally:
-            with self._lock:
-                self._diverted = None
+            del self._diverted.entries
 
     def begin(self) -> None:
         """Note that a merge is being planned: what comes next belongs to it."""
@@ -83,11 +80,11 @@ class Journal:
         Raises:
             ValueError: the report cannot be written there, see :func:`output.check_path`.
         """
+        if (entries := getattr(self._diverted, "entries", None)) is not None:
+            entries += [(path, method, record) for record in records]
+            return
         key = os.path.abspath(os.path.expanduser(path)) if path else None
         with self._lock:
-            if self._diverted is not None:
-                self._diverted += [(path, method, record) for record in records]
-                return
             merge = self._merges[key]
             # Unnamed tensors (merge_tensors without a name) cannot be told apart, so they never
             # start a new one.

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from mergekit_monosoup.distributed import folder
 
 sys.path.append(str(Path(__file__).with_name("gated")))
-import gated  # noqa: F401 - registers `gated`, `dice` and `deadly`
+import gated  # noqa: F401 - registers the methods
 
 
 @pytest.fixture(scope="session")

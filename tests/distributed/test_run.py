@@ -27,6 +27,8 @@ from mergekit_monosoup.distributed import command, dependencies, engines, plan, 
 from mergekit_monosoup.distributed import folder as folders
 from mergekit_monosoup.distributed.folder import WorkFolder
 
+ALONE = ("--workers", "1", "--resume")  # in this thread, and as batches
+
 # -- the same result -------------------------------------------------------------------------------
 
 
@@ -64,7 +66,7 @@ CASES = {
 def test_batches_add_up_to_the_merge(case, world, tmp_path):
     path = config(world, tmp_path, **CASES[case])
     reference = mergekit(path, tmp_path / "a" / "out")
-    output = run(path, tmp_path / "b" / "out", *SMALL, "--resume")
+    output = run(path, tmp_path / "b" / "out", *SMALL, *ALONE)
     assert len(list((tmp_path / "b" / "out").glob("model-*.safetensors"))) > 1
     assert_same(tmp_path / "b" / "out", reference)
     assert "in 1 file" not in output and "1 worker" in output
@@ -228,7 +230,7 @@ def test_error_is_one_line_with_the_tensor(world, tmp_path):
     path = config(world, tmp_path, models=[{"model": f"{tmp_path}/tuned0"}])
     with pytest.raises(ValueError, match="is not finite") as theirs:
         mergekit(path, tmp_path / "a" / "out")
-    output = run(path, tmp_path / "b" / "out", *SMALL, "--resume", code=1)
+    output = run(path, tmp_path / "b" / "out", *SMALL, *ALONE, code=1)
     assert f"Error: {theirs.value}\n" in output and "layers.1.mlp.up_proj" in str(theirs.value)
     assert "Traceback" not in output and "1 finished batch(es) kept" in output
     assert not (tmp_path / "b" / "out" / "config.json").exists()
@@ -279,12 +281,12 @@ def test_every_option_of_mergekit_has_been_looked_at():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--multi-gpu", "--resume"], "--workers N --gpus"),
-        (["--gpu-rich", "--workers", "2"], "--workers N --gpus"),
-        (["--gpus"], "add --workers N"),
-        (["--gpus", "--resume"], "add --workers N"),
-        (["--workers", "2", "--cuda"], "add --gpus"),
-        (["--workers", "2", "--device", "cuda:1", "--gpus"], "leave out --device cuda:1"),
+        (["--multi-gpu", "--resume"], "--ray local --workers N --gpus"),
+        (["--gpu-rich", "--workers", "2"], "--ray local --workers N --gpus"),
+        (["--gpus"], "add --ray local --workers N"),
+        (["--gpus", "--resume"], "add --ray local --workers N"),
+        (["--workers", "2", "--cuda"], "add --ray local --gpus"),
+        (["--ray", "local", "--device", "cuda:1", "--gpus"], "leave out --device cuda:1"),
         (["--workers", "2", "--resume", "--force"], "choose one"),
     ],
 )
@@ -375,7 +377,7 @@ def test_an_option_of_a_later_mergekit_is_refused(world, tmp_path, monkeypatch):
     assert "--clone-tensors is newer than this mergekit-monosoup" in output
 
 
-@pytest.mark.parametrize("options", [["--workers", "2"], ["--ray", "auto"]])
+@pytest.mark.parametrize("options", [["--ray", "local"], ["--ray", "auto"]])
 def test_without_ray_the_extra_is_named(options, world, tmp_path, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(
@@ -408,7 +410,7 @@ def test_resume_does_the_rest(interrupted, tmp_path, monkeypatch):
         "execute",
         lambda context, batch: begun.append(batch) or worker.execute(context, batch),
     )
-    output = run(path, out, *SMALL, "--resume")
+    output = run(path, out, *SMALL, *ALONE)
     assert "resuming: 2 of 3 batches are done" in output and len(begun) == 1
     assert_same(out, mergekit(path, tmp_path / "a" / "out"))
 
@@ -538,7 +540,7 @@ def test_what_fails_with_force_leaves_the_old_model_alone(world, tmp_path, monke
 
     with monkeypatch.context() as patch:
         patch.setattr(command.run_yaml.main, "callback", interrupted)
-        run(path, out, "--force", code=130)
+        run(path, out, "--force", "--workers", "1", code=130)
     own = tmp_path / "own.yml"
     own.write_text(path.read_text().replace(f"{world}/qwen3/tuned0", str(out)))
     for more in ([], ["--seed-per-tensor"]):
@@ -657,7 +659,7 @@ def test_killed_at_any_moment_it_can_be_resumed(world, tmp_path, monkeypatch):
             for name in operations:
                 patch.setattr(os, name, lambda *a, _name=name, **k: mortal(_name, *a, **k))
             try:
-                run(path, out, "--out-shard-size", "40K", "--resume")
+                run(path, out, "--out-shard-size", "40K", *ALONE)
                 break
             except Killed:
                 pass
@@ -665,7 +667,7 @@ def test_killed_at_any_moment_it_can_be_resumed(world, tmp_path, monkeypatch):
         if complete:  # the last file: only cleaning up was left
             assert_same_but_for_the_folder(out, reference)
         if not complete or WorkFolder(out).begun:
-            run(path, out, "--out-shard-size", "40K", "--resume")
+            run(path, out, "--out-shard-size", "40K", *ALONE)
         assert without_time(tmp_path / "r.jsonl")
         shutil.rmtree(out / folders.NAME, ignore_errors=True)
         assert_same(out, reference)
@@ -685,7 +687,7 @@ def assigned(world, tmp_path, monkeypatch):
     """The context of a merge and a batch, as a worker gets them."""
     caught = []
     monkeypatch.setattr(engines, "execute", lambda *a: caught.append(a) or stop())
-    run(config(world, tmp_path), tmp_path / "out", "--resume", code=130)
+    run(config(world, tmp_path), tmp_path / "out", *ALONE, code=130)
     ((context, batch),) = caught
     out = WorkFolder(tmp_path / "out")
     out.making.mkdir(parents=True)

@@ -1,10 +1,10 @@
-"""A merge method that waits, and two more for the tests of `run`.
+"""A merge method that waits, and three more for the tests of `run`.
 
 A merge can be killed at a registered place with it, without sleeping in the code under test.
 
 `gated` is the mean of the models. Tensors of layer 1 and the head leave a mark TENSOR@PID in the
 folder $GATE and then wait until the file `open` is there. `dice` draws random numbers, `deadly`
-ends its process as a lack of memory does.
+ends its process as a lack of memory does, `leaving` asks Python to end it.
 """
 
 from __future__ import annotations
@@ -47,7 +47,12 @@ def deadly(group: TensorGroup) -> torch.Tensor:
     os._exit(1)
 
 
+@merge_method(name="leaving", pretty_name="Leaving")
+def leaving(group: TensorGroup) -> torch.Tensor:
+    raise SystemExit("gone")
+
+
 registered = {method.spec.name for method in registered_methods()}
-for method in (gated, dice, deadly):
+for method in (gated, dice, deadly, leaving):
     if method.spec.name not in registered:
         register(method)

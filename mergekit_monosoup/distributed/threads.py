@@ -1,0 +1,151 @@
+"""Batches on several threads of this process: all cores of one machine, without Ray.
+
+LAPACK, BLAS, checksums and file access run without Python's lock, so each thread keeps a core busy.
+Each uses one thread for its own arithmetic, so results are, bit for bit, those of mergekit-yaml
+with one thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import traceback
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from mergekit.common import ModelReference
+from mergekit.io import LazyTensorLoader
+from mergekit.io.tasks import LoaderCache
+
+from mergekit_monosoup.distributed.folder import WORKER_THREAD, Done, worker_name
+from mergekit_monosoup.distributed.memory import available_memory
+from mergekit_monosoup.distributed.plan import PROCESS, Batch
+from mergekit_monosoup.distributed.worker import Failed, MergeContext, execute
+from mergekit_monosoup.kernel.lapack import one_thread_each
+
+LOG = logging.getLogger("mergekit_monosoup")
+
+
+@dataclass
+class InThreads:
+    """Batches on threads, as many at a time as there are workers and memory for.
+
+    Threads are daemons: after a second Ctrl-C the process ends without waiting for them.
+    """
+
+    workers: int
+    own_process: bool = False
+
+    def run(self, context: MergeContext, batches: Sequence[Batch]) -> Generator[Done | Failed]:
+        """Yield results in the order in which they come.
+
+        Closing the iterator lets each thread end the tensor at work, and waits for that: a thread
+        must not write into a folder that another driver may have claimed since.
+        """
+        loaders = dict(LoaderCache().loaders)
+        pool = _Pool(context, loaders, min(self.workers, len(batches)))
+        with _one_thread_for_arithmetic():
+            try:
+                yield from pool.run(batches, available_memory())
+            finally:
+                pool.stop()
+
+    def close(self) -> None:
+        pass
+
+
+@contextmanager
+def _one_thread_for_arithmetic() -> Iterator[None]:
+    """Set torch's and SciPy's threads to one, and back again afterwards."""
+    before = torch.get_num_threads()
+    with one_thread_each():
+        try:
+            yield
+        finally:
+            # What a worker sets is also what threads to come start with.
+            torch.set_num_threads(before)
+
+
+class _Pool:
+    """Threads that take batches from a queue and put results into another."""
+
+    def __init__(
+        self,
+        context: MergeContext,
+        loaders: Mapping[ModelReference, LazyTensorLoader],
+        workers: int,
+    ):
+        self._context, self._loaders = context, loaders
+        self._batches: queue.SimpleQueue[Batch | None] = queue.SimpleQueue()
+        self._results: queue.SimpleQueue[tuple[Batch, Done | Failed]] = queue.SimpleQueue()
+        self._running: list[Batch] = []
+        self._stopping = threading.Event()
+        self._threads = [
+            threading.Thread(target=self._work, name=f"{WORKER_THREAD}{number}", daemon=True)
+            for number in range(1, workers + 1)
+        ]
+
+    def run(self, batches: Sequence[Batch], memory: float) -> Iterator[Done | Failed]:
+        """Yield results; batches at work need at most ``memory`` bytes, or there is only one."""
+        for thread in self._threads:
+            thread.start()
+        waiting, running = list(batches), self._running
+        while waiting or running:
+            while len(running) < len(self._threads):
+                free = memory - sum(map(_memory, running))
+                fitting = (batch for batch in waiting if _memory(batch) <= free or not running)
+                batch = next(fitting, None)
+                if batch is None:
+                    break
+                waiting.remove(batch)
+                running.append(batch)
+                self._batches.put(batch)
+            batch, result = self._results.get()
+            running.remove(batch)
+            yield result
+
+    def stop(self) -> None:
+        """Return when no thread is at work any more."""
+        self._stopping.set()
+        for _ in self._threads:
+            self._batches.put(None)
+        if self._running:
+            LOG.warning(
+                "waiting for the tensors at work to be finished; Ctrl-C again stops at once"
+            )
+        for thread in self._threads:
+            if thread.is_alive():
+                thread.join()
+
+    def _work(self) -> None:
+        self._open_models()
+        while (batch := self._batches.get()) is not None:
+            try:
+                result = execute(self._context, batch, self._stopping.is_set)
+            except BaseException as error:  # SystemExit of a method: the driver waits for an answer
+                message = f"{type(error).__name__}: {error}"
+                result = Failed(message, worker_name(), traceback.format_exc())
+            self._results.put((batch, result))
+
+    def _open_models(self) -> None:
+        """Give this thread loaders of its own; those of pickles that are read whole are shared.
+
+        A loader holds one open file, and two threads would close each other's at every tensor.
+        """
+        cache = LoaderCache()  # mergekit has one for each thread
+        options = self._context.options
+        cache.setup(options)
+        cache.loaders = {
+            model: LazyTensorLoader(loader.index, lazy_unpickle=options.lazy_unpickle)
+            if loader.index.is_safetensors or options.lazy_unpickle
+            else loader
+            for model, loader in self._loaders.items()
+        }
+
+
+def _memory(batch: Batch) -> int:
+    """Return the bytes that a batch needs in a process that is there already."""
+    return batch.memory - PROCESS
