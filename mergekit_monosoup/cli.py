@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 import click
 
@@ -31,6 +31,7 @@ from mergekit_monosoup.waiting import announced
 if TYPE_CHECKING:
     from mergekit_monosoup.checkpoints.reader import Storage
 
+Item = TypeVar("Item")
 EXISTING_FILE: Any = click.Path(exists=True, dir_okay=False, path_type=Path)
 FILE: Any = click.Path(dir_okay=False, path_type=Path)
 # Those of `report.SORTS`, which would have to be imported for the help of every command.
@@ -204,7 +205,7 @@ def inspect(
     """
     from mergekit_monosoup import report as reports
     from mergekit_monosoup.checkpoints.reader import Checkpoints
-    from mergekit_monosoup.inspection import inspect_tensor
+    from mergekit_monosoup.inspection import inspect_each
     from mergekit_monosoup.report import inspected
 
     with _errors():
@@ -215,8 +216,8 @@ def inspect(
         checkpoints, journal = Checkpoints([base, tuned, *others], storage), reports.Journal()
         records: list[reports.Record] = []
         unedited = 0
-        for name in _progress(checkpoints.names, "inspecting"):
-            of_tensor = inspect_tensor(checkpoints, name, R=R, spectra=spectra)
+        inspections = inspect_each(checkpoints, checkpoints.names, R=R, spectra=spectra)
+        for of_tensor in _progress(inspections, "inspecting", len(checkpoints.names)):
             if of_tensor and out is not None:
                 journal.add(of_tensor, str(out))
             records += of_tensor
@@ -299,7 +300,9 @@ def soup(
         score_of = soups.read_scores(scores, models) if scores else None
         order = order or ("scores" if scores else "given")
         checkpoints = Checkpoints([base, *models], storage)
-        gram = soups.products(checkpoints, _progress(checkpoints.names, "comparing"), count)
+        gram = soups.products(
+            checkpoints, _progress(checkpoints.names, "comparing", len(checkpoints.names)), count
+        )
         decisions = soups.select(models, gram, threshold, order=order, how=how, scores=score_of)
         write_text(out, soups.configuration(base, decisions, threshold, edit=edit))
     console = terminal.console()
@@ -420,14 +423,21 @@ def _errors() -> Iterator[None]:
         raise click.ClickException(str(error)) from error
 
 
-def _progress(names: Sequence[str], label: str) -> Iterator[str]:
-    """Iterate over ``names`` with a bar on stderr, in a terminal."""
+def _progress(items: Iterable[Item], label: str, total: int) -> Iterator[Item]:
+    """Iterate over ``items`` with a bar on stderr, in a terminal."""
     from rich.console import Console
     from rich.progress import track
 
     console = Console(stderr=True)
     return iter(
-        track(names, label, console=console, transient=True, disable=not console.is_terminal)
+        track(
+            items,
+            label,
+            total,
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
     )
 
 

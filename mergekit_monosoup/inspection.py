@@ -1,26 +1,44 @@
 """The spectrum of a fine-tune before anything is merged: `mergekit-monosoup inspect`.
 
-Each matrix is decomposed once and its spectrum read in both modes (:func:`monosoup.preview`), with
-one tensor name in memory at a time. What people read is made from the records alone:
-:mod:`mergekit_monosoup.report.inspected`.
+Each matrix is decomposed once and its spectrum read in both modes (:func:`monosoup.preview`). One
+tensor name for each thread is in memory at a time. What people read is made from the records
+alone: :mod:`mergekit_monosoup.report.inspected`.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from mergekit_monosoup.checkpoints.names import matrices
 from mergekit_monosoup.checkpoints.reader import Checkpoints, named_errors, stored_dtype
+from mergekit_monosoup.kernel.batch import Job, buffers
 from mergekit_monosoup.kernel.monosoup import DEFAULTS, preview
 from mergekit_monosoup.kernel.similarity import cosine, inner_products
+from mergekit_monosoup.kernel.threads import in_order
+from mergekit_monosoup.memory import Budget, available_memory
 from mergekit_monosoup.report import Record
 
 # Places at which a spectrum is stored on request: enough for a smooth curve, 0.3 kB a matrix.
 POINTS = 33
+
+
+def inspect_each(
+    checkpoints: Checkpoints, names: Iterable[str], **options: Any
+) -> Iterator[list[Record]]:
+    """Yield what :func:`inspect_tensor` returns for every name, in their order.
+
+    As many tensors at a time as torch has threads, and memory allows.
+    """
+    budget = Budget(available_memory())
+    function = partial(inspect_tensor, checkpoints, budget=budget, **options)
+    return in_order(function, names, torch.get_num_threads())
 
 
 def inspect_tensor(
@@ -30,6 +48,7 @@ def inspect_tensor(
     R: float = DEFAULTS.R,
     spectra: bool = False,
     min_rel_update: float = DEFAULTS.min_rel_update,
+    budget: Budget | None = None,
 ) -> list[Record]:
     """Return the records of one tensor: for each of its matrices one per mode.
 
@@ -42,6 +61,7 @@ def inspect_tensor(
         R: energy threshold of the mode `variance` (paper, §4).
         spectra: store each spectrum at :data:`POINTS` places.
         min_rel_update: ‖ΔW‖_F/‖W0‖_F below which a matrix counts as unchanged.
+        budget: memory that is shared with other threads that do the same.
 
     Raises:
         ValueError: shapes that differ, or entries that are not finite; names tensor and model.
@@ -49,10 +69,14 @@ def inspect_tensor(
     tensors = checkpoints.load(name)
     if not all(tensor.is_floating_point() for tensor in tensors):
         return []
+    budget = budget or Budget(0)
     dtype, records = stored_dtype(tensors[:2]), []
     for suffix, index in matrices(name, tensors[0].shape):
         base, tuned, *others = (tensor[index] for tensor in tensors)
-        with named_errors(name + suffix, checkpoints.models):
+        with (
+            budget.taken(buffers(Job(base, [tuned, *others], name))),
+            named_errors(name + suffix, checkpoints.models),
+        ):
             of_matrix = preview(
                 base.to(dtype),
                 tuned.to(dtype),

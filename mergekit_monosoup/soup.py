@@ -26,6 +26,7 @@ from mergekit_monosoup.checkpoints.reader import Checkpoints, local_reference, n
 from mergekit_monosoup.checkpoints.texts import UnreadableError
 from mergekit_monosoup.checkpoints.yaml import read_document
 from mergekit_monosoup.kernel.similarity import cosine, inner_products
+from mergekit_monosoup.kernel.threads import in_order
 from mergekit_monosoup.parameters import Count, Order, Similarity
 from mergekit_monosoup.report.labels import name_cells
 
@@ -66,7 +67,10 @@ def products(checkpoints: Checkpoints, names: Iterable[str], count: Count = "mat
             base.
     """
     base, *models = checkpoints.models
-    grams = [gram for name in names for gram in _products(checkpoints, name, count)]
+    each = in_order(
+        lambda name: _products(checkpoints, name, count), names, torch.get_num_threads()
+    )
+    grams = [gram for of_tensor in each for gram in of_tensor]
     if not grams:
         raise ValueError(
             f"no tensor counts: {base} and the models share no matrix of floating point"

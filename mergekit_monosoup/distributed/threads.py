@@ -12,19 +12,17 @@ import queue
 import threading
 import traceback
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 
-import torch
 from mergekit.common import ModelReference
 from mergekit.io import LazyTensorLoader
 from mergekit.io.tasks import LoaderCache
 
 from mergekit_monosoup.distributed.folder import WORKER_THREAD, Done, worker_name
-from mergekit_monosoup.distributed.memory import available_memory
 from mergekit_monosoup.distributed.plan import PROCESS, Batch
 from mergekit_monosoup.distributed.worker import Failed, MergeContext, execute
-from mergekit_monosoup.kernel.lapack import one_thread_each
+from mergekit_monosoup.kernel.threads import restored_threads
+from mergekit_monosoup.memory import available_memory
 
 LOG = logging.getLogger("mergekit_monosoup")
 
@@ -47,7 +45,7 @@ class InThreads:
         """
         loaders = dict(LoaderCache().loaders)
         pool = _Pool(context, loaders, min(self.workers, len(batches)))
-        with _one_thread_for_arithmetic():
+        with restored_threads():
             try:
                 yield from pool.run(batches, available_memory())
             finally:
@@ -55,18 +53,6 @@ class InThreads:
 
     def close(self) -> None:
         pass
-
-
-@contextmanager
-def _one_thread_for_arithmetic() -> Iterator[None]:
-    """Set torch's and SciPy's threads to one, and back again afterwards."""
-    before = torch.get_num_threads()
-    with one_thread_each():
-        try:
-            yield
-        finally:
-            # What a worker sets is also what threads to come start with.
-            torch.set_num_threads(before)
 
 
 class _Pool:

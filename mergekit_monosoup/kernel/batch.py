@@ -8,7 +8,6 @@ one batched eigensolver call; each goes through the same code as alone from ther
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from operator import methodcaller
@@ -27,10 +26,10 @@ from mergekit_monosoup.kernel.eigen import (
     eigh,
     out_of_memory,
 )
-from mergekit_monosoup.kernel.lapack import one_thread_each
 from mergekit_monosoup.kernel.monosoup import edit
 from mergekit_monosoup.kernel.svc import calibrate
 from mergekit_monosoup.kernel.task_vector import TaskVector, block_elements
+from mergekit_monosoup.kernel.threads import in_order
 from mergekit_monosoup.report.record import Record
 
 # Bound on the buffers of all matrices in work at one time: with 64 cores and a matrix each they
@@ -74,27 +73,10 @@ def call_each(calls: Sequence[Callable[[], Result]], jobs: Sequence[Job]) -> Ite
     Raises:
         What the first call that fails raises.
     """
-    budget = torch.get_num_threads()
     fit = max(1, MEMORY // max(map(buffers, jobs), default=1))
-    threads = min(budget, len(jobs), fit)
-    if threads > 1 and all(job.pretrained.device.type == "cpu" for job in jobs):
-        with one_thread_each() as alone:
-            if alone:
-                yield from _in_threads(calls, threads, budget)
-                return
-    for call in calls:
-        yield call()
-
-
-def _in_threads(
-    calls: Sequence[Callable[[], Result]], threads: int, budget: int
-) -> Iterator[Result]:
-    try:
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            yield from pool.map(methodcaller("__call__"), calls)
-    finally:
-        # What a worker sets is also what threads to come start with.
-        torch.set_num_threads(budget)
+    on_cpu = all(job.pretrained.device.type == "cpu" for job in jobs)
+    threads = min(torch.get_num_threads(), len(jobs), fit) if on_cpu else 1
+    return in_order(methodcaller("__call__"), calls, threads)
 
 
 def edit_each(jobs: Sequence[Job], **settings: Any) -> Iterator[Result]:

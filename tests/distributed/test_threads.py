@@ -17,7 +17,8 @@ import torch
 from helpers import checkpoints
 from helpers.merges import SMALL, assert_same, config, mergekit, run, without_time
 
-from mergekit_monosoup.distributed import memory, threads
+from mergekit_monosoup import memory
+from mergekit_monosoup.distributed import threads
 from mergekit_monosoup.distributed.folder import NAME
 from mergekit_monosoup.distributed.plan import PROCESS, Batch
 

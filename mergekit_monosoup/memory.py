@@ -1,10 +1,11 @@
-"""How much memory this process may still take."""
+"""How much memory this process may still take, and how threads share it."""
 
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -45,3 +46,24 @@ def _cached(group: Path) -> int:
     """
     match = re.search(r"^inactive_file (\d+)$", (group / "memory.stat").read_text(), re.MULTILINE)
     return int(match.group(1)) if match else 0
+
+
+class Budget:
+    """Bytes that several threads share. Who needs more than all of them gets them alone."""
+
+    def __init__(self, size: float):
+        self._size, self._taken = size, 0.0
+        self._change = threading.Condition()
+
+    @contextmanager
+    def taken(self, size: float) -> Iterator[None]:
+        """Wait until ``size`` bytes are left, and hold them for as long as the block runs."""
+        with self._change:
+            self._change.wait_for(lambda: not self._taken or self._taken + size <= self._size)
+            self._taken += size
+        try:
+            yield
+        finally:
+            with self._change:
+                self._taken -= size
+                self._change.notify_all()
