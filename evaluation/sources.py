@@ -9,8 +9,11 @@ import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from evaluation import fingerprint
 from evaluation.fingerprint import ModelDigests
@@ -148,7 +151,7 @@ def _merged(path: Path, cache: Path) -> tuple[Path, Merge]:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
         print(f"merging {path}", flush=True)
-        _run_merge(config, unfinished)
+        _run_merge(config, yaml.safe_dump(data, sort_keys=False), unfinished)
         (unfinished / "evaluation-merge.json").write_text(
             json.dumps(asdict(merge), indent=1) + "\n", encoding="utf-8"
         )
@@ -180,12 +183,17 @@ def _checked(path: Path) -> dict[str, Any]:
     return _as_json(documents[0])
 
 
-def _run_merge(config: Any, folder: Path) -> None:
+def _run_merge(config: Any, source: str, folder: Path) -> None:
+    """Merge into a folder, with the methods of this package on as many threads as torch has."""
+    import torch
     from mergekit.io.tasks import LoaderCache
     from mergekit.merge import run_merge
     from mergekit.options import MergeOptions
 
     from mergekit_monosoup.checkpoints import adapters
+    from mergekit_monosoup.distributed.driver import Request, merge
+    from mergekit_monosoup.distributed.threads import InThreads
+    from mergekit_monosoup.parameters import METHODS
 
     # mergekit names a merged adapter after its path: kept longer, it would stand for another
     # adapter under that path.
@@ -197,8 +205,14 @@ def _run_merge(config: Any, folder: Path) -> None:
         try:
             for reference in config.referenced_models():
                 adapters.merged(reference, adapters.Options(cache))
+            threads = torch.get_num_threads()
             with hub.explained():
-                run_merge(config, str(folder), options)
+                if config.merge_method in METHODS and threads > 1:
+                    engine = partial(InThreads, threads)
+                    request = Request(config, source, folder, options, 1, None, False, engine)
+                    merge(request, resume=False, force=False)
+                else:  # other methods may draw random numbers, which threads would share
+                    run_merge(config, str(folder), options)
         except (adapters.AdapterError, hub.HubError) as error:
             raise SourceError(f"the merge failed: {error}") from error
 

@@ -1,19 +1,21 @@
-"""Two workers with a thread each against mergekit-yaml with one thread and with two.
+"""One merge on all cores of this machine, by every program that can do it.
 
-On a model of many medium matrices.
-
-    python benchmarks/distributed.py [--layers 28] [--hidden 1024] [--workers 2] [--folder DIR]
+    python benchmarks/cores.py [--layers 28] [--hidden 1024] [--vocabulary 151936] [--workers 2]
+                               [--repeat 1] [--folder DIR]
 
 A pair of random checkpoints shaped as Qwen3-0.6B (three matrices of 1024 x 3072 and four of
-attention per layer) with a small vocabulary, bf16, updates of 2 % of the weights; method monosoup.
-Every program is measured from outside: wall time, processor time of all its processes, the peak
-memory of each, and for `run` how long the busiest worker merged (the rest is starting). The tensors
-are compared bit for bit. The last line is JSON. Linux only.
+attention per layer, an embedding), bf16, updates of 2 % of the weights; method monosoup, and
+`linear` as the floor of reading and writing. Programs take turns, and the least of `--repeat`
+rounds counts. Each is measured from outside: wall time, processor time of all its processes, the
+peak memory of each, and for `run` how long the busiest worker merged (the rest is starting). The
+tensors are compared bit for bit. The last line is JSON. Linux only; Ray is left out where it is not
+installed.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import re
@@ -37,14 +39,16 @@ def main() -> None:
     )
     parser.add_argument("--layers", type=int, default=28)
     parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--vocabulary", type=int, default=151936)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--repeat", type=int, default=1)
     parser.add_argument(
         "--folder", type=Path, help="keep the checkpoints here (default: a temporary folder)"
     )
     parser.add_argument("--make", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.make:
-        make_pair(options.make, options.layers, options.hidden)
+        make_pair(options.make, options.layers, options.hidden, options.vocabulary)
         return
     with tempfile.TemporaryDirectory() as temporary:
         rows, different = compare(options, options.folder or Path(temporary))
@@ -60,31 +64,46 @@ def main() -> None:
             f"{row['cpu']:>8.1f}   {peaks}"
         )
     print(f"tensors that differ from those of one thread: {different}")
-    shape = {name: getattr(options, name) for name in ("layers", "hidden", "workers")}
+    shape = {n: getattr(options, n) for n in ("layers", "hidden", "vocabulary", "workers")}
     print(json.dumps({**shape, "rows": rows, "different": different}))
 
 
 def compare(options: argparse.Namespace, folder: Path) -> tuple[dict[str, dict], dict[str, int]]:
     if not (folder / "tuned" / "config.json").exists():
-        shape = ["--layers", str(options.layers), "--hidden", str(options.hidden)]
+        values = {name: getattr(options, name) for name in ("layers", "hidden", "vocabulary")}
+        shape = [part for name, value in values.items() for part in (f"--{name}", str(value))]
         subprocess.run([sys.executable, __file__, "--make", str(folder), *shape], check=True)
-    config = folder / "merge.yml"
-    config.write_text(
-        f"merge_method: monosoup\nbase_model: {folder}/base\nmodels:\n  - model: {folder}/tuned\n"
-    )
-    yaml, run = [BIN / "mergekit-yaml", config], [BIN / "mergekit-monosoup", "run", config]
+    models = f"models:\n  - model: {folder}/tuned\n"
+    config, linear = folder / "merge.yml", folder / "linear.yml"
+    config.write_text(f"merge_method: monosoup\nbase_model: {folder}/base\n{models}")
+    linear.write_text(f"merge_method: linear\n{models}    parameters: {{weight: 1.0}}\n")
+    yaml, run = BIN / "mergekit-yaml", [BIN / "mergekit-monosoup", "run"]
     count = options.workers
-    commands = {
-        "yaml, 1 thread": (1, [*yaml, folder / "out0"]),
-        f"yaml, {count} threads": (count, [*yaml, folder / "out1"]),
-        f"run, {count} workers": (1, [*run, folder / "out2", "--workers", count, "-v"]),
+    commands: dict[str, tuple[int, list]] = {
+        "mergekit-yaml, 1 thread": (1, [yaml, config]),
+        f"mergekit-yaml, {count} threads": (count, [yaml, config]),
+        f"run, {count} threads": (count, [*run, "--workers", count, "-v", config]),
+        "linear, 1 thread": (1, [yaml, linear]),
     }
-    for number in range(len(commands)):
-        shutil.rmtree(folder / f"out{number}", ignore_errors=True)
-    rows = {name: measured(command, threads) for name, (threads, command) in commands.items()}
-    return rows, {
-        name: differing(folder / "out0", folder / f"out{n}") for n, name in enumerate(rows) if n
-    }
+    if importlib.util.find_spec("ray"):
+        commands[f"run, {count} processes"] = (
+            1,
+            [*run, "--ray", "local", "--workers", count, "-v", config],
+        )
+    rows: dict[str, dict] = {}
+    for _ in range(options.repeat):
+        for name, (threads, command) in commands.items():
+            shutil.rmtree(out_of(folder, name), ignore_errors=True)
+            row = measured([*command, out_of(folder, name)], threads)
+            if name not in rows or row["wall"] < rows[name]["wall"]:
+                rows[name] = row
+    first = out_of(folder, next(iter(commands)))
+    return rows, {n: differing(first, out_of(folder, n)) for n in rows if "linear" not in n}
+
+
+def out_of(folder: Path, name: str) -> Path:
+    """The folder that a program writes."""
+    return folder / re.sub(r"\W+", "-", name)
 
 
 @dataclass
@@ -114,7 +133,7 @@ def measured(command: list, threads: int) -> dict:
         raise SystemExit(f"{' '.join(map(str, command))} failed:\n{output}")
     merging = [
         float(seconds)
-        for seconds in re.findall(r"@\d+: \d+ batches, \d+ tensors, ([\d.]+) s", output)
+        for seconds in re.findall(r"@[\d-]+: \d+ batches, \d+ tensors, ([\d.]+) s", output)
     ]
     large = sorted((s for s in seen.values() if s.peak > SHOWN), key=lambda s: -s.peak)
     return {
@@ -174,13 +193,13 @@ def differing(first: Path, second: Path) -> int:
     )
 
 
-def make_pair(folder: Path, layers: int, hidden: int) -> None:
+def make_pair(folder: Path, layers: int, hidden: int, vocabulary: int) -> None:
     """Both checkpoints, as transformers saves them."""
     import torch
     import transformers
 
     config = transformers.Qwen3Config(
-        vocab_size=4096,
+        vocab_size=vocabulary,
         hidden_size=hidden,
         intermediate_size=3 * hidden,
         num_hidden_layers=layers,
