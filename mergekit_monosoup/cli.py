@@ -201,7 +201,8 @@ def inspect(
 
     Beside them, what MonoSoup would make of them in either mode. Nothing is merged.
 
-    Models as in mergekit: a folder, a hub name, BASE+ADAPTER. One tensor is in memory at a time.
+    Models as in mergekit: a folder, a hub name, BASE+ADAPTER. In memory are as many
+    tensors at a time as there are threads.
     """
     from mergekit_monosoup import report as reports
     from mergekit_monosoup.checkpoints.reader import Checkpoints
@@ -343,7 +344,7 @@ def parameters(method: str) -> None:
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 @click.pass_context
 def run(context: click.Context, arguments: tuple[str, ...]) -> None:
-    """Merge as mergekit-yaml does, with several workers.
+    """Merge as mergekit-yaml does, on all cores.
 
     On one machine or many; resumes after a crash.
     """

@@ -1,8 +1,8 @@
 """The spectrum of a fine-tune before anything is merged: `mergekit-monosoup inspect`.
 
-Each matrix is decomposed once and its spectrum read in both modes (:func:`monosoup.preview`). One
-tensor name for each thread is in memory at a time. What people read is made from the records
-alone: :mod:`mergekit_monosoup.report.inspected`.
+Each matrix is decomposed once and its spectrum read in both modes (:func:`monosoup.preview`). A
+tensor for each thread is in memory at a time. What people read is made from the records alone:
+:mod:`mergekit_monosoup.report.inspected`.
 """
 
 from __future__ import annotations

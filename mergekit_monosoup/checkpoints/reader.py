@@ -8,6 +8,7 @@ will do, also a single file.
 from __future__ import annotations
 
 import os
+import threading
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -68,7 +69,7 @@ class Storage(adapters.Options):
 
 
 class Checkpoints:
-    """Several models of one architecture, of which one tensor at a time is read.
+    """Several models of one architecture, of which each thread reads one tensor at a time.
 
     Attributes:
         models: their names, as given.
@@ -217,19 +218,22 @@ class _Pickled:
 
     They are mapped instead of read where torch can (its zip format, since 1.6), so that one tensor
     at a time is in memory. mergekit's lazy unpickler, made for the same, cannot read files that
-    were renamed, or scalars, and reads the wrong entries of views with gaps.
+    were renamed, or scalars, and reads the wrong entries of views with gaps. Thread-safe, as
+    mergekit's loader of safetensors is.
     """
 
     def __init__(self, index: ShardedTensorIndex):
         self.index = index
         self._file = ""
         self._tensors: dict[str, Tensor] = {}
+        self._lock = threading.Lock()
 
     def get_tensor(self, name: str) -> Tensor:
         file = os.path.join(self.index.base_path, self.index.tensor_paths[name])
-        if self._file != file:
-            self._file, self._tensors = file, named_tensors(file, "cpu", unwrap=True)
-        return self._tensors[name]
+        with self._lock:  # another thread may open the next file meanwhile
+            if self._file != file:
+                self._file, self._tensors = file, named_tensors(file, "cpu", unwrap=True)
+            return self._tensors[name]
 
 
 def stored_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
