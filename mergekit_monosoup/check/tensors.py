@@ -114,7 +114,7 @@ def working_dtype(document: Document) -> Iterator[Finding]:
     if not document.own_method or document.data.get("dtype") is not None or out is None:
         return
     stored = (tensor for tensors in document.tensors.values() for tensor in tensors.values())
-    floating = (tensor for tensor in stored if "F" in tensor.dtype.upper())
+    floating = (tensor for tensor in stored if tensor.floating)
     widest = max(floating, key=lambda tensor: tensor.bits, default=None)
     if widest is None or 8 * out.itemsize == widest.bits:
         return

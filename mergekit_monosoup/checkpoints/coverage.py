@@ -40,8 +40,7 @@ def is_computed(tensor: Stored) -> bool:
 
 def is_matrix(tensor: Stored) -> bool:
     """Whether a tensor holds learned weights in two or more dimensions."""
-    floating = "F" in tensor.dtype.upper()  # F32, BF16, torch.float32
-    return floating and len(tensor.shape) >= 2 and not is_computed(tensor)
+    return tensor.floating and len(tensor.shape) >= 2 and not is_computed(tensor)
 
 
 @dataclass(frozen=True)

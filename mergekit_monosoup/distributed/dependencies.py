@@ -19,6 +19,7 @@ from mergekit.config import MergeConfiguration
 from mergekit.io import LazyTensorLoader
 from mergekit.options import MergeOptions
 
+from mergekit_monosoup.checkpoints import hub
 from mergekit_monosoup.checkpoints.yaml import PlainLoader, parse_documents
 
 # Versions that can change a bit of the result, here and on every node.
@@ -143,11 +144,8 @@ def _beside(folder: str, weights: Iterable[str]) -> list[str]:
 
 def weight_files(folder: Path) -> set[str]:
     """Return the names of the files of weights that mergekit will open in a model's folder."""
-    names = {"adapter_model.safetensors", "adapter_model.bin"}
-    for name in (
-        "model.safetensors",
-        "pytorch_model.bin",
-    ):  # mergekit takes the first that it finds
+    names = set(hub.ADAPTER)
+    for name in hub.WEIGHTS:  # mergekit takes the first that it finds
         index = folder / f"{name}.index.json"
         if index.exists():
             with suppress(OSError, ValueError, KeyError, AttributeError, TypeError):

@@ -17,8 +17,6 @@ from mergekit_monosoup.checkpoints.renaming import renaming
 from mergekit_monosoup.checkpoints.texts import check_new_folder
 from mergekit_monosoup.planner import PlanningError
 
-ADAPTER = "adapter_model.safetensors"
-
 
 def check_places(out_path: str, config: MergeConfiguration) -> None:
     """Check the folders of the models that are merged.
@@ -49,8 +47,10 @@ def check_places(out_path: str, config: MergeConfiguration) -> None:
             method = quantisation.method(Beside(reference.model.path))
             if fault := quantisation.fault(tensors, method):
                 raise ValueError(f"{reference.model.path} {fault}")
-        if (lora := reference.lora) and os.path.isfile(file := os.path.join(lora.path, ADAPTER)):
-            headers.of_file(file)
+        if lora := reference.lora:
+            file = os.path.join(lora.path, hub.ADAPTER[0])
+            if os.path.isfile(file):
+                headers.of_file(file)
 
 
 @contextmanager
