@@ -16,6 +16,8 @@ ALLOWED = {
     "mergekit_monosoup/errors.py": set(),
     "mergekit_monosoup/files.py": set(),
     "mergekit_monosoup/terminal.py": set(),
+    "mergekit_monosoup/waiting.py": set(),
+    "mergekit_monosoup/memory.py": set(),
     "mergekit_monosoup/checkpoints": {"errors"},
     "mergekit_monosoup/report": {"checkpoints", "files", "terminal"},
     "mergekit_monosoup/kernel": {"errors", "parameters", "report"},

@@ -1,13 +1,15 @@
 """A merge by several workers, on one machine or many, that survives being killed: `run`.
 
-mergekit plans, merges each tensor and writes the files around the weights; Ray starts the workers.
-This folder divides the plan among them. It works for every merge method of mergekit. From the
-command line down:
+mergekit plans, merges each tensor and writes the files around the weights. Workers are threads of
+this process, or processes that Ray starts. This folder divides the plan among them. It works for
+every merge method of mergekit. From the command line down:
 
     command.py       the options of `mergekit-monosoup run`, its messages and exit codes
     driver.py        a merge from claiming OUT to publishing the model; ties the rest together
     plan.py          mergekit's plan divided into batches of tensors, by size and memory
+    preconditions.py what is looked at before a merge: its models, and where it writes
     engines.py       who executes batches: this process, or workers of Ray
+    threads.py       or threads of this process, on all cores
     worker.py        what a worker does with a batch
     folder.py        OUT while the merge is unfinished: what is kept on disk
     publication.py   which file of a complete merge goes where, and no file elsewhere

@@ -81,7 +81,7 @@ class Done:
         tensors: how many were asked for; optional ones may be in no shard.
         shards: the files that hold them.
         bytes: of the tensors, without headers of files.
-        worker: the process that merged it, NODE@PID.
+        worker: the process or thread that merged it, see :func:`worker_name`.
         seconds, peak: wall time, and peak memory of the process so far (bytes).
         reports: [path, method, record as JSON text] for each line of a report.
         logs: [logger, level, message] of each line that the worker logged.

@@ -86,7 +86,7 @@ class Failed:
 
     Attributes:
         message: of the merge method, of mergekit or of the machine.
-        worker: NODE@PID.
+        worker: see :func:`mergekit_monosoup.distributed.folder.worker_name`.
         traceback: as Python prints it.
     """
 
