@@ -184,14 +184,19 @@ def _checked(path: Path) -> dict[str, Any]:
 
 
 def _run_merge(config: Any, source: str, folder: Path) -> None:
-    """Merge into a folder, with the methods of this package on as many threads as torch has."""
+    """Merge into a folder, with the methods of this package on as many threads as torch has.
+
+    Raises:
+        SourceError: an adapter or a model cannot be had, or a thread failed, as at a full disk.
+    """
     import torch
     from mergekit.io.tasks import LoaderCache
     from mergekit.merge import run_merge
     from mergekit.options import MergeOptions
 
     from mergekit_monosoup.checkpoints import adapters
-    from mergekit_monosoup.distributed.driver import Request, merge
+    from mergekit_monosoup.distributed.driver import MergeError, Request, merge
+    from mergekit_monosoup.distributed.publication import FolderError
     from mergekit_monosoup.distributed.threads import InThreads
     from mergekit_monosoup.parameters import METHODS
 
@@ -213,7 +218,7 @@ def _run_merge(config: Any, source: str, folder: Path) -> None:
                     merge(request, resume=False, force=False)
                 else:  # other methods may draw random numbers, which threads would share
                     run_merge(config, str(folder), options)
-        except (adapters.AdapterError, hub.HubError) as error:
+        except (adapters.AdapterError, hub.HubError, FolderError, MergeError) as error:
             raise SourceError(f"the merge failed: {error}") from error
 
 

@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import peft
+import pytest
 import torch
 import yaml
 from mergekit import merge
@@ -15,6 +16,10 @@ from safetensors.torch import load_file
 from transformers import Qwen3ForCausalLM
 
 from evaluation import sources
+from evaluation.sources import SourceError
+from mergekit_monosoup.distributed import driver
+from mergekit_monosoup.distributed.publication import FolderError
+from mergekit_monosoup.distributed.worker import Failed
 
 
 def test_a_merge_with_an_adapter_runs_and_follows_its_weights(models, tmp_path):
@@ -78,8 +83,8 @@ def test_two_runs_that_make_the_same_merge_share_it(models, tmp_path, monkeypatc
     """The second one to finish finds the folder there, and takes it."""
     run_merge = sources._run_merge
 
-    def with_another(config, folder):
-        run_merge(config, folder)
+    def with_another(config, source, folder):
+        run_merge(config, source, folder)
         target = folder.with_name(folder.name.partition(".")[0])
         shutil.copytree(folder, target)
 
@@ -87,3 +92,22 @@ def test_two_runs_that_make_the_same_merge_share_it(models, tmp_path, monkeypatc
     source = sources.find("soup", str(models / "soup.yml"), tmp_path / "cache")
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [source.folder.name]
     assert (source.folder / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        driver.MergeError(Failed("No space left on device", "node@1-2", "Traceback")),
+        FolderError("inputs were changed"),
+    ],
+)
+def test_what_stops_a_merge_on_threads_is_one_line(models, tmp_path, monkeypatch, error):
+    """Not a traceback: `options.ERRORS` holds none of what threads raise."""
+
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(driver, "merge", fail)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    with pytest.raises(SourceError, match=f"the merge failed: {error}"):
+        sources.find("soup", str(models / "soup.yml"), tmp_path / "cache")
