@@ -180,15 +180,16 @@ def _warn(name: str, error: BaseException) -> None:
     # Not `warnings`: under `python -W error` a warning would break the import of mergekit.
     import logging
 
+    module, lost = MISSED[name]
     logging.getLogger("mergekit_monosoup").warning(
-        "mergekit-monosoup could not hook into %s: %s: %s. mergekit itself is unaffected, but does "
-        "not know the methods %s. See the whole error with `python -c 'import %s'`, check versions "
-        "with `pip check`, or turn this off with %s=0.",
+        "mergekit-monosoup could not hook into %s: %s: %s. mergekit itself is unaffected, but %s. "
+        "See the whole error with `python -c 'import %s'`, check versions with `pip check`, or "
+        "turn this off with %s=0.",
         name,
         type(error).__name__,
         " ".join(str(error).split()),  # in one line
-        ", ".join(NAMES),
-        METHODS_MODULE,
+        lost,
+        module,
         SWITCH,
     )
 
@@ -235,6 +236,16 @@ TARGETS: "dict[str, Callable[[ModuleType], None]]" = {
     "mergekit.plan": _watch_plans,
     "mergekit.evo.genome": _allow_in_evolve,
     "mergekit.merge_methods.task_adapter": _keep_buffers,
+}
+# Target → the module that is to act on it, and what is missed where it cannot.
+MISSED = {
+    "mergekit.merge_methods": (METHODS_MODULE, f"does not know the methods {', '.join(NAMES)}"),
+    "mergekit.plan": (PLANNER_MODULE, "nobody says what a merge leaves out"),
+    "mergekit.evo.genome": (METHODS_MODULE, f"mergekit-evolve refuses {', '.join(NAMES)}"),
+    "mergekit.merge_methods.task_adapter": (
+        BUFFERS_MODULE,
+        "it stops at tensors that are not floating point and differ",
+    ),
 }
 
 

@@ -104,3 +104,14 @@ def test_what_ends_the_program_meanwhile_ends_it(number, handler, code, fake):
     done = python(fake, f"{set_up}{IMPORT}\nprint('went on')")
     assert done.stdout == "" and "hook into" not in done.stderr
     assert done.returncode == code or (number == "SIGINT" and "KeyboardInterrupt" in done.stderr)
+
+
+def test_a_warning_names_what_is_missed(fake):
+    """Not the methods, where only the planner or the buffers could not be hooked into."""
+    (fake / "mergekit_monosoup" / "methods.py").write_text("")
+    (fake / "mergekit_monosoup" / "planner.py").write_text("1 / 0")
+    (fake / "mergekit" / "plan.py").write_text("")
+    done = python(fake, f"{IMPORT}, mergekit.plan")
+    lines = [line for line in done.stderr.splitlines() if "mergekit.plan" in line]
+    assert len(lines) == 1 and "does not know the methods" not in lines[0]
+    assert "what a merge leaves out" in lines[0] and "import mergekit_monosoup.planner" in lines[0]
