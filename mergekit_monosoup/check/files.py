@@ -44,7 +44,7 @@ def _errors(document: Document, kind: type[LackingError]) -> Iterator[Finding]:
 
 def _after(name: str, message: str) -> str:
     """Return a message without the model's name at its beginning, which stands there already."""
-    return message.removeprefix(f"{name} ") if message.startswith(f"{name} ") else message
+    return message.removeprefix(f"{name} ")
 
 
 @define_check(

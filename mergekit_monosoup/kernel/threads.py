@@ -41,8 +41,8 @@ def in_order(
 ) -> Iterator[Result]:
     """Yield ``function(item)`` of every item, in their order, computed by so many threads.
 
-    Results are, bit for bit, those of one call after the other with one thread. One after the other
-    it stays with one thread, and where SciPy's BLAS takes no orders.
+    Results are, bit for bit, those of one call after the other with one thread. Where SciPy's BLAS
+    takes no orders they are computed one after another, on this thread.
 
     Raises:
         What the first call that fails raises.

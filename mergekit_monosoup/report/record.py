@@ -171,7 +171,6 @@ def by_depth(records: Iterable[Record]) -> list[Record]:
 
     What stands outside of layers comes first, but for heads.
     """
-
     records = list(records)
     places = arrange(record.name for record in records)
     return sorted(records, key=lambda record: depth(record.name, places[record.name]))
