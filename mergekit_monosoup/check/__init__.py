@@ -12,7 +12,7 @@ check that is gone is not used again.
 
 To add a check, write one function in the file of its subject, for example::
 
-    @define_check("MOD306", "warning", title="a hundred models", advice="merge fewer at a time")
+    @define_check("MOD308", "warning", title="a hundred models", advice="merge fewer at a time")
     def many(document: Document) -> Iterator[Finding]:
         if len(document.models) >= 100:
             yield document.warning("models", f"are {len(document.models)}; each is read in full")

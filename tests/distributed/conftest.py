@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 from helpers import checkpoints
-from helpers.merges import SMALL, config, interrupted_after, run
+from helpers.merges import ALONE, SMALL, config, interrupted_after, run
 from transformers import AutoModelForCausalLM
 
 from mergekit_monosoup.distributed import folder
@@ -42,7 +42,7 @@ def interrupted(world, tmp_path) -> tuple[Path, Path]:
     """A merge that Ctrl-C stopped after two batches."""
     path, out = config(world, tmp_path), tmp_path / "b" / "out"
     with interrupted_after(2):
-        output = run(path, out, *SMALL, "--resume", code=130)
+        output = run(path, out, *SMALL, *ALONE, code=130)
     assert "2 finished batch(es) kept" in output and "the same command with --resume" in output
     assert [p.name for p in out.iterdir()] == [folder.NAME]
     return path, out

@@ -16,7 +16,17 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
-from helpers.merges import SMALL, assert_same, config, mergekit, run, stop, stored, without_time
+from helpers.merges import (
+    ALONE,
+    SMALL,
+    assert_same,
+    config,
+    mergekit,
+    run,
+    stop,
+    stored,
+    without_time,
+)
 from mergekit.options import MergeOptions
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -26,8 +36,6 @@ from mergekit_monosoup.cli import main
 from mergekit_monosoup.distributed import command, dependencies, engines, plan, worker
 from mergekit_monosoup.distributed import folder as folders
 from mergekit_monosoup.distributed.folder import WorkFolder
-
-ALONE = ("--workers", "1", "--resume")  # in this thread, and as batches
 
 # -- the same result -------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from helpers.merges import SMALL, assert_same, config, interrupted_after, mergekit, run
+from helpers.merges import ALONE, SMALL, assert_same, config, interrupted_after, mergekit, run
 
 from mergekit_monosoup import files
 from mergekit_monosoup.distributed import command, engines, vocabulary, worker
@@ -38,7 +38,7 @@ class Opened:
 def test_nothing_in_the_folder_is_unpickled(world, tmp_path):
     path, out = config(world, tmp_path, tokenizer={"source": "base"}), tmp_path / "b" / "out"
     with interrupted_after(1):
-        run(path, out, *SMALL, "--resume", code=130)
+        run(path, out, *SMALL, *ALONE, code=130)
     work, mark = out / folders.NAME, tmp_path / "opened"
     assert not [file for file in work.rglob("*") if "pickle" in file.name]
     trap = pickle.dumps(Opened(mark))
@@ -46,13 +46,13 @@ def test_nothing_in_the_folder_is_unpickled(world, tmp_path):
     shutil.copytree(out, whole)
     for name in ("merge.json", "vocabulary.json", "done/00000.json"):
         (work / name).write_bytes(trap)
-        run(path, out, *SMALL, "--resume", code=0 if "done" in name else 1)
+        run(path, out, *SMALL, *ALONE, code=0 if "done" in name else 1)
         assert not mark.exists()
         shutil.rmtree(out)
         shutil.copytree(whole, out)
     for name in ("tokenizer.pickle", "tokenizer.pkl", "done/00000.pickle"):
         (work / name).write_bytes(trap)
-    run(path, out, *SMALL, "--resume")
+    run(path, out, *SMALL, *ALONE)
     assert not mark.exists()
     assert_same(out, mergekit(path, tmp_path / "a" / "out"))
 
@@ -224,7 +224,7 @@ def test_a_record_names_no_report_of_its_own(interrupted):
     record["reports"] = [[str(target), *rest] for _, *rest in record["reports"]]
     assert record["reports"]
     file.write_text(json.dumps(record))
-    output = run(path, out, *SMALL, "--resume", code=1)
+    output = run(path, out, *SMALL, *ALONE, code=1)
     assert "names a report that the configuration does not" in output and not target.exists()
 
 
@@ -232,7 +232,7 @@ def test_a_record_names_no_report_of_its_own(interrupted):
 def test_a_damaged_header_is_named(text, interrupted):
     path, out = interrupted
     (out / folders.NAME / "merge.json").write_text(text)
-    assert "merge.json: damaged; --force starts over" in run(path, out, *SMALL, "--resume", code=1)
+    assert "merge.json: damaged; --force starts over" in run(path, out, *SMALL, *ALONE, code=1)
 
 
 # -- inputs that are replaced ----------------------------------------------------------------------
@@ -265,6 +265,7 @@ def test_inputs_replaced_meanwhile_are_noticed(one_process, unnoticed, own, tmp_
     out = tmp_path / "out"
     more = ["--hash-inputs"] if unnoticed else []
     if one_process:
+        more += ["--workers", "1"]
         merge = command.run_yaml.main.callback
         monkeypatch.setattr(
             command.run_yaml.main,
@@ -272,7 +273,7 @@ def test_inputs_replaced_meanwhile_are_noticed(one_process, unnoticed, own, tmp_
             lambda **given: (merge(**given), rewrite(file, unnoticed)),
         )
     else:
-        more += ["--resume", *SMALL]
+        more += [*ALONE, *SMALL]
         monkeypatch.setattr(
             engines, "execute", lambda *a: (worker.execute(*a), rewrite(file, unnoticed))[0]
         )
@@ -287,9 +288,9 @@ def test_hashed_inputs_are_known_by_their_content(own, tmp_path):
     for options, code in ([], 1), (["--hash-inputs"], 0):
         out = tmp_path / f"out{code}"
         with interrupted_after(1):
-            run(path, out, *SMALL, "--resume", *options, code=130)
+            run(path, out, *SMALL, *ALONE, *options, code=130)
         os.utime(file, (0, 0))
-        output = run(path, out, *SMALL, "--resume", *options, code=code)
+        output = run(path, out, *SMALL, *ALONE, *options, code=code)
         assert ("cannot resume" in output) == bool(code)
 
 
@@ -307,7 +308,7 @@ def test_a_full_disk_leaves_nothing_of_a_batch(interrupted, monkeypatch):
     write = files.write_text
     with monkeypatch.context() as patch:
         patch.setattr(files, "write_text", lambda p, c: (full if p.parent == done else write)(p, c))
-        output = run(path, out, *SMALL, "--resume", code=1)
+        output = run(path, out, *SMALL, *ALONE, code=1)
     assert "No space left" in output and "2 finished batch(es) kept" in output
     assert sorted(p.name for p in done.iterdir()) == before
     (done / "00002-1.safetensors").write_bytes(b"of a killed worker")
@@ -352,5 +353,5 @@ def test_a_full_disk_is_said_with_what_is_left(world, tmp_path, monkeypatch):
         raise OSError(28, os.strerror(28))
 
     monkeypatch.setattr(command.run_yaml.main, "callback", full)
-    output = run(config(world, tmp_path), tmp_path / "out", code=1)
+    output = run(config(world, tmp_path), tmp_path / "out", "--workers", "1", code=1)
     assert "Nothing of this merge is left in" in output and not (tmp_path / "out").exists()

@@ -20,6 +20,7 @@ from mergekit_monosoup.distributed import engines, worker
 from mergekit_monosoup.distributed import folder as folders
 
 SMALL = ("--out-shard-size", "20K")  # several batches of so small a model
+ALONE = ("--workers", "1", "--resume")  # in this thread, and as batches
 
 
 def config(
