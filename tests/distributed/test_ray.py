@@ -113,7 +113,7 @@ def start(gate) -> Iterator[Callable[..., subprocess.Popen]]:
 
 def test_ctrl_c(world, tmp_path, gate, start):
     path, out = config(world, tmp_path, "gated", tuned=2), tmp_path / "out"
-    driver = start(path, out, "--workers", 2, *SMALL)
+    driver = start(path, out, "--ray", "local", "--workers", 2, *SMALL)
     wait(lambda: finished(out) and waiting(gate), driver)
     os.killpg(driver.pid, signal.SIGINT)
     _, output = driver.communicate(timeout=PATIENCE)
@@ -129,7 +129,7 @@ def test_ctrl_c(world, tmp_path, gate, start):
 
 def test_a_worker_and_then_the_driver_are_killed(world, tmp_path, gate, start):
     path, out = config(world, tmp_path, "gated", tuned=2), tmp_path / "b" / "out"
-    driver = start(path, out, "--workers", 2, *SMALL)
+    driver = start(path, out, "--ray", "local", "--workers", 2, *SMALL)
     wait(lambda: waiting(gate), driver)
     (name, (killed,)), *_ = waiting(gate).items()
     os.kill(killed, signal.SIGKILL)
