@@ -118,6 +118,7 @@ _OF_TENSORS: tuple[Check[Document], ...] = (
     folder.tokens_without_rows,
     folder.dropped_rows,
     folder.unknown_template,
+    folder.rows_left_as_they_are,
 )
 CHECKS: tuple[Check[Any], ...] = (*_OF_FILE, *_OF_DOCUMENT, *_OF_TENSORS)
 

@@ -492,3 +492,24 @@ def unknown_template(document: Document) -> Iterator[Finding]:
             f"{shown_value(chosen)} is neither a template nor the name of one, which mergekit "
             f"notices after the merge, and writes no tokenizer{nearest(chosen, ['auto', *names])}",
         )
+
+
+@define_check(
+    "FOL612",
+    "error",
+    title="tensors with a row for each token that `tokenizer:` does not rearrange",
+    advice="leave `tokenizer:` out, and give the models one vocabulary before the merge",
+)
+def rows_left_as_they_are(document: Document) -> Iterator[Finding]:
+    output = _output(document)
+    if output is None or output.tokenizer_source is None:
+        return
+    if names := Vocabularies(output).left_as_they_are():
+        yield document.error(
+            "tokenizer",
+            f"{joined(sorted(names))}: a row for each token, and mergekit does not know it, so "
+            "these stay in the old order and size, and the merged model would be broken; leave "
+            "`tokenizer:` out where all models number their tokens alike (for another size call "
+            "`resize_token_embeddings` of transformers after the merge), else give the models one "
+            "vocabulary first",
+        )

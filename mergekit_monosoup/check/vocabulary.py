@@ -12,6 +12,7 @@ from functools import cached_property
 
 from mergekit_monosoup.check.document import mapping
 from mergekit_monosoup.check.output import Output
+from mergekit_monosoup.checkpoints.names import layer
 
 _EMBEDDING = re.compile(
     r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|tok_embeddings|shared)\.weight$"
@@ -102,6 +103,38 @@ class Vocabularies:
         unit = unit if type(unit) is int and unit > 0 else 1
         return -(-len(self.merged) // unit) * unit
 
+    @property
+    def _renumbered(self) -> bool:
+        """Whether some model's rows are others than the merged model's, in number or order."""
+        models = list(self.of_models.values())
+        return bool(self.merged) and any(
+            tokens.size != self.merged_rows or tokens.numbers != models[0].numbers
+            for tokens in models
+        )
+
+    def left_as_they_are(self) -> list[str]:
+        """Return the tensors with a row for each token that `tokenizer:` does not rearrange.
+
+        mergekit's idea of the architecture does not say that they have: one that it infers names
+        the embeddings alone, and not those of every class.
+        """
+        if not self._renumbered:
+            return []
+        donor = self.output.donor
+        size, tensors = self._size(donor), self.output.document.tensors.get(donor, {})
+        config = self.output.document.configs.get(self.output.called(donor))
+        by_chance = sum(value == size for value in _numbers(config.to_dict() if config else {})) > 1
+        return [
+            task.tensor_name
+            for task in self.output.document.planning.tasks
+            if getattr(task.tensor_task, "output_weight", None) is not None
+            and task.tensor_task.output_weight.vocabulary_axis is None
+            and (stored := tensors.get(task.tensor_name)) is not None
+            and size in stored.shape
+            and not layer(task.tensor_name)
+            and (not by_chance or _EMBEDDING.search(task.tensor_name))
+        ]
+
     def without_rows(self) -> Iterator[tuple[str, list[str], Tokens]]:
         """Yield (model, tokens, all of its tokens) where mergekit would look for a row in vain.
 
@@ -124,3 +157,12 @@ class Vocabularies:
         beside = self.output.beside(name)
         model = beside.json("tokenizer.json").get("model") if beside is not None else None
         return str(mapping(model).get("type", "no tokenizer.json"))
+
+
+def _numbers(config: object) -> Iterator[int]:
+    """Yield the whole numbers of a configuration."""
+    if type(config) is int:
+        yield config
+    elif isinstance(config, dict | list | tuple):
+        for value in config.values() if isinstance(config, dict) else config:
+            yield from _numbers(value)

@@ -361,6 +361,25 @@ def test_padding_rows_and_tokens_that_a_tokenizer_drops(write, tmp_path):
         assert said(source=source, pad_to_multiple_of=64) == []
 
 
+@finds("FOL612")
+def test_rows_that_a_tokenizer_does_not_rearrange(write, tmp_path):
+    size = dict(vocab_size=96, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4)
+    model = transformers.T5EncoderModel(transformers.T5Config(**size))
+    for name in ("base", "tuned"):
+        model.save_pretrained(tmp_path / name)
+        words(tmp_path / name, 96)
+
+    def said(**tokenizer):
+        models = [{"model": str(tmp_path / "tuned")}]
+        return messages(write(base_model=str(tmp_path / "base"), models=models, **tokenizer))
+
+    assert said() == said(tokenizer={"source": "union"}) == []  # nothing is to be rearranged
+    (padded,) = said(tokenizer={"source": "base", "pad_to_multiple_of": 64})
+    assert "shared.weight: a row for each token" in padded
+    words(tmp_path / "tuned", 95, ("<new>",))  # of the same size, and not the same tokens
+    assert "shared.weight: a row" in said(tokenizer={"source": "base"})[0]
+
+
 def test_an_adapter_has_a_tokenizer_of_its_own(write, models, tmp_path):
     shapes = {
         "model.embed_tokens.lora_embedding_A": (4, checkpoints.VOCABULARY),
