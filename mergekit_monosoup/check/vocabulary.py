@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
+from transformers import PretrainedConfig
+
 from mergekit_monosoup.check.document import mapping
 from mergekit_monosoup.check.output import Output
 from mergekit_monosoup.checkpoints.names import layer
@@ -123,12 +125,13 @@ class Vocabularies:
         donor = self.output.donor
         size, tensors = self._size(donor), self.output.document.tensors.get(donor, {})
         config = self.output.document.configs.get(self.output.called(donor))
-        by_chance = sum(value == size for value in _numbers(config.to_dict() if config else {})) > 1
+        settings = config.to_dict() if isinstance(config, PretrainedConfig) else {}
+        by_chance = sum(value == size for value in _numbers(settings)) > 1
         return [
             task.tensor_name
             for task in self.output.document.planning.tasks
-            if getattr(task.tensor_task, "output_weight", None) is not None
-            and task.tensor_task.output_weight.vocabulary_axis is None
+            if (weight := getattr(task.tensor_task, "output_weight", None)) is not None
+            and weight.vocabulary_axis is None
             and (stored := tensors.get(task.tensor_name)) is not None
             and size in stored.shape
             and not layer(task.tensor_name)
