@@ -222,17 +222,21 @@ class _Pickled:
     mergekit's loader of safetensors is.
     """
 
+    # A tensor must come from the file that holds it, and torch's warnings are switched off for the
+    # whole process while a file is opened.
+    _lock = threading.Lock()
+
     def __init__(self, index: ShardedTensorIndex):
         self.index = index
         self._file = ""
         self._tensors: dict[str, Tensor] = {}
-        self._lock = threading.Lock()
 
     def get_tensor(self, name: str) -> Tensor:
         file = os.path.join(self.index.base_path, self.index.tensor_paths[name])
-        with self._lock:  # another thread may open the next file meanwhile
+        with self._lock:
             if self._file != file:
-                self._file, self._tensors = file, named_tensors(file, "cpu", unwrap=True)
+                self._tensors = named_tensors(file, "cpu", unwrap=True)
+                self._file = file
             return self._tensors[name]
 
 

@@ -385,7 +385,10 @@ def _fewer(used: int, workers: int, batches: int) -> str:
     if used >= workers:
         return ""
     if batches >= workers:
-        return f", of {workers}: the others had not started yet when all was done"
+        return (
+            f", of {workers}: the others had not started yet when all was done, or there was no "
+            "memory for them"
+        )
     return (
         f", of {workers}: the model was divided into {batches} part(s) only, for one is at least "
         f"{SMALLEST_BATCH / 1e6:.0f} MB (--out-shard-size makes smaller ones)"

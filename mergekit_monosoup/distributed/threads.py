@@ -18,6 +18,7 @@ from mergekit.common import ModelReference
 from mergekit.io import LazyTensorLoader
 from mergekit.io.tasks import LoaderCache
 
+from mergekit_monosoup.checkpoints.loaders import own_loader
 from mergekit_monosoup.distributed.folder import WORKER_THREAD, Done, worker_name
 from mergekit_monosoup.distributed.plan import PROCESS, Batch
 from mergekit_monosoup.distributed.worker import Failed, MergeContext, execute
@@ -107,9 +108,12 @@ class _Pool:
                 thread.join()
 
     def _work(self) -> None:
-        self._open_models()
+        opened = False
         while (batch := self._batches.get()) is not None:
             try:
+                if not opened:
+                    self._open_models()
+                    opened = True
                 result = execute(self._context, batch, self._stopping.is_set)
             except BaseException as error:  # SystemExit of a method: the driver waits for an answer
                 message = f"{type(error).__name__}: {error}"
@@ -117,19 +121,13 @@ class _Pool:
             self._results.put((batch, result))
 
     def _open_models(self) -> None:
-        """Give this thread loaders of its own; those of pickles that are read whole are shared.
+        """Give this thread loaders of its own.
 
         A loader holds one open file, and two threads would close each other's at every tensor.
         """
         cache = LoaderCache()  # mergekit has one for each thread
-        options = self._context.options
-        cache.setup(options)
-        cache.loaders = {
-            model: LazyTensorLoader(loader.index, lazy_unpickle=options.lazy_unpickle)
-            if loader.index.is_safetensors or options.lazy_unpickle
-            else loader
-            for model, loader in self._loaders.items()
-        }
+        cache.setup(self._context.options)
+        cache.loaders = {model: own_loader(loader) for model, loader in self._loaders.items()}
 
 
 def _memory(batch: Batch) -> int:
