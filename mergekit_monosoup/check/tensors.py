@@ -217,7 +217,14 @@ def lacking(document: Document) -> Iterator[Finding]:
         if document.renamed:
             continue  # it has them under other names, see TEN520
         if names - everywhere:
-            yield document.error(model, misfit.lacking(model, names - everywhere))
+            said = misfit.lacking(model, names - everywhere)
+            if len(document.reads.models) == 1:  # no other model tells whose fault it is
+                said += (
+                    " If it is, mergekit's definition of "
+                    f"{misfit.class_of(next(iter(document.planning.known)))} does not fit it. "
+                    f"{document.planning.way_out}"
+                )
+            yield document.error(model, said)
 
 
 # -- models beside each other ----------------------------------------------------------------------

@@ -506,6 +506,12 @@ def test_a_definition_that_fits_no_model(write, tmp_path, make):
     assert by_pytorch(error.message, tmp_path) == names_of(tmp_path / "base")
     with pytest.raises(PlanningError, match="not the checkpoints are at fault"):
         run_strictly(path, tmp_path / "out")
+    alone = {"merge_method": "linear", "base_model": None, "parameters": {}}
+    only = [{"model": str(tmp_path / "tuned"), "parameters": {"weight": 1}}]
+    (error,) = check(write(**alone, models=only))
+    assert error.code == "TEN508" and "is the checkpoint complete? If it is" in error.message
+    assert by_pytorch(error.message, tmp_path) == names_of(tmp_path / "base")
+    path = fine_tuned(write, make(), tmp_path)
     # A tensor that only one of them lacks is that one's own.
     # Not any of them: of T5's encoder the definition names some otherwise, and some not at all.
     gone = min(
