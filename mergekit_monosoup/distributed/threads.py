@@ -101,7 +101,7 @@ class _Pool:
             self._batches.put(None)
         if self._running:
             LOG.warning(
-                "waiting for the tensors at work to be finished; Ctrl-C again stops at once"
+                "waiting for the tensors at work to be finished; press Ctrl-C to stop at once"
             )
         for thread in self._threads:
             if thread.is_alive():
