@@ -162,9 +162,9 @@ def _changes(reference: ModelReference) -> Iterator[float]:
     """Yield when the files of base and adapter were written, as far as they lie here."""
     for part in (reference.model, reference.lora):
         if part is not None and os.path.isdir(part.path):
-            for file in os.scandir(part.path):
-                if file.name.endswith((".safetensors", ".bin", "adapter_config.json")):
-                    yield file.stat().st_mtime
+            for name in os.listdir(part.path):
+                if name.endswith((".safetensors", ".bin", "adapter_config.json")):
+                    yield os.path.getmtime(os.path.join(part.path, name))
 
 
 def _check_fits(reference: ModelReference) -> None:

@@ -57,7 +57,7 @@ def test_the_spectrum_adds_the_solvers_alone(monkeypatch):
     assert [frame.name for frame in frames] == [
         "_monosoup",
         "_merge_matrices",
-        "call_each",
+        "in_order",
         "edit",
         "_edit",
         "__init__",
