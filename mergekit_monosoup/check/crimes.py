@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from textwrap import shorten
 
 from mergekit.common import ModelReference
 
@@ -11,6 +12,8 @@ from mergekit_monosoup.check.context import Document
 from mergekit_monosoup.check.planning import Planning
 from mergekit_monosoup.checkpoints import hub
 from mergekit_monosoup.checkpoints.reader import listed
+
+LONGEST = 100  # characters of an error of mergekit's that are repeated
 
 
 def advice(document: Document) -> str:
@@ -43,7 +46,8 @@ def _trial(planning: Planning, leader: ModelReference) -> Planning:
 def _stops(trial: Planning) -> str:
     """Return why mergekit would stop; empty if it would not."""
     if trial.error is not None:
-        return f"it cannot plan the merge ({trial.error})"
+        # Its error may quote a whole config.json.
+        return f"it cannot plan the merge ({shorten(str(trial.error), LONGEST, placeholder='…')})"
     for model, names in trial.reads.lacking.items():
         return f"{model} lacks {listed(sorted(names))}"
     return ""
