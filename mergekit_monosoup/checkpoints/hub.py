@@ -67,8 +67,11 @@ class UnreadHeadersError(HubError):
 
 
 @contextmanager
-def explained() -> Iterator[None]:
-    """Turn errors of the hub's client into a :class:`HubError`; others pass."""
+def explained(subject: str = "") -> Iterator[None]:
+    """Turn errors of the hub's client into a :class:`HubError`; others pass.
+
+    ``subject``: what the message is about, where the caller does not say so itself.
+    """
     try:
         yield
     except HubError:
@@ -76,7 +79,7 @@ def explained() -> Iterator[None]:
     except Exception as error:
         if (meant := explanation(error)) is None:
             raise
-        raise meant from error
+        raise type(meant)(f"{subject}: {meant}" if subject else str(meant)) from error
 
 
 def explanation(error: BaseException | None) -> HubError | None:

@@ -43,6 +43,7 @@ from mergekit_monosoup.distributed.engines import (
 from mergekit_monosoup.distributed.folder import Done, WorkFolder
 from mergekit_monosoup.distributed.plan import SMALLEST_BATCH
 from mergekit_monosoup.distributed.preconditions import (
+    any_of,
     check_places,
     names_compared,
     prepare_models,
@@ -188,7 +189,7 @@ def run(
         original = request.config.model_copy(deep=True)
         with (
             names_compared(original),
-            hub.explained(),
+            hub.explained(any_of(original)),
             strictly(allow_incomplete=allow_incomplete, in_process=False) as strict,
         ):
             records = merge(request, resume=resume, force=force, strict=strict)
@@ -220,7 +221,7 @@ def _run_mergekit_yaml(
         prepare_models(config, options)
         with (
             names_compared(config),
-            hub.explained(),
+            hub.explained(any_of(config)),
             work.claimed(resume=False, force=force),
         ):
             inputs = states(local_input_files(config), hashed=hash_inputs)

@@ -53,6 +53,11 @@ def check_places(out_path: str, config: MergeConfiguration) -> None:
                 headers.of_file(file)
 
 
+def any_of(config: MergeConfiguration) -> str:
+    """Return the subject of an error that may be any model's."""
+    return f"one of {', '.join(sorted(map(str, config.referenced_models())))}"
+
+
 @contextmanager
 def names_compared(config: MergeConfiguration) -> Iterator[None]:
     """Say that a wrapper changed the names of a model, where tensors are said to be missing.
