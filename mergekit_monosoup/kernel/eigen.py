@@ -13,16 +13,17 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import chain
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mergekit_monosoup.errors import SolverError
-from mergekit_monosoup.kernel.lapack import call, integers, solve
+from mergekit_monosoup.kernel.lapack import call, integers, one_thread_each, solve
 
 LOG = logging.getLogger("mergekit_monosoup")
 EPS = float(np.finfo(np.float64).eps)
@@ -38,6 +39,13 @@ PANEL = 256
 # Vectors per call of dstein. Measured for 409 of order 2048: groups of 4 70 ms, 32 81 ms, 128
 # 123 ms, all at once 260 ms; the inner products that are left grow from 4e-13 (32) to 2e-12 (4).
 GROUP = 32
+
+# Matrices of this order and larger ones take the threads that the user gives BLAS. Two threads
+# against one on two quiet cores, ratios of wall and of processor time: dsytrd with dsterf at order
+# 1024 0.78 and 1.50, at 1536 0.76 and 1.50, at 2048 0.53 and 1.08, at 4096 0.58 and 1.13. Where the
+# cores have other work, too, the thousands of small products that dsytrd is made of wait for each
+# other: 10 to 37 times the processor time at order 1024.
+THREADED_ORDER = 2048
 
 
 def out_of_memory(error: RuntimeError) -> bool:
@@ -278,7 +286,8 @@ class Eigen:
         self._lower = lower
         self._rungs = chain(before, _rungs(lower))
         self._failures: list[str] = []
-        self._climb()
+        with self._threads():
+            self._climb()
         self.values = self._solver.values
 
     @property
@@ -290,15 +299,20 @@ class Eigen:
 
         (s, stop − start) float64, on the device of the matrix.
         """
-        while True:
-            try:
-                vectors = self._solver.vectors(start, stop).to(self._lower.device)
-                _verify_vectors(self._lower, self.values[start:stop], vectors)
-            except FAILURES as error:
-                self._note(error)
-                self._climb()
-            else:
-                return vectors
+        with self._threads():
+            while True:
+                try:
+                    vectors = self._solver.vectors(start, stop).to(self._lower.device)
+                    _verify_vectors(self._lower, self.values[start:stop], vectors)
+                except FAILURES as error:
+                    self._note(error)
+                    self._climb()
+                else:
+                    return vectors
+
+    def _threads(self) -> AbstractContextManager[Any]:
+        """Let BLAS use one thread where more of them do not pay."""
+        return nullcontext() if len(self._lower) >= THREADED_ORDER else one_thread_each()
 
     def _climb(self) -> None:
         for name, attempt in self._rungs:
