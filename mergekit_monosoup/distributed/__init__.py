@@ -5,6 +5,8 @@ this process, or processes that Ray starts. This folder divides the plan among t
 every merge method of mergekit. From the command line down:
 
     command.py       the options of `mergekit-monosoup run`, its messages and exit codes
+    stages.py        a file of several stages, each a merge of its own: order, folders, what is done
+    alone.py         a merge by mergekit itself, whose model is put into OUT when it is whole
     driver.py        a merge from claiming OUT to publishing the model; ties the rest together
     plan.py          mergekit's plan divided into batches of tensors, by size and memory
     preconditions.py what is looked at before a merge: its models, and where it writes

@@ -11,12 +11,14 @@ import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
+import yaml
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 from mergekit.scripts import run_yaml
@@ -27,29 +29,28 @@ from mergekit_monosoup.check.keys import refusals
 from mergekit_monosoup.checkpoints import hub
 from mergekit_monosoup.checkpoints.texts import UnreadableError, read_text
 from mergekit_monosoup.checkpoints.yaml import MOST_BYTES, PlainLoader, parse_documents
-from mergekit_monosoup.distributed.dependencies import (
-    asked,
-    local_input_files,
-    states,
-)
-from mergekit_monosoup.distributed.driver import MergeError, Request, check_inputs, merge
+from mergekit_monosoup.distributed import stages
+from mergekit_monosoup.distributed.alone import merge_alone
+from mergekit_monosoup.distributed.driver import MergeError, Part, Request, merge, merge_claimed
 from mergekit_monosoup.distributed.engines import (
     Engine,
     InProcess,
     OnRay,
     cores,
     import_ray,
+    started_once,
 )
 from mergekit_monosoup.distributed.folder import Done, WorkFolder
 from mergekit_monosoup.distributed.plan import SMALLEST_BATCH
 from mergekit_monosoup.distributed.preconditions import (
     any_of,
+    check_no_input,
     check_places,
     names_compared,
     prepare_models,
 )
 from mergekit_monosoup.distributed.threads import InThreads
-from mergekit_monosoup.planner import strictly
+from mergekit_monosoup.planner import Strict, strictly
 
 # Of disks, quotas and limits that are reached; libraries in Rust use the same words.
 FULL = tuple(map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)))
@@ -118,6 +119,13 @@ SUPPORTED_OPTIONS = frozenset(
     "--force", is_flag=True, help="Replace the model, or drop the unfinished merge, in OUT."
 )
 @click.option(
+    "--intermediate-dir",
+    "-I",
+    metavar="DIR",
+    help="Keep the models of stages in DIR/NAME, for CONFIG of several stages. Without it they are "
+    "removed when all is merged.",
+)
+@click.option(
     "--seed-per-tensor",
     is_flag=True,
     help="For methods that draw random numbers: from --random-seed and the name "
@@ -144,6 +152,7 @@ def run(
     gpus: bool,
     resume: bool,
     force: bool,
+    intermediate_dir: str | None,
     seed_per_tensor: bool,
     hash_inputs: bool,
     allow_incomplete: bool,
@@ -158,118 +167,206 @@ def run(
     One worker (--workers 1, or where workers cannot share: --device, -j) is mergekit-yaml in this
     process, but that OUT gets the model when it is complete, and keeps a finished one; to be
     resumed it needs --resume from the start.
+
+    CONFIG may be of several stages, as for mergekit-multi: OUT gets the model of the one without a
+    `name`. --resume goes on with the stage that was cut off.
     """
-    if workers is None and address is None and not gpus:
-        workers = _default_workers(merge_options, seed_per_tensor)
-    if workers == 1 and address is None and not (gpus or resume or seed_per_tensor):
-        with strictly(allow_incomplete=allow_incomplete, in_process=True):
-            _run_mergekit_yaml(
-                config_file, out_path, merge_options, force=force, hash_inputs=hash_inputs
-            )
-        return
     with _errors(out_path, merge_options.verbosity > 0):
-        on_ray = address is not None
-        options = _check_options(merge_options, workers, on_ray, gpus, seed_per_tensor)
-        options.model_copy(update={"num_threads": None}).apply_global_options()
-        engine: Callable[[], Engine] = InProcess
-        threads = options.num_threads
-        if address is not None:
-            import_ray()  # before anything is read
-            threads = threads or 1
-            engine = partial(OnRay, address, workers, threads, gpus)
-        elif workers != 1:
-            threads = 1
-            engine = partial(InThreads, workers or cores())
-        config, source = _read_configuration(config_file)
-        check_places(out_path, config)
-        prepare_models(config, options)
-        seed = (options.random_seed or 0) if seed_per_tensor else None
-        out = Path(out_path)
-        request = Request(config, source, out, options, threads, seed, hash_inputs, engine)
-        original = request.config.model_copy(deep=True)
-        with (
-            names_compared(original),
-            hub.explained(any_of(original)),
-            strictly(allow_incomplete=allow_incomplete, in_process=False) as strict,
-        ):
-            records = merge(request, resume=resume, force=force, strict=strict)
-    if not options.quiet:
-        _print_summary(out_path, records, options.verbosity > 0, workers or 1)
+        source, documents = _read_documents(config_file)
+        several = len(documents) != 1
+        if intermediate_dir is not None and not several:
+            raise ValueError("--intermediate-dir is for files of several stages (--- between them)")
+        begun = WorkFolder(out_path).threads() if resume else None
+        if workers is None and address is None and not gpus:
+            workers = _default_workers(merge_options, seed_per_tensor, begun)
+        in_process = workers == 1 and address is None and not (gpus or seed_per_tensor)
+        options = merge_options
+        if resume or not in_process:
+            on_ray = address is not None
+            options = _check_options(options, workers, on_ray, gpus, seed_per_tensor)
+        job = _job(options, workers, address, gpus, seed_per_tensor, begun)
+        job = replace(job, hash_inputs=hash_inputs, allow_incomplete=allow_incomplete)
+        if several:
+            job = replace(job, alone=in_process)
+            recipe = stages.read(config_file, source, documents, Path(out_path), intermediate_dir)
+            records = _merge_stages(config_file, recipe, job, resume=resume, force=force)
+        else:
+            job = replace(job, alone=in_process and not resume)
+            config = _validated(config_file, documents[0])
+            request = job.request(config, source, Path(out_path))
+            records = _merge_single(config_file, request, job, resume=resume, force=force)
+    if records and not merge_options.quiet:
+        _print_summary(out_path, records, merge_options.verbosity > 0, workers or 1)
 
 
-def _default_workers(options: MergeOptions, seed_per_tensor: bool) -> int | None:
-    """Return 1 where threads of this process cannot share the work, else None: all cores."""
+def _default_workers(options: MergeOptions, seed_per_tensor: bool, begun: int | None) -> int | None:
+    """Return 1 where threads of this process cannot share the work, else None: all cores.
+
+    ``begun``: how many threads each worker had of the merge that is resumed.
+    """
     alone = options.device != "cpu" or options.multi_gpu or (options.num_threads or 1) > 1
-    return 1 if alone or seed_per_tensor else None
+    return 1 if alone or seed_per_tensor or (begun or 1) > 1 else None
 
 
-def _run_mergekit_yaml(
-    config_file: str,
-    out_path: str,
-    options: MergeOptions,
-    *,
-    force: bool,
-    hash_inputs: bool,
-) -> None:
-    """Merge by mergekit-yaml's own function, and put the model into OUT when it is complete."""
-    work = WorkFolder(out_path)
-    callback: Any = run_yaml.main.callback
-    mergekit_yaml = partial(callback, config_file=config_file, **options.model_dump())
-    with _errors(out_path, options.verbosity > 0):
-        config, source = _read_configuration(config_file)
-        check_places(out_path, config)
-        prepare_models(config, options)
+@dataclass(frozen=True)
+class _Job:
+    """How the user wants to merge, whatever it is.
+
+    Attributes:
+        alone: by mergekit itself, in this process; but for what has been begun otherwise.
+        options, engine, threads, seed, hash_inputs: see :class:`Request`.
+        allow_incomplete: merge although matrices will be missing.
+    """
+
+    options: MergeOptions
+    engine: Callable[[], Engine]
+    threads: int | None
+    seed: int | None
+    alone: bool = False
+    hash_inputs: bool = False
+    allow_incomplete: bool = False
+
+    def request(
+        self, config: MergeConfiguration, source: str, out: Path, part: Part | None = None
+    ) -> Request:
+        """Return the request for one merge."""
+        return Request(
+            config,
+            source,
+            out,
+            self.options,
+            self.threads,
+            self.seed,
+            self.hash_inputs,
+            self.engine,
+            part,
+        )
+
+    @contextmanager
+    def explained(self, config: MergeConfiguration, in_process: bool) -> Iterator[Strict]:
+        """Refuse incomplete merges, and say more of errors, while the block merges."""
+        config = config.model_copy(deep=True)  # mergekit rewrites it
         with (
             names_compared(config),
             hub.explained(any_of(config)),
-            work.claimed(resume=False, force=force),
+            strictly(allow_incomplete=self.allow_incomplete, in_process=in_process) as strict,
         ):
-            inputs = states(local_input_files(config), hashed=hash_inputs)
-            threads = options.num_threads or torch.get_num_threads()
-            needs = asked(source, options, threads=threads, seed=None, hash_inputs=hash_inputs)
-            # Only for the case that it is killed while it renames, and resumed.
-            work.record({**needs, "inputs": inputs})
-            mergekit_yaml(out_path=str(work.files))
-            check_inputs(work.out, inputs, hashed=hash_inputs)
-            work.prepare({})
-            work.publish()
-            work.remove()
+            yield strict
+
+    def merge_stage(self, request: Request, work: WorkFolder) -> list[Done]:
+        """Merge a stage into its folder, which is claimed."""
+        prepare_models([r for r in request.config.referenced_models() if r.lora], self.options)
+        alone = self.alone and not work.begun
+        with self.explained(request.config, alone) as strict:
+            if not alone:
+                return merge_claimed(request, work, strict)
+            merge_alone(replace(request, threads=self.options.num_threads), work)
+            return []
+
+
+def _job(
+    options: MergeOptions,
+    workers: int | None,
+    address: str | None,
+    gpus: bool,
+    seed_per_tensor: bool,
+    begun: int | None,
+) -> _Job:
+    """Return how to merge with these options of the command.
+
+    Raises:
+        ImportError: without Ray, if it is asked for.
+    """
+    options.model_copy(update={"num_threads": None}).apply_global_options()
+    seed = (options.random_seed or 0) if seed_per_tensor else None
+    if address is not None:
+        import_ray()  # before anything is read
+        threads = options.num_threads or 1
+        return _Job(options, partial(OnRay, address, workers, threads, gpus), threads, seed)
+    # A merge that several threads have begun has one thread for each tensor, also for one worker.
+    by_threads = begun == 1 and options.num_threads is None and torch.get_num_threads() > 1
+    if workers != 1 or by_threads:
+        return _Job(options, partial(InThreads, workers or cores()), 1, seed)
+    return _Job(options, InProcess, options.num_threads, seed)
+
+
+def _merge_single(
+    path: str, request: Request, job: _Job, *, resume: bool, force: bool
+) -> list[Done]:
+    models = request.config.referenced_models()
+    check_places(str(request.out), models)
+    prepare_models(models, job.options)
+    with job.explained(request.config, job.alone) as strict:
+        if not job.alone:
+            return merge(request, resume=resume, force=force, strict=strict)
+        with WorkFolder(request.out).claimed(resume=False, force=force) as work:
+            merge_alone(request, work, partial(_mergekit_yaml, path))
+            return []
+
+
+def _mergekit_yaml(path: str, request: Request, out: str) -> None:
+    """Merge by mergekit-yaml's own function."""
+    callback: Any = run_yaml.main.callback
+    callback(config_file=path, out_path=out, **request.options.model_dump())
+
+
+def _merge_stages(
+    path: str, recipe: stages.Recipe, job: _Job, *, resume: bool, force: bool
+) -> list[Done]:
+    """Merge a file of several stages."""
+    recipe.check_names(path)
+    models = {model for stage in recipe.stages for model in stage.foreign}
+    for stage in recipe.stages:
+        check_no_input(str(recipe.folder(stage)), models)
+    check_places(str(recipe.out), models)
+    prepare_models(models, job.options)
+    if job.alone and job.options.num_threads is not None:
+        torch.set_num_threads(job.options.num_threads)
+    with started_once(job.engine) as engine:
+        shared = replace(job, engine=engine)
+
+        def request_of(stage: stages.Stage) -> Request:
+            source = yaml.safe_dump(stage.document, sort_keys=False)
+            return shared.request(stage.config, source, recipe.folder(stage), recipe.part(stage))
+
+        quiet = job.options.quiet
+        return stages.merge_all(
+            recipe,
+            request_of,
+            shared.merge_stage,
+            lambda text: None if quiet else click.echo(text, err=True),
+            resume=resume,
+            force=force,
+        )
 
 
 # -- what is read ----------------------------------------------------------------------------------
 
 
-def _read_configuration(path: str) -> tuple[MergeConfiguration, str]:
-    """Return the configuration, and its text.
+def _read_documents(path: str) -> tuple[str, list[Any]]:
+    """Return the text of a configuration, and its documents.
 
     Raises:
-        ValueError: it cannot be read, is not YAML, holds several stages, or mergekit does not
-            accept it.
+        ValueError: it cannot be read, or is not YAML.
     """
     try:
         source = read_text(path, MOST_BYTES)
-        return MergeConfiguration.model_validate(_parse_stage(path, source)), source
+        return source, parse_documents(source, PlainLoader)
     except UnreadableError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def _validated(path: str, document: Any) -> MergeConfiguration:
+    """Return the configuration in the only document of a file.
+
+    Raises:
+        ValueError: mergekit does not accept it.
+    """
+    try:
+        return MergeConfiguration.model_validate(document)
     except ValidationError as error:
         lines = [f"{path}: {place}: {text}" for place, text in refusals(error).items()]
         raise ValueError("\n".join(lines)) from error
-
-
-def _parse_stage(path: str, source: str) -> Any:
-    """Return the only document of a YAML file.
-
-    Raises:
-        UnreadableError: it is not YAML.
-        ValueError: it holds several stages.
-    """
-    documents = parse_documents(source, PlainLoader)
-    if len(documents) != 1:
-        raise ValueError(
-            f"{path}: holds {len(documents)} stages; mergekit-multi merges those one after the "
-            "other, `run` takes one of them"
-        )
-    return documents[0]
 
 
 def _check_options(
@@ -350,12 +447,14 @@ def _errors(out_path: str, verbose: bool) -> Iterator[None]:
 def _resume_hint(out_path: str) -> str:
     """Return how to go on with the unfinished merge in OUT; empty if there is none."""
     work = WorkFolder(out_path)
-    if not work.begun:
+    if not work.resumable:
         return ""
-    count = len(list(work.done.glob("*.json")))
+    kept = [f"{work.finished_stages} finished stage(s)"] if work.finished_stages else []
+    if work.finished_batches or not kept:
+        kept.append(f"{work.finished_batches} finished batch(es)")
     return (
-        f"{count} finished batch(es) kept in {out_path}: the same command with --resume (and "
-        "without --force) goes on."
+        f"{' and '.join(kept)} kept in {out_path}: the same command with "
+        "--resume (and without --force) goes on."
     )
 
 

@@ -44,6 +44,8 @@ OPTIONS = (
     "safe_serialization",
 )
 
+THREADS = "threads per worker (-j)"  # their number, among the options
+
 # Files beside the weights that decide shapes and vocabularies.
 _SIDE_FILES = re.compile(r"\.json$|\.model$|\.jinja$|^merges\.txt$")
 
@@ -86,7 +88,7 @@ def asked(
         hash_inputs: inputs are known by their content.
     """
     settings = {name: getattr(options, name) for name in OPTIONS}
-    settings |= {"threads per worker (-j)": threads, "seed of each tensor": seed}
+    settings |= {THREADS: threads, "seed of each tensor": seed}
     return {
         "configuration": as_json(source),
         "options": {**settings, "--hash-inputs": hash_inputs},

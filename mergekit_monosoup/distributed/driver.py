@@ -70,6 +70,34 @@ class MergeError(RuntimeError):
 
 
 @dataclass(frozen=True)
+class Part:
+    """What a merge that is one stage of several has of its own.
+
+    Attributes:
+        earlier: documents of the stages that it is made from, and they from; by name.
+        card: the configuration that the model card quotes; None: as mergekit-multi writes it.
+        names: path of each stage → what the model card calls it.
+        kept: a record is left beside the model, by which --resume knows the stage.
+    """
+
+    earlier: Mapping[str, Any]
+    card: str | None
+    names: Mapping[str, str]
+    kept: bool
+
+    def finish(self, work: WorkFolder, shards: dict[str, str], *, hashed: bool) -> None:
+        """Do what is to be done before the model is put into its place."""
+        card = work.files / "README.md"
+        if self.names and card.exists():
+            text = card.read_text(encoding="utf-8")
+            for path, name in self.names.items():
+                text = text.replace(path, name)
+            card.write_text(text, encoding="utf-8")
+        if self.kept:
+            work.keep_record(shards, hashed=hashed)
+
+
+@dataclass(frozen=True)
 class Request:
     """A merge as the user wants it.
 
@@ -82,6 +110,7 @@ class Request:
         seed: see :class:`mergekit_monosoup.distributed.worker.MergeContext`.
         hash_inputs: know the models' files by their content, not by size and time of change.
         engine: starts the workers, once it is clear that there is something for them to do.
+        part: what it has of its own if it is one stage of several.
     """
 
     config: MergeConfiguration
@@ -92,16 +121,25 @@ class Request:
     seed: int | None
     hash_inputs: bool
     engine: Callable[[], Engine]
+    part: Part | None = None
 
     def asked(self) -> Dependencies:
         """Return the part of what the result depends on that is no file."""
-        return asked(
+        found = asked(
             self.source,
             self.options,
             threads=self.threads or torch.get_num_threads(),
             seed=self.seed,
             hash_inputs=self.hash_inputs,
         )
+        if self.part and self.part.earlier:
+            found["earlier stages"] = dict(self.part.earlier)
+        return found
+
+    @property
+    def card(self) -> str | None:
+        """The configuration that the model card quotes; None: as mergekit writes it."""
+        return self.part.card if self.part else self.source
 
 
 def merge(
@@ -120,24 +158,33 @@ def merge(
         ValueError, RuntimeError, ...: what mergekit raises for this configuration.
     """
     work = WorkFolder(request.out)
+    with work.claimed(resume=resume, force=force):
+        work.check_stages(())
+        return merge_claimed(request, work, strict)
+
+
+def merge_claimed(request: Request, work: WorkFolder, strict: Strict | None) -> list[Done]:
+    """Do what :func:`merge` does, in a folder that the caller has claimed."""
     # mergekit's planner rewrites the configuration.
     original = request.config.model_copy(deep=True)
-    with work.claimed(resume=resume, force=force):
-        if work.publishing:
-            work.check_complete(request.asked())
-        else:
-            distributor = Distributor(request, original, work)
-            with distributor.in_place_of_executor():
-                # Quiet: there is one bar, ours.
-                options = request.options.model_copy(update={"quiet": True})
-                mergekit.merge.run_merge(
-                    request.config, str(work.files), options, config_source=request.source
-                )
-            distributor.write_reports(strict.left_out if strict else ())
-            work.prepare(distributor.shards())
-        records = work.records()
-        work.publish()
-        work.remove()
+    if work.publishing:
+        work.check_complete(request.asked())
+    else:
+        distributor = Distributor(request, original, work)
+        with distributor.in_place_of_executor():
+            # Quiet: there is one bar, ours.
+            options = request.options.model_copy(update={"quiet": True})
+            mergekit.merge.run_merge(
+                request.config, str(work.files), options, config_source=request.card
+            )
+        distributor.write_reports(strict.left_out if strict else ())
+        shards = distributor.shards()
+        if request.part:
+            request.part.finish(work, shards, hashed=request.hash_inputs)
+        work.prepare(shards)
+    records = work.records()
+    work.publish()
+    work.remove()
     return records
 
 

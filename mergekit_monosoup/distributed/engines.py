@@ -12,8 +12,9 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Protocol
 
 from mergekit_monosoup.distributed.folder import Done
@@ -69,6 +70,31 @@ class InProcess:
 
     def close(self) -> None:
         pass
+
+
+class _Lent:
+    """An engine that several merges use, one after the other; who lends it closes it."""
+
+    def __init__(self, engine: Engine):
+        self.workers, self.own_process, self.run = engine.workers, engine.own_process, engine.run
+
+    def close(self) -> None:
+        pass
+
+
+@contextmanager
+def started_once(start: Callable[[], Engine]) -> Iterator[Callable[[], Engine]]:
+    """Yield what returns an engine, which starts at the first call and is closed at the end.
+
+    Ray takes 20 seconds to start: not for each stage of a merge.
+    """
+    with ExitStack() as stack:
+
+        @cache
+        def lent() -> Engine:
+            return _Lent(stack.enter_context(closing(start())))
+
+        yield lent
 
 
 class OnRay:

@@ -10,6 +10,8 @@ renaming.
         done/00012-1.safetensors
         making/00012@NODE@PID@… what a worker is writing; worthless once the worker is gone
         files/OUT/              config, index, tokenizer, model card, as mergekit writes them
+        stages.json             of a merge of several stages: their names, and where they lie
+        stages/NAME/            their models, each an output folder like OUT
         publish.json            written when all of it is there: which file goes where
     OUT/config.json             last of all
 
@@ -34,9 +36,9 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
@@ -47,12 +49,13 @@ from mergekit_monosoup.distributed.dependencies import (
     ABSENT,
     HASHED,
     READERS,
+    THREADS,
     Dependencies,
     differences,
     sha256,
     states,
 )
-from mergekit_monosoup.distributed.publication import WEIGHTS, FolderError
+from mergekit_monosoup.distributed.publication import RECORD, WEIGHTS, FolderError
 
 LOG = logging.getLogger("mergekit_monosoup")
 
@@ -102,12 +105,22 @@ class Done:
 class Header:
     """What merge.json holds: what the merge depends on, and how it was divided.
 
-    ``batch_bytes`` is 0 where it was not.
+    ``batch_bytes`` is 0 where it was not. ``outputs``: file of weights → its state, in the record
+    of a finished stage.
     """
 
     format: int
     fingerprint: Dependencies
     batch_bytes: int = 0
+    outputs: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StageList:
+    """What stages.json holds: the names of the stages before the last, and their folder."""
+
+    folder: str
+    names: list[str]
 
 
 class WorkFolder:
@@ -125,14 +138,17 @@ class WorkFolder:
         self._lock = self.path / "lock"
         self._header = self.path / "merge.json"
         self._publish = self.path / "publish.json"
+        self._stage_list = self.path / "stages.json"
+        self.own_stages = self.path / "stages"
 
     # -- of the driver -----------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def claimed(self, *, resume: bool, force: bool) -> Iterator[None]:
-        """Hold the folder for one driver. The lock goes with the process, however it ends.
+    def claimed(self, *, resume: bool, force: bool) -> Iterator[WorkFolder]:
+        """Hold the folder for one driver, and yield it.
 
-        What is not worth resuming is removed at the end, before others may come.
+        The lock goes with the process, however it ends. What is not worth resuming is removed at
+        the end, before others may come.
 
         Raises:
             FolderError: another driver is at work, there is a finished model, or an unfinished
@@ -147,19 +163,21 @@ class WorkFolder:
             raise
         try:
             check_free(self.out, resume=resume, force=force)  # nobody else can change it now
-            if force or not self.begun:
-                # A vocabulary that a killed driver left may be another merge's.
+            if force or not self.resumable:
                 self.clear()
+            elif not self.begun:
+                # A vocabulary that a killed driver left may be another merge's.
+                self.clear(keep=(self._stage_list, self.own_stages))
             self._make_folders()
-            yield
+            yield self
         finally:
             try:
-                if not self.begun:  # nothing to resume: leave no trace
+                if not self.resumable:  # leave no trace
                     self._erase()
             finally:
                 if lock is not None:
                     os.close(lock)
-            if sys.platform == "win32" and not self.begun:  # no open file can be removed there
+            if sys.platform == "win32" and not self.resumable:  # no open file can be removed there
                 self._erase()
             files.remove_empty(made)
 
@@ -221,14 +239,16 @@ class WorkFolder:
                 elif not (self.done / f"{batch}.json").exists():
                     path.unlink()
 
-    def clear(self) -> None:
-        """Remove what an earlier merge left unfinished; the lock stays."""
+    def clear(self, keep: Sequence[Path] = ()) -> None:
+        """Remove what an earlier merge left unfinished; the lock and ``keep`` stay."""
         # First, and in this order: without the header the rest means nothing, and what is being
         # published must not outlive the word of which merge it is.
         for path in (self._publish, self._header):
             with contextlib.suppress(FileNotFoundError):
                 os.remove(path)
         for entry in self.path.iterdir():
+            if entry in keep:
+                continue
             if entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry)
             elif entry != self._lock:
@@ -268,8 +288,12 @@ class WorkFolder:
         Raises:
             FolderError: it does not; the message says where.
         """
-        needs = json.loads(json.dumps(needs))  # tuples become lists, as in the file
         header = self._read_header()
+        self._compare(header, needs)
+        return header
+
+    def _compare(self, header: Header, needs: Dependencies) -> None:
+        needs = json.loads(json.dumps(needs))  # tuples become lists, as in the file
         before = {section: header.fingerprint.get(section, {}) for section in needs}
         if changes := differences(before, needs):
             raise FolderError(
@@ -278,7 +302,6 @@ class WorkFolder:
                 + "\n  ".join(changes)
                 + "\nUndo the change, or start over with --force (without --resume)."
             )
-        return header
 
     def check_complete(self, needs: Dependencies) -> None:
         """Check that the model that only has to be put into place is the one that is asked for.
@@ -288,27 +311,31 @@ class WorkFolder:
         Raises:
             FolderError: it is another one; the message says where.
         """
-        inputs = self._read_header().fingerprint.get("inputs", {})
-        now = states(inputs, hashed=any(HASHED in str(state) for state in inputs.values()))
+        self._compare_complete(self._read_header(), needs)
+
+    def _compare_complete(self, header: Header, needs: Dependencies) -> None:
+        inputs = header.fingerprint.get("inputs", {})
+        now = _states_as(inputs)
         there = {file: now[file] for file in inputs if now[file] != ABSENT}
         gone = {file: state for file, state in inputs.items() if file not in there}
-        self.check_same({**needs, "inputs": {**there, **gone}})
+        self._compare(header, {**needs, "inputs": {**there, **gone}})
 
-    def _read_header(self) -> Header:
-        """Return merge.json.
+    def _read_header(self, path: Path | None = None) -> Header:
+        """Return merge.json, or what ``path`` holds of the same form.
 
         Raises:
             FolderError: it is missing, damaged, or of another version.
         """
+        path = path or self._header
         try:
-            header = TypeAdapter(Header).validate_json(self._header.read_bytes())
+            header = TypeAdapter(Header).validate_json(path.read_bytes())
         except FileNotFoundError:
             raise FolderError(
-                f"{self.out}: nothing says what the unfinished merge in it is of ({self._header} "
+                f"{self.out}: nothing says what the unfinished merge in it is of ({path} "
                 "is missing), so it cannot be resumed; --force starts over"
             ) from None
         except (OSError, ValidationError):
-            raise FolderError(f"{self._header}: damaged; --force starts over") from None
+            raise FolderError(f"{path}: damaged; --force starts over") from None
         if header.format != FORMAT:
             raise FolderError(
                 f"{self.out}: the unfinished merge was begun by another version of "
@@ -347,6 +374,118 @@ class WorkFolder:
             if file.stat().st_size != shard.bytes or sha256(file) != shard.sha256:
                 return f"{file} is not what was written; merged again"
         return record
+
+    # -- several stages ----------------------------------------------------------------------------
+
+    @property
+    def resumable(self) -> bool:
+        """Whether this merge or one of its stages has something to go on with."""
+        return self.begun or any(stage.begun or stage.holds_model for stage in self.stages())
+
+    @property
+    def holds_model(self) -> bool:
+        """Whether a whole model is in its place, and nothing has begun that would replace it."""
+        return (self.out / "config.json").exists() and not self.begun
+
+    def stages(self) -> list[WorkFolder]:
+        """Return the output folders of the earlier stages of a merge that is not finished."""
+        try:
+            listed = TypeAdapter(StageList).validate_json(self._stage_list.read_bytes())
+        except (OSError, ValidationError):
+            return []
+        return [WorkFolder(Path(listed.folder, name)) for name in listed.names]
+
+    @property
+    def finished_stages(self) -> int:
+        """How many of the stages are merged."""
+        return sum(stage.holds_model for stage in self.stages())
+
+    @property
+    def finished_batches(self) -> int:
+        """How many batches are done, of this merge and of stages that are not."""
+        return sum(len(list(work.done.glob("*.json"))) for work in (self, *self.stages()))
+
+    def threads(self) -> int | None:
+        """Return how many threads each worker of the unfinished merge had; None if there is none.
+
+        Of several stages that of the one that is at work.
+        """
+        for work in (self, *self.stages()):
+            if work.begun:
+                with contextlib.suppress(FolderError):
+                    threads = work._read_header().fingerprint.get("options", {}).get(THREADS)
+                    return threads if isinstance(threads, int) else None
+        return None
+
+    def list_stages(self, folder: Path, names: Sequence[str]) -> None:
+        """Write down which stages this merge has, before the first of them.
+
+        Raises:
+            FolderError: the unfinished merge in the folder has others.
+        """
+        before, now = self.stages(), [WorkFolder(folder / name) for name in names]
+        if self.begun or any(stage.begun or stage.holds_model for stage in before):
+            self.check_stages(now)
+        for stage in now if folder == self.own_stages else ():
+            for path in (folder, stage.out):
+                if path.is_symlink():
+                    raise FolderError(f"{path} is a symbolic link, which no merge makes: remove it")
+        text = json.dumps(asdict(StageList(str(folder.absolute()), list(names))))
+        files.write_text(self._stage_list, text)
+
+    def check_stages(self, stages: Sequence[WorkFolder]) -> None:
+        """Check that a merge that is resumed has these stages before its last.
+
+        Raises:
+            FolderError: it has others.
+        """
+        before, now = ({stage.out for stage in these} for these in (self.stages(), stages))
+        if before != now and (before or not self.publishing):
+            names = [", ".join(sorted(path.name for path in these)) for these in (before, now)]
+            raise FolderError(
+                f"{self.out}: cannot resume, for the unfinished merge in it has other stages: "
+                f"{names[0] or 'none'}, not {names[1] or 'none'} (or in another folder). Undo the "
+                "change, or start over with --force (without --resume)."
+            )
+
+    def keep_record(self, shards: dict[str, str], *, hashed: bool) -> None:
+        """Leave a record beside the model of a stage of what it is made from, for --resume.
+
+        ``shards``: see :meth:`prepare`, before which it is called.
+        """
+        weights = {name: str(self.done / file) for name, file in shards.items()}
+        weights |= {p.name: str(p) for p in self.files.iterdir() if WEIGHTS.match(p.name)}
+        found = states(weights.values(), hashed=hashed)
+        outputs = {name: found[file] for name, file in weights.items()}
+        header = replace(self._read_header(), outputs=outputs)
+        files.write_text(self.files / RECORD, json.dumps(asdict(header), indent=1))
+
+    def check_finished(self, needs: Dependencies) -> None:
+        """Check that the model in its place is the stage that is asked for.
+
+        With how many threads it was merged is no matter: it is whole.
+
+        Raises:
+            FolderError: it is another one, was changed, or nothing says what it is.
+        """
+        record = self.out / RECORD
+        if not record.exists():
+            raise FolderError(
+                f"{self.out} holds a model of which nothing says what it is made from ({RECORD} is "
+                "missing), so it is not taken for this stage; --force replaces it, or name another "
+                "folder"
+            )
+        header = self._read_header(record)
+        threads = header.fingerprint.get("options", {}).get(THREADS)
+        options = {**needs["options"], THREADS: threads}
+        self._compare_complete(header, {**needs, "options": options})
+        outputs = {str(self.out / name): state for name, state in header.outputs.items()}
+        if changes := differences({"weights": outputs}, {"weights": _states_as(outputs)}):
+            raise FolderError(
+                f"{self.out}: the model of this stage was changed after it was merged:\n  "
+                + "\n  ".join(changes)
+                + "\n--force (without --resume) merges all stages again."
+            )
 
     # -- publishing --------------------------------------------------------------------------------
 
@@ -389,12 +528,18 @@ class WorkFolder:
     def remove(self) -> None:
         """Let the folder be removed when it is released, after publishing.
 
-        The records of batches go first, and then publish.json: in another order, what a kill
-        leaves would look like work to do.
+        The records of batches and the stages go first, and then publish.json: in another order,
+        what a kill leaves would look like work to do.
         """
         shutil.rmtree(self.done, ignore_errors=True)
-        for path in (self._publish, self._header):
+        shutil.rmtree(self.own_stages, ignore_errors=True)
+        for path in (self._stage_list, self._publish, self._header):
             path.unlink(missing_ok=True)
+
+
+def _states_as(known: Mapping[str, str]) -> dict[str, str]:
+    """Return the states of files now, told in the way of the states that are given."""
+    return states(known, hashed=any(HASHED in str(state) for state in known.values()))
 
 
 def _readable(path: Path) -> Done | None:
@@ -416,12 +561,12 @@ def check_free(out: str | Path, *, resume: bool, force: bool) -> None:
         raise FolderError("--resume continues what is there and --force throws it away: choose one")
     if force or not folder.out.exists():
         return
-    if folder.begun:
+    if folder.resumable:
         if not resume:
-            count = len(list(folder.done.glob("*.json")))
+            stages = f"{folder.finished_stages} stages, " if folder.finished_stages else ""
             raise FolderError(
-                f"{out} holds an unfinished merge ({count} batches done): --resume continues it, "
-                "--force starts over"
+                f"{out} holds an unfinished merge ({stages}{folder.finished_batches} batches "
+                "done): --resume continues it, --force starts over"
             )
         return
     model_files = sorted(

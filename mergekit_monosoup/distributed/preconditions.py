@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 
+from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
@@ -18,7 +19,7 @@ from mergekit_monosoup.checkpoints.texts import check_new_folder
 from mergekit_monosoup.planner import PlanningError
 
 
-def check_places(out_path: str, config: MergeConfiguration) -> None:
+def check_places(out_path: str, references: Collection[ModelReference]) -> None:
     """Check the folders of the models that are merged.
 
     Raises:
@@ -26,7 +27,6 @@ def check_places(out_path: str, config: MergeConfiguration) -> None:
             model, damaged or quantised.
     """
     check_new_folder(out_path)
-    references = config.referenced_models()
     for reference in references:
         for part in (reference.model, reference.lora):
             if part is not None and is_single_file(part.path):
@@ -35,11 +35,7 @@ def check_places(out_path: str, config: MergeConfiguration) -> None:
                     "`mergekit-pytorch CONFIG OUT`"
                 )
                 raise ValueError(f"{part.path} {foreign.of_file(part.path) or way_out}")
-            if part is not None and os.path.realpath(part.path) == os.path.realpath(out_path):
-                raise ValueError(
-                    f"{out_path} is an input of this merge, which would replace it: name another "
-                    "folder"
-                )
+    check_no_input(out_path, references)
     headers = Headers()
     for reference in references:
         if os.path.isdir(reference.model.path):
@@ -51,6 +47,17 @@ def check_places(out_path: str, config: MergeConfiguration) -> None:
             file = os.path.join(lora.path, hub.ADAPTER[0])
             if os.path.isfile(file):
                 headers.of_file(file)
+
+
+def check_no_input(out_path: str, references: Iterable[ModelReference]) -> None:
+    """Raise ValueError if the output folder is one of the models, which would be replaced."""
+    for reference in references:
+        for part in (reference.model, reference.lora):
+            if part is not None and os.path.realpath(part.path) == os.path.realpath(out_path):
+                raise ValueError(
+                    f"{out_path} is an input of this merge, which would replace it: name another "
+                    "folder"
+                )
 
 
 def any_of(config: MergeConfiguration) -> str:
@@ -93,7 +100,7 @@ def _renamed(config: MergeConfiguration) -> str:
     return ""
 
 
-def prepare_models(config: MergeConfiguration, options: MergeOptions) -> None:
+def prepare_models(references: Iterable[ModelReference], options: MergeOptions) -> None:
     """Ask for models of the hub, and merge adapters into the cache, where mergekit finds them.
 
     Raises:
@@ -102,7 +109,7 @@ def prepare_models(config: MergeConfiguration, options: MergeOptions) -> None:
     storage = adapters.Options(
         options.lora_merge_cache, options.trust_remote_code, options.lora_merge_dtype
     )
-    for reference in sorted(config.referenced_models(), key=str):
+    for reference in sorted(references, key=str):
         try:
             if reference.lora:
                 adapters.merged(reference, storage)

@@ -20,11 +20,13 @@ from mergekit_monosoup.files import sync_folder
 # As mergekit and transformers name them; model-1.safetensors is what mergekit-yaml leaves when it
 # is interrupted.
 WEIGHTS = re.compile(r"(model|pytorch_model)(-\d+(-of-\d+)?)?\.(safetensors|bin)(\.index\.json)?$")
+# Beside the model of a stage of a merge: what it was made from.
+RECORD = "mergekit-monosoup.json"
 # What else belongs to a model: left beside another one, it would be loaded with that.
 SIDE_FILES = re.compile(
     r"(tokenizer(_config)?|special_tokens_map|added_tokens|vocab|generation_config"
     r"|(pre)?processor_config|chat_template)\.json$"
-    r"|mergekit_config\.yml$|(merges|vocab)\.txt$"
+    r"|mergekit-monosoup\.json$|mergekit_config\.yml$|(merges|vocab)\.txt$"
     r"|(tokenizer|spiece|sentencepiece.*)\.model$|chat_template\.jinja$"
 )
 

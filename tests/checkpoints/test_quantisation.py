@@ -108,4 +108,4 @@ def test_check_inspect_and_run_say_so(tmp_path):
     with pytest.raises(ValueError, match=r"tuned0 is quantised \(awq\)"):
         Checkpoints([str(base), str(tuned)])
     with pytest.raises(ValueError, match=r"tuned0 is quantised \(awq\)"):
-        check_places("out", MergeConfiguration.model_validate(given))
+        check_places("out", MergeConfiguration.model_validate(given).referenced_models())

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
+import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -70,6 +73,30 @@ def interrupted_after(batches: int) -> Iterator[None]:
         patch.setattr(
             engines, "execute", lambda *a: worker.execute(*a) if next(count) < batches else stop()
         )
+        yield
+
+
+class Killed(BaseException):
+    """As after kill -9: from one moment on, nothing of the process reaches the disk."""
+
+
+@contextmanager
+def killed_at(moment: int, pattern: str) -> Iterator[None]:
+    """Let the first rename or removal of a matching path from a moment on, and all after it, fail.
+
+    Raises:
+        Killed: from the block, if there are so many.
+    """
+    count = itertools.count()
+
+    def mortal(operation, *arguments, **options):
+        if re.search(pattern, str(arguments[0])) and next(count) >= moment:
+            raise Killed
+        return operation(*arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("replace", "remove", "unlink", "rmdir", "mkdir"):
+            patch.setattr(os, name, functools.partial(mortal, getattr(os, name)))
         yield
 
 
