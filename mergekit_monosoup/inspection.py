@@ -18,7 +18,8 @@ from torch import Tensor
 
 from mergekit_monosoup.checkpoints.names import matrices
 from mergekit_monosoup.checkpoints.reader import Checkpoints, named_errors, stored_dtype
-from mergekit_monosoup.kernel.batch import Job, buffers
+from mergekit_monosoup.checkpoints.stored import Stored
+from mergekit_monosoup.kernel.batch import buffers_of
 from mergekit_monosoup.kernel.monosoup import DEFAULTS, preview
 from mergekit_monosoup.kernel.similarity import cosine, inner_products
 from mergekit_monosoup.kernel.threads import in_order
@@ -66,17 +67,34 @@ def inspect_tensor(
     Raises:
         ValueError: shapes that differ, or entries that are not finite; names tensor and model.
     """
+    # All at once: threads that hold their inputs and wait for buffers could wait for each other.
+    with (budget or Budget(0)).taken(_need(checkpoints.stored(name))):
+        return _records(checkpoints, name, R=R, spectra=spectra, min_rel_update=min_rel_update)
+
+
+def _need(stored: Sequence[Stored]) -> int:
+    """Return the bytes that inspecting a tensor of several models takes, from its headers."""
+    first, *others = stored
+    parts = matrices(first.name, first.shape)
+    if not parts:
+        return 0
+    matrix = torch.empty(first.shape, device="meta")[parts[0][1]]
+    # Base and fine-tune are cast where their dtypes differ.
+    cast = 2 * matrix.numel() * max(part.itemsize for part in stored)
+    inputs = sum(part.size for part in stored)
+    return inputs + cast + buffers_of(matrix, len(others), torch.device("cpu"))
+
+
+def _records(
+    checkpoints: Checkpoints, name: str, *, R: float, spectra: bool, min_rel_update: float
+) -> list[Record]:
     tensors = checkpoints.load(name)
     if not all(tensor.is_floating_point() for tensor in tensors):
         return []
-    budget = budget or Budget(0)
     dtype, records = stored_dtype(tensors[:2]), []
     for suffix, index in matrices(name, tensors[0].shape):
         base, tuned, *others = (tensor[index] for tensor in tensors)
-        with (
-            budget.taken(buffers(Job(base, [tuned, *others], name))),
-            named_errors(name + suffix, checkpoints.models),
-        ):
+        with named_errors(name + suffix, checkpoints.models):
             of_matrix = preview(
                 base.to(dtype),
                 tuned.to(dtype),

@@ -25,8 +25,9 @@ from mergekit_monosoup.checkpoints.names import matrices
 from mergekit_monosoup.checkpoints.reader import Checkpoints, local_reference, named_errors
 from mergekit_monosoup.checkpoints.texts import UnreadableError
 from mergekit_monosoup.checkpoints.yaml import read_document
-from mergekit_monosoup.kernel.similarity import cosine, inner_products
+from mergekit_monosoup.kernel.similarity import BUFFERS, cosine, inner_products
 from mergekit_monosoup.kernel.threads import in_order
+from mergekit_monosoup.memory import Budget, available_memory
 from mergekit_monosoup.parameters import Count, Order, Similarity
 from mergekit_monosoup.report.labels import name_cells
 
@@ -56,6 +57,8 @@ class Decision:
 def products(checkpoints: Checkpoints, names: Iterable[str], count: Count = "matrices") -> Tensor:
     """Return the inner products G (n, m, m) float64 of the n tensors that count.
 
+    As many tensors at a time as torch has threads, and memory allows.
+
     Args:
         checkpoints: the base, and the m models that are compared.
         names: tensors to read, of ``checkpoints.names``.
@@ -67,9 +70,13 @@ def products(checkpoints: Checkpoints, names: Iterable[str], count: Count = "mat
             base.
     """
     base, *models = checkpoints.models
-    each = in_order(
-        lambda name: _products(checkpoints, name, count), names, torch.get_num_threads()
-    )
+    budget = Budget(available_memory())
+
+    def within_budget(name: str) -> list[Tensor]:
+        with budget.taken(BUFFERS + sum(part.size for part in checkpoints.stored(name))):
+            return _products(checkpoints, name, count)
+
+    each = in_order(within_budget, names, torch.get_num_threads())
     grams = [gram for of_tensor in each for gram in of_tensor]
     if not grams:
         raise ValueError(

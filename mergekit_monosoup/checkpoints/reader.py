@@ -26,6 +26,7 @@ from mergekit_monosoup.checkpoints.headers import Headers, LackingError
 from mergekit_monosoup.checkpoints.names import natural
 from mergekit_monosoup.checkpoints.pickles import named_tensors
 from mergekit_monosoup.checkpoints.renaming import renaming
+from mergekit_monosoup.checkpoints.stored import Stored
 from mergekit_monosoup.errors import QUANTISED, NonFiniteError, SolverError
 
 # Of a model that is a single file.
@@ -87,7 +88,8 @@ class Checkpoints:
                 first.
         """
         self.models = tuple(models)
-        self._loaders = [_open(model, storage) for model in self.models]
+        self._headers = Headers(unwrap=True)
+        self._loaders = [_open(model, storage, self._headers) for model in self.models]
         indices = [loader.index.tensor_paths for loader in self._loaders]
         self._check_numbers()
         self._check_overlap(indices)
@@ -125,6 +127,21 @@ class Checkpoints:
             if len(holders[name]) < len(self.models):
                 partial[", ".join(holders[name])].append(name)
         return [f"left out, only in {models}: {listed(names)}" for models, names in partial.items()]
+
+    def stored(self, name: str) -> list[Stored]:
+        """Return the tensor of each model as the header of its file describes it.
+
+        Raises:
+            ValueError: a file does not hold what its index lists.
+        """
+        found = []
+        for loader in self._loaders:
+            file = os.path.join(loader.index.base_path, loader.index.tensor_paths[name])
+            tensors = self._headers.of_file(file)
+            if name not in tensors:
+                raise ValueError(f"{name} cannot be read from {file}: it is not in it")
+            found.append(tensors[name])
+        return found
 
     def load(self, name: str) -> list[Tensor]:
         """Return the tensor of each model, all of one shape, as they are stored.
@@ -164,9 +181,9 @@ class Checkpoints:
             ) from error
 
 
-def _open(model: str, storage: Storage) -> LazyTensorLoader | _Pickled:
+def _open(model: str, storage: Storage, headers: Headers) -> LazyTensorLoader | _Pickled:
     try:
-        index = _index(ModelReference.parse(model), storage)
+        index = _index(ModelReference.parse(model), storage, headers)
     except (NotThereError, hub.HubError, AdapterError, LackingError) as error:
         raise ValueError(f"{model}: {error}") from error
     except Exception as error:
@@ -177,7 +194,7 @@ def _open(model: str, storage: Storage) -> LazyTensorLoader | _Pickled:
     return LazyTensorLoader(index) if index.is_safetensors else _Pickled(index)
 
 
-def _index(reference: ModelReference, storage: Storage) -> ShardedTensorIndex:
+def _index(reference: ModelReference, storage: Storage, headers: Headers) -> ShardedTensorIndex:
     """Return which file holds which tensor, after downloading the model or merging its adapter."""
     check_model_path(reference.model.path)
     if reference.lora:
@@ -186,7 +203,6 @@ def _index(reference: ModelReference, storage: Storage) -> ShardedTensorIndex:
     path = merged.model.path
     if not os.path.isfile(path):
         path = _folder(merged, storage.transformers_cache)
-    headers = Headers(unwrap=True)
     headers.of_model(path)  # a damaged shard is better found now than after the others are read
     return headers.index(path)
 

@@ -247,7 +247,8 @@ class OnRay:
         """Return what Ray has to know about the task of a batch."""
         environment = {name: os.environ[name] for name in DOWNLOAD_PLACES if name in os.environ}
         # Before torch and SciPy are imported: their thread pools are made then.
-        pools = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+        pools = [f"{name}_NUM_THREADS" for name in ("OMP", "OPENBLAS", "MKL")]
+        pools.append("VECLIB_MAXIMUM_THREADS")
         environment |= dict.fromkeys(pools, str(self.threads))
         return {
             "name": f"batch {batch.number}",

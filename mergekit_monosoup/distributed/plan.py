@@ -19,7 +19,7 @@ from mergekit.tokenizer import BuildTokenizer
 
 from mergekit_monosoup.checkpoints.inputs import Inputs, loads
 from mergekit_monosoup.checkpoints.names import matrices
-from mergekit_monosoup.kernel.batch import MEMORY as STACK_BUFFERS
+from mergekit_monosoup.kernel.batch import at_once, buffers_of
 from mergekit_monosoup.parameters import METHODS
 
 # Every worker gets about this many batches: enough to even out batches of different cost, few
@@ -30,9 +30,7 @@ SMALLEST_BATCH = 64 * 10**6  # bytes; below it a shard is all overhead
 # What a worker holds beside the tensors: Python, torch, transformers and mergekit, imported
 # (measured: 0.5 GB), rounded up.
 PROCESS = 10**9
-# The kernels of this package need five float64 squares of a matrix's shorter side
-# (docs/methods.md), in a stack of experts for each thread, within a bound.
-SQUARES = 5 * 8
+# What the kernels of this package need for a matrix they say themselves.
 LEAN = frozenset(METHODS)
 # Bytes for each entry of the inputs that any other method may need meanwhile: float32 copies,
 # masks, an order of 64-bit integers. Measured with stacks of experts: ties 17 with inputs and
@@ -176,9 +174,12 @@ def footprint(inputs: Inputs, task: SaveTensor, threads: int) -> Footprint:
     """
     sources = [(load, *inputs.sources(load)) for load in dict.fromkeys(loads(task.tensor_task))]
     lean = getattr(task.tensor_task, "method_name", "") in LEAN
-    memory = written = buffers = 0
+    memory = written = 0
+    shapes = [shape for _, _, shape in sources]
+    buffers = _kernel_buffers(
+        task.tensor_name, max(shapes, key=math.prod, default=()), len(shapes), threads
+    )
     for load, stored, shape in sources:
-        buffers = max(buffers, _kernel_buffers(task.tensor_name, shape, threads))
         if not stored:
             continue
         entries = math.prod(shape)
@@ -196,14 +197,14 @@ def footprint(inputs: Inputs, task: SaveTensor, threads: int) -> Footprint:
     )
 
 
-def _kernel_buffers(name: str, shape: tuple[int, ...], threads: int) -> int:
-    """Return the bytes that the kernels of this package need beside a tensor of this shape."""
+def _kernel_buffers(name: str, shape: tuple[int, ...], models: int, threads: int) -> int:
+    """Return the bytes that the kernels need for a tensor beside the tensor, of so many models."""
     parts = matrices(name, shape)
     if not parts:
         return 0
     matrix = torch.empty(shape, device="meta")[parts[0][1]]
-    per_matrix = SQUARES * min(len(matrix), math.prod(matrix.shape[1:])) ** 2
-    return max(per_matrix, min(per_matrix * min(threads, len(parts)), STACK_BUFFERS))
+    need = buffers_of(matrix, max(1, models - 1), torch.device("cpu"))
+    return need * min(at_once(need, threads), len(parts))
 
 
 def _itemsize(dtype: str | None, otherwise: int) -> int:

@@ -172,7 +172,8 @@ def read(path: str, source: str, documents: Sequence[Any], out: Path, keep: str 
         raise ValueError("\n".join(f"{path}: {fault}" for fault in faults))
     try:
         text = yaml.safe_dump_all(written, allow_unicode=True, sort_keys=False)
-        configs, needed = load_config(text, _root(out, keep))
+        loaded: Any = load_config(text, _root(out, keep))  # annotated as if all had names
+        configs, needed = loaded
         order = _order(list(configs), needed)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error

@@ -24,8 +24,14 @@ from mergekit_monosoup.distributed.plan import PROCESS, Batch
 from mergekit_monosoup.distributed.worker import Failed, MergeContext, execute
 from mergekit_monosoup.kernel.threads import restored_threads
 from mergekit_monosoup.memory import available_memory
+from mergekit_monosoup.parameters import METHODS
 
 LOG = logging.getLogger("mergekit_monosoup")
+
+NO_ORDERS = (
+    "SciPy's BLAS takes no orders on its number of threads here, so one tensor is merged at a "
+    "time; --ray local merges on all cores (SciPy from PyPI on Linux or Windows does, too)"
+)
 
 
 @dataclass
@@ -45,8 +51,14 @@ class InThreads:
         must not write into a folder that another driver may have claimed since.
         """
         loaders = dict(LoaderCache().loaders)
-        pool = _Pool(context, loaders, min(self.workers, len(batches)))
-        with restored_threads():
+        with restored_threads() as alone:
+            workers = min(self.workers, len(batches))
+            if workers > 1 and not alone and context.methods & METHODS.keys():
+                # Each call would use several threads, as many times as there are workers, and
+                # round otherwise than with one.
+                LOG.warning(NO_ORDERS)
+                workers = 1
+            pool = _Pool(context, loaders, workers)
             try:
                 yield from pool.run(batches, available_memory())
             finally:

@@ -55,9 +55,22 @@ def buffers(job: Job) -> int:
     :func:`svc.calibrate` needs most; see there. At least 1: memory is divided by it, and a matrix
     with no entries needs none.
     """
-    side = TaskVector.tall(job.pretrained).shape[1]
-    block = min(job.pretrained.numel(), block_elements(job.pretrained.device))
-    return max(1, 8 * (5 * side**2 + (2 * len(job.tuned) + 5) * block))
+    return buffers_of(job.pretrained, len(job.tuned), job.pretrained.device)
+
+
+def buffers_of(pretrained: Tensor, tuned: int, device: torch.device) -> int:
+    """Return what :func:`buffers` does, of a matrix whose entries need not be there.
+
+    ``tuned``: number of fine-tuned models; ``device``: where the arithmetic will be.
+    """
+    side = TaskVector.tall(pretrained).shape[1]
+    block = min(pretrained.numel(), block_elements(device))
+    return max(1, 8 * (5 * side**2 + (2 * tuned + 5) * block))
+
+
+def at_once(need: int, threads: int) -> int:
+    """Return how many matrices are in work together, each of which needs ``need`` bytes."""
+    return max(1, min(threads, MEMORY // need))
 
 
 # -- one matrix per thread -------------------------------------------------------------------------
@@ -73,9 +86,9 @@ def call_each(calls: Sequence[Callable[[], Result]], jobs: Sequence[Job]) -> Ite
     Raises:
         What the first call that fails raises.
     """
-    fit = max(1, MEMORY // max(map(buffers, jobs), default=1))
     on_cpu = all(job.pretrained.device.type == "cpu" for job in jobs)
-    threads = min(torch.get_num_threads(), len(jobs), fit) if on_cpu else 1
+    need = max(map(buffers, jobs), default=1)
+    threads = at_once(need, min(torch.get_num_threads(), len(jobs))) if on_cpu else 1
     return in_order(methodcaller("__call__"), calls, threads)
 
 

@@ -11,6 +11,9 @@ from torch import Tensor
 from mergekit_monosoup.errors import NonFiniteError
 from mergekit_monosoup.kernel import task_vector
 
+# Bytes that :func:`inner_products` needs: four float64 arrays of a block's size.
+BUFFERS = 4 * 8 * task_vector.BLOCK_ELEMENTS
+
 
 def inner_products(pretrained: Tensor, finetuned: Sequence[Tensor]) -> Tensor:
     """Return the inner products of the task vectors of several fine-tuned weights.

@@ -37,6 +37,7 @@ from mergekit_monosoup.cli import main
 from mergekit_monosoup.distributed import command, dependencies, engines, plan, worker
 from mergekit_monosoup.distributed import folder as folders
 from mergekit_monosoup.distributed.folder import WorkFolder
+from mergekit_monosoup.kernel import batch
 
 # -- the same result -------------------------------------------------------------------------------
 
@@ -776,7 +777,8 @@ def test_division_keeps_to_the_limit_and_to_the_files():
 
 @pytest.mark.parametrize("shape", [(0, 4), (4, 0), (0, 0), (0,), (2, 0, 3)])
 def test_tensors_without_entries_need_no_memory(shape):
-    assert plan._kernel_buffers("layers.0.mlp.experts.down_proj", shape, threads=2) == 0
+    name = "layers.0.mlp.experts.down_proj"
+    assert plan._kernel_buffers(name, shape, models=2, threads=2) <= 2
 
 
 def test_batches_are_of_a_decent_size():
@@ -813,11 +815,14 @@ def test_sizes_are_read_from_headers(family, world, tmp_path, monkeypatch):
 
 def test_memory_of_a_stack_grows_with_the_threads():
     """128 experts of 3072 x 4096 are 256 matrices of 1536 x 4096, one per thread."""
-    stack, square = ("model.layers.0.mlp.experts.gate_up_proj", (128, 3072, 4096)), 40 * 1536**2
-    needed = {threads: plan._kernel_buffers(*stack, threads) for threads in (1, 3, 64, 256)}
-    assert needed == {1: square, 3: 3 * square, 64: 64 * square, 256: plan.STACK_BUFFERS}
-    assert plan._kernel_buffers("lm_head.weight", (151936, 4096), 64) == 40 * 4096**2
-    assert plan._kernel_buffers("model.norm.weight", (4096,), 1) == 0
+    stack = ("model.layers.0.mlp.experts.gate_up_proj", (128, 3072, 4096))
+    matrix = torch.empty(1536, 4096)
+    one = batch.buffers(batch.Job(matrix, [matrix], ""))
+    needed = {count: plan._kernel_buffers(*stack, 2, count) for count in (1, 3, 32, 256)}
+    assert needed == {1: one, 3: 3 * one, 32: 32 * one, 256: needed[256]}
+    assert batch.MEMORY - one < needed[256] <= batch.MEMORY
+    assert 40 * 4096**2 < plan._kernel_buffers("lm_head.weight", (151936, 4096), 2, 64) < 10**9
+    assert plan._kernel_buffers("model.norm.weight", (4096,), 2, 1) == 0
 
 
 def test_an_unknown_kind_of_plan_is_refused():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 import shutil
 import signal
@@ -13,14 +15,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from helpers import checkpoints
-from helpers.merges import SMALL, assert_same, config, mergekit, run, without_time
+from helpers.merges import ALONE, SMALL, assert_same, config, mergekit, run, without_time
 
 from mergekit_monosoup import memory
-from mergekit_monosoup.distributed import threads
+from mergekit_monosoup.distributed import engines, threads, worker
 from mergekit_monosoup.distributed.folder import NAME
 from mergekit_monosoup.distributed.plan import PROCESS, Batch
+from mergekit_monosoup.kernel.threads import in_order
 
 MANY = ("--workers", "4", *SMALL)
 PATIENCE = 120  # seconds
@@ -91,6 +95,77 @@ def test_what_threads_cannot_do_is_refused_or_left_to_one(world, tmp_path):
     assert "leave out --workers" in run(path, tmp_path / "out", *MANY, "--seed-per-tensor", code=1)
     assert "by 1 worker" in run(path, tmp_path / "out", "--seed-per-tensor", "--force")
     assert "leave out -j 2" in run(path, tmp_path / "out2", *MANY, "-j", "2", code=1)
+
+
+@pytest.mark.parametrize(("method", "workers"), [("monosoup", 1), ("linear", 3)])
+def test_a_blas_that_takes_no_orders_gets_one_call_at_a_time(
+    method, workers, world, tmp_path, monkeypatch, caplog
+):
+    """Each call of several threads would round otherwise; methods without LAPACK do not care."""
+    started = []
+    pool = threads._Pool
+    monkeypatch.setattr(threads, "restored_threads", lambda: contextlib.nullcontext(False))
+    monkeypatch.setattr(threads, "_Pool", lambda *a: started.append(a[2]) or pool(*a))
+    more = {"parameters": {"weight": 1.0}} if method == "linear" else {}
+    run(config(world, tmp_path, method, **more), tmp_path / "out", *MANY)
+    assert started == [workers] and ("takes no orders" in caplog.text) == (workers == 1)
+
+
+def test_one_worker_goes_on_with_what_several_began(world, tmp_path, monkeypatch):
+    """And several with what one began, with as many threads for each tensor as before."""
+    path, before = config(world, tmp_path), torch.get_num_threads()
+    reference = mergekit(path, tmp_path / "a" / "out")
+    try:
+        for threads_each, begins, goes_on in ((1, MANY, ALONE), (2, (*ALONE, *SMALL), MANY[:0])):
+            out = tmp_path / f"b{threads_each}" / "out"
+            torch.set_num_threads(threads_each)
+            with monkeypatch.context() as patch:
+                execute = twice(worker.execute)
+                for module in (threads, engines):
+                    patch.setattr(module, "execute", execute)
+                run(path, out, *begins, code=1)
+            torch.set_num_threads(2)
+            assert "resuming: 2 of" in run(path, out, *goes_on, *SMALL, "--resume")
+            if threads_each == 1:
+                assert_same(out, reference)
+    finally:
+        torch.set_num_threads(before)
+
+
+def twice(execute: Callable[..., object]) -> Callable[..., object]:
+    """Let two batches be merged, and then the merge fail."""
+    count, done = itertools.count(), threading.Semaphore(0)
+
+    def limited(*given: object) -> object:
+        if next(count) < 2:
+            result = execute(*given)
+            done.release()
+            return result
+        for _ in range(2):
+            assert done.acquire(timeout=PATIENCE)
+        return worker.Failed("stopped", "here", "")
+
+    return limited
+
+
+def test_a_full_disk_keeps_what_is_done(world, tmp_path, monkeypatch):
+    """The message names the file, nothing is published, and --resume does the rest."""
+    path, out = config(world, tmp_path), tmp_path / "b" / "out"
+    count, save_file = itertools.count(), safetensors.torch.save_file
+
+    def full(tensors, filename, **options):
+        if next(count) >= 2:
+            raise OSError(28, "No space left on device", str(filename))
+        save_file(tensors, filename, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(safetensors.torch, "save_file", full)
+        output = run(path, out, *MANY, code=1)
+    assert "No space left on device: '" in output and str(out) in output
+    assert "finished batch(es) kept" in output and "--resume" in output
+    assert [p.name for p in out.iterdir()] == [NAME] and "Traceback" not in output
+    run(path, out, *MANY, "--resume")
+    assert_same(out, mergekit(path, tmp_path / "a" / "out"))
 
 
 # -- interrupted -----------------------------------------------------------------------------------
@@ -196,6 +271,31 @@ def test_no_more_batches_in_hand_than_memory_holds(monkeypatch):
         pool.stop()
     assert sorted(done) == list(range(8))
     assert max(most) == 150 and sorted(most)[-2] <= 100
+
+
+def test_threads_share_a_budget():
+    """Never more than there is but for one alone; all get their turn, with results in order."""
+    lock, taken, most = threading.Lock(), list[float](), list[tuple[int, float]]()
+    budget = memory.Budget(100)
+    sizes = [30, 150, 60, 60, 1, 100, 0, 40, 150, 10] * 3
+
+    def use(size: float) -> float:
+        with budget.taken(size):
+            with lock:
+                taken.append(size)
+                most.append((sum(map(bool, taken)), sum(taken)))
+            time.sleep(0.002)
+            with lock:
+                taken.remove(size)
+        return size
+
+    assert list(in_order(use, sizes, 4)) == sizes
+    assert all(total <= 100 or count == 1 for count, total in most)
+    assert max(total for _, total in most) == 150 and max(count for count, _ in most) > 1
+    with pytest.raises(KeyError), budget.taken(100):
+        raise KeyError
+    with budget.taken(100):  # given back
+        pass
 
 
 def test_control_groups_limit_memory(tmp_path, monkeypatch):
