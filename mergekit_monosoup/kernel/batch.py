@@ -96,9 +96,7 @@ def edit_each(jobs: Sequence[Job], **settings: Any) -> Iterator[Result]:
     """Return the results of :func:`monosoup.edit` for every job, in their order.
 
     ``settings`` are its keywords.
-
-    Raises:
-        What :func:`monosoup.edit` raises, for the first job that fails.
+    What it raises for the first job that fails, this raises, too.
     """
     if _one_batch(jobs):
         return edit_batched(jobs, **settings)

@@ -255,7 +255,8 @@ def edit(
             [out, rest].
         finetuned: W1, or several to average first; same shape, dtype and device as W0.
         weights: averaging weights (normalised); equal when not given.
-        mode, R: the split rank, see :func:`split_rank`.
+        mode: how the split rank is chosen, see :func:`split_rank`.
+        R: energy threshold of the mode ``variance``.
         alpha: Wise-FT interpolation towards W0 (0: W0, 1: the full edit).
         coefficients: rule for (λ_high, λ_low), see :meth:`Split.coefficients`.
         min_rel_update: with ‖ΔW‖_F/‖W0‖_F below it the weight stays as fine-tuned; ``inf``

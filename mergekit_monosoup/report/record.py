@@ -40,19 +40,27 @@ class Record:
     Attributes:
         name: tensor name; matrices of an expert stack have their index appended,
             ``…down_proj[3]``.
-        shape, dtype: of the matrix as stored in the checkpoint; dtype is the one that the edit was
-            rounded to.
+        shape: of the matrix as stored in the checkpoint.
+        dtype: as stored, which is the one that the edit was rounded to.
         action: ``edited`` or ``copied`` (stays as fine-tuned, or as averaged); ``left out``: not
             merged, for mergekit does not read it; ``inspected``: no merge, a prediction.
         reason: why it was copied, or what limits an edit; empty for a plain edit.
-        mode, R: how k was chosen (R only in ``variance``).
-        k, rank, effective_rank: cut, number of non-zero singular values of ΔW, exp(entropy of
-            σ/Σσ).
+        mode: how k was chosen.
+        R: energy threshold of ``variance``; None in other modes.
+        k: cut, the number of singular values in the head.
+        rank: number of non-zero singular values of ΔW.
+        effective_rank: exp(entropy of σ/Σσ) (paper, Eq. 3).
         gap: (σ_k − σ_{k+1})/σ_k, how far the cut is from going through equal singular values;
             None in reports of versions that did not write it.
-        P_k, rho, cos_alpha, lambda_high, lambda_low: paper, Eqs. 6-8.
-        gamma_min, gamma_median, gamma_max, amplified: `svc` only: γ_r over the non-zero singular
-            values, and the share of them with γ_r > 1.
+        P_k: share of the head in ‖ΔW‖² (paper, Eq. 7).
+        rho: (σ_{k+1}/σ_1)² (paper, Eq. 6).
+        cos_alpha: √(1 − P_k) (paper, Eq. 7).
+        lambda_high: factor of the head (paper, Eq. 8).
+        lambda_low: factor of the tail (paper, Eq. 8).
+        gamma_min: `svc` only: the smallest γ_r of a non-zero singular value.
+        gamma_median: `svc` only: the median of these γ_r.
+        gamma_max: `svc` only: the largest of these γ_r.
+        amplified: `svc` only: the share of them with γ_r > 1.
         delta_norm: ‖ΔW‖_F; in `svc` ΔW is the merged update.
         rel_update: ‖ΔW‖_F/‖W0‖_F; None when W0 is zero.
         edit_norm: ‖W − W1‖_F of the weight as stored; in `svc` W1 is the merge without calibration.
