@@ -75,6 +75,7 @@ def test_every_block_has_a_language_that_is_tested():
         "python",
         "text",
         "bibtex",
+        "math",  # TeX, which test_site.py turns into what browsers draw
     }
 
 
