@@ -2,7 +2,7 @@
 # Another interpreter: make PYTHON=python3.12 test
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # two targets at once would set up one environment twice
-.PHONY: fast test fuzz lint demo evidence clean
+.PHONY: fast test fuzz lint demo evidence docs clean
 
 VENV := .venv
 NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 10))'
@@ -59,6 +59,10 @@ demo: $(VENV)/ready-plots
 evidence: $(VENV)/ready-eval,plots
 	$(VENV)/bin/python -m evaluation.evidence $(ARGS)
 
+# The pages as a site, in build/site; Python >= 3.11.
+docs: $(VENV)/ready-docs
+	$(VENV)/bin/python -m website
+
 # setuptools: some dependencies (rouge-score, sqlitedict, word2number) come as source only, and a
 # new environment's own setuptools is too old to build them without isolation, or not there
 # (Python >= 3.12).
@@ -78,5 +82,5 @@ $(VENV)/ready-%: $(COPIED)
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist demo-out evidence-out fuzz-out .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist demo-out evidence-out fuzz-out .hypothesis .mypy_cache .pytest_cache .ruff_cache .cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -19,6 +19,11 @@ else:
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
 WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yml"))
+# The jobs that publish, by workflow.
+MAY_WRITE = {
+    "release": {"publish": {"id-token": "write"}},
+    "site": {"deploy": {"id-token": "write", "pages": "write"}},
+}
 PYTHONS = re.findall(r"Python :: (3\.\d+)", "\n".join(PROJECT["project"]["classifiers"]))
 
 
@@ -70,7 +75,7 @@ def test_every_direct_dependency_has_one_version_inside_its_range(python):
 def test_workflows_may_read_and_no_more(path):
     assert yaml.safe_load(path.read_text("utf-8"))["permissions"] == {"contents": "read"}
     more = {name: job["permissions"] for name, job in jobs(path).items() if "permissions" in job}
-    assert more == ({"publish": {"id-token": "write"}} if path.stem == "release" else {})
+    assert more == MAY_WRITE.get(path.stem, {})
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)

@@ -32,7 +32,7 @@ class Block:
 
 def everything() -> list[Path]:
     """All Markdown files that people read, from the root of the repository."""
-    folders = (ROOT, ROOT / "docs", ROOT / "dev")
+    folders = (ROOT, ROOT / "docs", ROOT / "docs" / "api", ROOT / "dev")
     return [path for folder in folders for path in sorted(folder.glob("*.md"))]
 
 
