@@ -6,6 +6,7 @@ would load from a network are all errors.
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -17,7 +18,7 @@ NEEDS = (
     "with Python 3.11 or newer (`make docs` does so)"
 )
 # What Zensical and mkdocstrings say of a page that they build all the same.
-COMPLAINTS = ("griffe:", "mkdocs_autorefs:", "Warning:")
+COMPLAINTS = ("griffe:", "mkdocs_autorefs:", "mkdocstrings:", "Warning:")
 
 
 def main() -> int:
@@ -25,19 +26,36 @@ def main() -> int:
     if find_spec("zensical") is None:
         print(NEEDS, file=sys.stderr)
         return 1
-    layout.lay_out()
-    # As a module: `website` is to be found from the root of the repository.
-    command = [sys.executable, "-m", "zensical", "build", "--strict", "--clean"]
-    done = subprocess.run(
-        command, cwd=layout.ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    print(done.stdout, end="")
-    if done.returncode or any(line.startswith(COMPLAINTS) for line in done.stdout.splitlines()):
+    try:
+        layout.lay_out()
+    except layout.DeadLinkError as error:
+        print(error, file=sys.stderr)
+        return 1
+    said, failed = build()
+    print(said)
+    faults = [] if failed else built.faults(layout.SITE)
+    if failed or faults:
+        print("\n".join(faults))
         print("the site is not as it should be: see above", file=sys.stderr)
         return 1
-    faults = built.faults(layout.SITE)
-    print("\n".join(faults) or f"open {layout.SITE.relative_to(layout.ROOT)}/index.html")
-    return 1 if faults else 0
+    print(f"open {layout.SITE.relative_to(layout.ROOT)}/index.html")
+    return 0
+
+
+def build() -> tuple[str, bool]:
+    """Run Zensical; return what it says, and whether it complains."""
+    # As a module: `website` is to be found from the root of the repository.
+    done = subprocess.run(
+        [sys.executable, "-m", "zensical", "build", "--strict", "--clean"],
+        cwd=layout.ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+    )
+    # It colours each letter, into files, too; after a warning, strict mode ends in a traceback.
+    said = re.sub(r"\x1b\[[\d;]*m", "", done.stdout).partition("Traceback")[0].strip()
+    complains = any(line.startswith(COMPLAINTS) for line in said.splitlines())
+    return said or done.stdout, complains or done.returncode != 0
 
 
 if __name__ == "__main__":
