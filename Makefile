@@ -61,7 +61,7 @@ evidence: $(VENV)/ready-eval,plots
 
 # The pages as a site, in build/site; Python >= 3.11.
 docs: $(VENV)/ready-docs
-	$(VENV)/bin/python -m website
+	PYTHONPATH=docs $(VENV)/bin/python -m website
 
 # setuptools: some dependencies (rouge-score, sqlitedict, word2number) come as source only, and a
 # new environment's own setuptools is too old to build them without isolation, or not there

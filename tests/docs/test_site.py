@@ -58,7 +58,7 @@ def test_every_page_is_on_the_site():
 
 def test_the_navigation_names_pages_that_exist():
     """Zensical, strict or not, makes a dead link of a line that names no page."""
-    nav = yaml.safe_load((ROOT / "website/nav.yml").read_text("utf-8"))["nav"]
+    nav = yaml.safe_load((ROOT / "docs/website/nav.yml").read_text("utf-8"))["nav"]
     named = {entry for entry in leaves(nav) if "://" not in entry}
     assert len(named) > 8
     assert named <= {place.as_posix() for place in PLACES.values()} | {"api"}
@@ -111,7 +111,7 @@ def test_equations_need_no_script():
 @pytest.mark.skipif(find_spec("zensical") is None, reason="needs the extra docs")
 def test_the_site_is_built_without_a_complaint():
     done = subprocess.run(
-        [sys.executable, "-m", "website"], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-m", "website"], cwd=ROOT / "docs", capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
     api = (layout.SITE / "api" / "index.html").read_text("utf-8")

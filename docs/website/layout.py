@@ -12,7 +12,7 @@ import shutil
 from functools import cache
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 # Both are named in zensical.toml, too.
 PAGES = ROOT / "build" / "pages"
 SITE = ROOT / "build" / "site"
@@ -22,9 +22,9 @@ ELSEWHERE = {
     "README.md": "index.md",
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
-    "website/nav.yml": ".nav.yml",
-    "website/site.css": "site.css",
-    "website/iframe-worker.js": "iframe-worker.js",
+    "docs/website/nav.yml": ".nav.yml",
+    "docs/website/site.css": "site.css",
+    "docs/website/search-from-a-folder.js": "iframe-worker.js",
 }
 # Of docs/; other files (the numbers behind a figure) are read in the repository.
 KINDS = (".md", ".png", ".svg")

@@ -1,4 +1,4 @@
-"""Builds the site, strictly: `python -m website` (or `make docs`) writes it to build/site.
+"""Builds the site, strictly: `make docs` writes it to build/site.
 
 A dead link, an anchor that no heading has, a docstring that cannot be read, and a file that a page
 would load from a network are all errors.
@@ -6,6 +6,7 @@ would load from a network are all errors.
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -44,10 +45,11 @@ def main() -> int:
 
 def build() -> tuple[str, bool]:
     """Run Zensical; return what it says, and whether it complains."""
-    # As a module: `website` is to be found from the root of the repository.
+    paths = [str(layout.ROOT / "docs"), os.environ.get("PYTHONPATH", "")]
     done = subprocess.run(
         [sys.executable, "-m", "zensical", "build", "--strict", "--clean"],
         cwd=layout.ROOT,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         encoding="utf-8",
