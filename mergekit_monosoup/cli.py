@@ -30,6 +30,7 @@ from mergekit_monosoup.waiting import announced
 
 if TYPE_CHECKING:
     from mergekit_monosoup.checkpoints.reader import Storage
+    from mergekit_monosoup.report import Record
 
 Item = TypeVar("Item")
 EXISTING_FILE: Any = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -360,27 +361,82 @@ def run(context: click.Context, arguments: tuple[str, ...]) -> None:
 
 
 @main.command()
-@click.argument("file", type=EXISTING_FILE)
+@click.argument("files", nargs=-1, required=True, type=EXISTING_FILE, metavar="FILE...")
 @_sort
 @click.option("--json", "as_json", is_flag=True, help="Rows of the table as JSON.")
-def report(file: Path, sort: str | None, as_json: bool) -> None:
+@click.option("--card", "as_card", is_flag=True, help="A Markdown paragraph for a model card.")
+@click.option("--html", type=FILE, help="Write a page to look at in a browser.")
+def report(
+    files: Sequence[Path], sort: str | None, as_json: bool, as_card: bool, html: Path | None
+) -> None:
     """Print what a merge did to each layer group.
 
-    FILE is its report, written by `parameters: {report: FILE}`.
+    FILE is its report, written by `parameters: {report: FILE}`, or the records of an inspection.
+    Several are shown one after the other, on a page side by side.
     """
+    from mergekit_monosoup.report.card import card
+
+    with _errors():
+        if sum([as_json, as_card, html is not None]) > 1:
+            raise ValueError("--json, --card and --html are each a form of its own: give one")
+        if as_json and len(files) > 1:
+            raise ValueError("--json takes one FILE: its rows do not say which file they are of")
+        labelled = _labelled(files)
+        if html is not None:
+            _write_page(labelled, html)
+            return
+        for number, (label, records) in enumerate(labelled.items()):
+            if as_card:
+                terminal.echo("\n" * (number > 0) + _naming(label, card, records))
+            elif as_json:
+                _naming(label, _print_rows, records, sort)
+            else:
+                _print_table(label if len(files) > 1 else "", records, sort)
+
+
+def _labelled(files: Sequence[Path]) -> dict[str, list[Record]]:
+    """Return the records of each file by its name, by its whole path where names are alike."""
+    from mergekit_monosoup import report as reports
+
+    short = len({file.name for file in files}) == len(files)
+    return {file.name if short else str(file): reports.read(file) for file in files}
+
+
+def _naming(label: str, function: Callable[..., Item], *arguments: Any) -> Item:
+    """Call a function of records; its error gets the name of their file."""
+    try:
+        return function(*arguments)
+    except ValueError as error:
+        raise ValueError(f"{label} {error}") from error
+
+
+def _write_page(labelled: dict[str, list[Record]], html: Path) -> None:
+    from mergekit_monosoup import pages
+
+    pages.write(labelled, html)
+    size = html.stat().st_size / 1e6
+    terminal.echo(f"{terminal.plain(html)}: {len(labelled)} report(s), {size:.1f} MB")
+
+
+def _print_rows(records: Sequence[Record], sort: str | None) -> None:
+    """Print the rows of a merge's table as JSON."""
+    from mergekit_monosoup import report as reports
+
+    if all(record.action == "inspected" for record in records):
+        raise ValueError("holds an inspection, not a merge: its lines are JSON already")
+    rows = reports.sort_rows(reports.summarise(records), sort)
+    terminal.echo(json.dumps([asdict(row) for row in rows], indent=2))
+
+
+def _print_table(label: str, records: Sequence[Record], sort: str | None) -> None:
+    """Print the table of a merge or an inspection, under the name of its file if it has one."""
     from mergekit_monosoup import report as reports
     from mergekit_monosoup.report import inspected
 
-    with _errors():
-        records = reports.read(file)
-        is_inspection = all(record.action == "inspected" for record in records)
-        if is_inspection and as_json:
-            raise ValueError(f"{file} holds an inspection, not a merge: its lines are JSON already")
-    if as_json:
-        rows = reports.sort_rows(reports.summarise(records), sort)
-        terminal.echo(json.dumps([asdict(row) for row in rows], indent=2))
-        return
     console = terminal.console()
+    if label:
+        console.print(f"{terminal.plain(label)}:")
+    is_inspection = all(record.action == "inspected" for record in records)
     make_table = inspected.table if is_inspection else reports.table
     console.print(make_table(records, console.width, sort=sort))
 
@@ -399,13 +455,10 @@ def plot(files: Sequence[Path], out: Path, mode: str | None) -> None:
     λ_high and λ_low by depth, effective ranks, spectra, cosines.
     """
     from mergekit_monosoup import plots
-    from mergekit_monosoup import report as reports
 
     with _errors():
         plots.check_suffix(out)
-        short = len({file.name for file in files}) == len(files)
-        labelled = {file.name if short else str(file): reports.read(file) for file in files}
-        figure = plots.draw(labelled, mode=mode)
+        figure = plots.draw(_labelled(files), mode=mode)
         plots.save(figure, out)
     terminal.echo(f"{terminal.plain(out)}: {len(figure.axes)} panels")
 

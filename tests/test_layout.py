@@ -22,6 +22,7 @@ ALLOWED = {
     "mergekit_monosoup/report": {"checkpoints", "files", "terminal"},
     "mergekit_monosoup/kernel": {"errors", "parameters", "report"},
     "mergekit_monosoup/check": {"checkpoints", "parameters", "report"},
+    "mergekit_monosoup/pages": {"__version__", "checkpoints", "files", "report", "terminal"},
 }
 # Run from a checkout, and not installed.
 PROGRAMS = ("benchmarks", "demo", "evaluation", "website")
@@ -48,7 +49,7 @@ def test_no_arrow_points_back_up(place):
         assert parts - {path.stem} <= ALLOWED[place], file
 
 
-@pytest.mark.parametrize("folder", ["kernel", "report"])
+@pytest.mark.parametrize("folder", ["kernel", "pages", "report"])
 def test_they_know_nothing_of_mergekit(folder):
     for file in (ROOT / "mergekit_monosoup" / folder).rglob("*.py"):
         assert not {m for m in imported(file) if m.split(".")[0] == "mergekit"}, file

@@ -24,6 +24,7 @@ from mergekit_monosoup.kernel.eigen import EPS, Eigen
 from mergekit_monosoup.kernel.spectrum import (
     Spectrum,
     effective_rank,
+    leading_values,
     nonzero_rows,
     quantile_curve,
 )
@@ -454,7 +455,8 @@ def preview(
         pretrained, finetuned, R, min_rel_update, name: as in :func:`edit`.
         dtype: of the output for which ``edit_norm`` and ``realised`` are predicted, see
             :func:`assemble.predict`.
-        points: length of the quantile curve stored as ``spectrum``; 0 stores none.
+        points: length of the quantile curve stored as ``spectrum``; one less is the number of the
+            first singular values stored as ``leading``; 0 stores neither.
 
     Returns:
         A record for each :data:`Mode`, ``action`` "inspected".
@@ -464,10 +466,12 @@ def preview(
     started = time.perf_counter()
     norms = update.norms()
     reason = reason_to_skip(update, norms, min_rel_update)
-    spectrum, curve = None, None
+    spectrum, curve, leading = None, None, None
     if not reason:
         spectrum = Spectrum(update.deltas, update.rows, update.width, update.device)
-        curve = quantile_curve(spectrum.sigma[: spectrum.rank], points) if points else None
+        if points:
+            sigma = spectrum.sigma[: spectrum.rank]
+            curve, leading = quantile_curve(sigma, points), leading_values(sigma, points - 1)
     records = []
     for mode in get_args(Mode):
         of_mode = replace(settings, mode=mode)
@@ -482,7 +486,7 @@ def preview(
             record = _predict(update, cut, norms, dtype)
         # The spectrum is on the first one's account.
         seconds, started = time.perf_counter() - started, time.perf_counter()
-        records.append(replace(record, spectrum=curve, seconds=seconds))
+        records.append(replace(record, spectrum=curve, leading=leading, seconds=seconds))
     return records
 
 

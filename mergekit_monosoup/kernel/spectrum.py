@@ -115,9 +115,17 @@ def quantile_curve(sigma: Tensor, points: int) -> list[float]:
     where = torch.linspace(0, len(sigma) - 1, points, dtype=torch.float64, device=sigma.device)
     below = where.long()
     above = (below + 1).clamp(max=len(sigma) - 1)
-    curve = torch.lerp(sigma[below], sigma[above], where - below) / sigma[0]
-    # A drawing needs no more digits; a third of the bytes.
-    return [float(f"{value:.4g}") for value in curve.tolist()]
+    return _relative(torch.lerp(sigma[below], sigma[above], where - below), sigma[0])
+
+
+def leading_values(sigma: Tensor, count: int) -> list[float]:
+    """Return σ/σ₁ of the first ``count`` singular values. ``sigma``: (s,), descending."""
+    return _relative(sigma[:count], sigma[0])
+
+
+def _relative(sigma: Tensor, first: Tensor) -> list[float]:
+    """Return σ/σ₁ with four digits: a drawing needs no more, and they are a third of the bytes."""
+    return [float(f"{value:.4g}") for value in (sigma / first).tolist()]
 
 
 class Spectrum:

@@ -69,6 +69,8 @@ class Record:
         seconds: wall time spent on the matrix.
         spectrum: σ/σ₁ at equally spaced places from the first to the last non-zero singular value,
             of `inspect --spectra`.
+        leading: σ/σ₁ of the first singular values, one by one; beside `spectrum`, whose places are
+            too far apart for the few strong directions of most updates.
         cosine: cosine of the task vectors of each two fine-tunes, of `inspect --cosine`; None
             where one of them is zero.
 
@@ -103,6 +105,7 @@ class Record:
     solver: str | None = None
     seconds: float = 0.0
     spectrum: list[float] | None = field(default=None, metadata=ON_REQUEST)
+    leading: list[float] | None = field(default=None, metadata=ON_REQUEST)
     cosine: dict[str, float | None] | None = field(default=None, metadata=ON_REQUEST)
 
     def to_json(self) -> str:

@@ -12,9 +12,9 @@ import pytest
 import yaml
 from helpers import pages
 from helpers.pages import ROOT
+from website import built, layout
 
 import mergekit_monosoup
-from website import built, layout
 
 PLACES = layout.files()
 REPOSITORY = "https://github.com/mergekit-monosoup/mergekit-monosoup"
