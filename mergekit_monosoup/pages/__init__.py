@@ -9,14 +9,18 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Mapping, Sequence
+from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mergekit_monosoup.files import write_text
 from mergekit_monosoup.pages import charts
 from mergekit_monosoup.pages.quantities import present
 from mergekit_monosoup.pages.rows import collect
 from mergekit_monosoup.report import Record
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 SUFFIXES = (".html", ".htm")
 MADE_BY = "mergekit-monosoup"
@@ -61,21 +65,11 @@ def render(files: Mapping[str, Sequence[Record]]) -> str:
         MissingAltairError: the extra `html` is not installed; gives the command that installs it.
     """
     specifications, vega = charts.specifications(), charts.program()
-    from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
     from mergekit_monosoup import __version__
 
-    environment = Environment(
-        loader=PackageLoader("mergekit_monosoup", "pages"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-    )
-    source = environment.loader
-    assert source is not None
-    parts = [source.get_source(environment, name)[0] for name in SCRIPTS]
-    scripts = [vega, "\n".join(parts)]
+    ours = "\n".join(map(_source, SCRIPTS))
     collected = collect(files)
     data: dict[str, Any] = {
         "files": collected,
@@ -83,16 +77,29 @@ def render(files: Mapping[str, Sequence[Record]]) -> str:
         **present(collected),
     }
     kind = "Inspection" if all(file["inspection"] for file in collected) else "Merge"
-    title = f"{kind}: {', '.join(file['label'] for file in collected)}"
-    return environment.get_template("page.html.jinja").render(
-        title=title,
+    return _template().render(
+        title=f"{kind}: {', '.join(file['label'] for file in collected)}",
         files=collected,
         data=data,
-        policy=_policy(scripts),
+        policy=_policy([vega, ours]),
         generator=f"{MADE_BY} {__version__}",
-        vega=Markup(scripts[0]),  # ours, and those of the charts' library
-        program=Markup(scripts[1]),
+        # No part of a report is in these.
+        style=Markup(_source("page.css")),
+        vega=Markup(vega),
+        program=Markup(ours),
     )
+
+
+def _template() -> Template:
+    """Return the template of a page; whatever is put into it is escaped."""
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    return environment.from_string(_source("page.html.jinja"))
+
+
+def _source(name: str) -> str:
+    return resources.files(__name__).joinpath(name).read_text("utf-8")
 
 
 def _policy(scripts: Sequence[str]) -> str:

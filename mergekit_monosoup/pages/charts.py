@@ -5,6 +5,7 @@ A specification names its data and has none: the page hands it the rows that are
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ def _altair() -> Any:
     return altair
 
 
+@cache  # two seconds
 def program() -> str:
     """Return Vega, Vega-Lite and Vega-Embed as one script, which defines ``vegaEmbed``."""
     _altair()
