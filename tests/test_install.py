@@ -213,10 +213,10 @@ def test_wheel_contents(wheel: Path) -> None:
         START,
     }
     assert {name for name in names if name.startswith("_mergekit_monosoup_autoload/")} == {HOOK}
-    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "mergekit_monosoup").rglob("*.py")}
-    assert {
-        name for name in names if name.startswith("mergekit_monosoup/") and name.endswith(".py")
-    } == sources
+    # Templates and scripts of pages among them.
+    files = [path for path in (ROOT / "mergekit_monosoup").rglob("*") if path.is_file()]
+    sources = {str(p.relative_to(ROOT)) for p in files if "__pycache__" not in p.parts}
+    assert {name for name in names if name.startswith("mergekit_monosoup/")} == sources
     assert text[PTH] == (ROOT / "_mergekit_monosoup_autoload" / PTH).read_text()
     assert text[START] == "_mergekit_monosoup_autoload:install\n"
     assert text[HOOK] == (ROOT / HOOK).read_text()

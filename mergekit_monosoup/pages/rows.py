@@ -200,13 +200,16 @@ def _row(records: Sequence[Record]) -> dict[str, Any]:
         row[key] = mean([getattr(record, key) for record in records])
     for key, derive in DERIVED.items():
         row[key] = mean([derive(record) for record in records])
-    row["seconds"] = math.fsum(record.seconds for record in records)
+    row["seconds"] = mean([sum(record.seconds for record in records)])
     return row
 
 
 def mean(values: Iterable[Numbers]) -> Numbers:
-    """Return the mean of the numbers that are there, one alone as it is; None without any."""
-    present = [value for value in values if value is not None]
+    """Return the mean of the finite numbers that are there, one alone as it is; None without any.
+
+    A quotient of two numbers of a report may be infinite, for which JSON has no word.
+    """
+    present = [value for value in values if value is not None and math.isfinite(value)]
     if len(present) < 2:
         return present[0] if present else None
     largest = max(map(abs, present)) or 1.0  # a sum of numbers near the largest would be infinite

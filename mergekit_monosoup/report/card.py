@@ -102,6 +102,8 @@ def _split(total: Row) -> list[str]:
 
 
 def _calibration(total: Row) -> list[str]:
+    if total.gamma_min is None or total.gamma_max is None:
+        return []
     line = f"Its directions were scaled by γ from {total.gamma_min:.2f} to {total.gamma_max:.2f}"
     if total.gamma_median is not None:
         line += f", {total.gamma_median:.2f} at the median"

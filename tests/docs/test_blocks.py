@@ -37,6 +37,8 @@ PRINTS = {
     "check configs/monosoup.yml": "monosoup.yml: fine",
     "report report.jsonl": "layers.*.mlp.up_proj",
     "report monosoup-report.jsonl": "layers.*.mlp.up_proj",
+    "report inspect.jsonl --html inspect.html": "inspect.html: 1 report(s), ",
+    "report monosoup-report.jsonl --card": "the method [MonoSoup](https://arxiv.org/abs/2602.09689)",
     "parameters": "| `min_rel_update` |",
     "inspect": "freevariance: in all matrices",
     "plot inspect.jsonl --out inspect.png": "inspect.png: 5 panels",

@@ -138,7 +138,11 @@ def test_layers_are_put_together_in_the_end(merge):
     assert "all those of one projection" in file["note"]
 
 
-def test_no_number_overflows_where_means_are_taken():
+def test_no_number_overflows(merge):
+    huge = replace(merge[0], edit_norm=1.7e308, delta_norm=1e-300, seconds=1.7e308)
+    (file,) = rows.collect({"r": [huge, replace(huge, mode="variance")]})
+    json.dumps(file, allow_nan=False)
+    assert row_dicts(file)[0]["rel_edit"] is None and row_dicts(file)[0]["edit_norm"] == 1.7e308
     assert rows.mean([1.7e308, 1.7e308]) == 1.7e308 and rows.mean([None, 2, None]) == 2
     assert rows.mean([None]) is None and rows.mean([0, 0]) == 0
 

@@ -1,4 +1,4 @@
-"""Reports of merges and inspections, for `report` and `plot`."""
+"""Reports of merges and inspections, for `report`, its pages, and `plot`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,13 @@ STARTS = [
     MERGED,
     [line | SVC for line in MERGED],
     [
-        line | {"action": "inspected", "cosine": {"a ~ b": 0.5}, "spectrum": [1.0, 0.5]}
+        line
+        | {
+            "action": "inspected",
+            "cosine": {"a ~ b": 0.5},
+            "spectrum": [1.0, 0.5],
+            "leading": [1.0],
+        }
         for line in MERGED[:4]
     ],
 ]
@@ -43,8 +49,11 @@ def commands(rng: random.Random, place: Place) -> list[Command]:
     text = b"\n".join(map(mutation.as_json, lines)) + b"\n"
     place.write("r.jsonl", mutation.content(rng, text) if rng.random() < 0.2 else text)
     names = ("r.jsonl",)
-    read = ["report", "r.jsonl", *rng.choice([[], ["--sort", rng.choice(SORTS)], ["--json"]])]
+    forms = [[], ["--sort", rng.choice(SORTS)], ["--json"], ["--card"]]
+    read = ["report", "r.jsonl", *rng.choice(forms)]
     made = [Command(in_some_encoding(rng), read, names)]
     if rng.random() < 0.2:
         made.append(Command(monosoup, ["plot", "r.jsonl", "--out", "p.svg"], (), ("p.svg",)))
+    if rng.random() < 0.2:
+        made.append(Command(monosoup, ["report", "r.jsonl", "--html", "p.html"], (), ("p.html",)))
     return made
