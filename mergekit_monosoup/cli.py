@@ -374,24 +374,19 @@ def report(
     FILE is its report, written by `parameters: {report: FILE}`, or the records of an inspection.
     Several are shown one after the other, on a page side by side.
     """
-    from mergekit_monosoup.report.card import card
-
     with _errors():
         if sum([as_json, as_card, html is not None]) > 1:
             raise ValueError("--json, --card and --html are each a form of its own: give one")
         if as_json and len(files) > 1:
             raise ValueError("--json takes one FILE: its rows do not say which file they are of")
         labelled = _labelled(files)
-        if html is not None:
-            _write_page(labelled, html)
-            return
-        for number, (label, records) in enumerate(labelled.items()):
-            if as_card:
-                terminal.echo("\n" * (number > 0) + _naming(label, card, records))
-            elif as_json:
-                _naming(label, _print_rows, records, sort)
-            else:
-                _print_table(label if len(files) > 1 else "", records, sort)
+        texts = _texts(labelled, sort, as_card, html) if as_json or as_card or html else []
+    # Not within: an output that fails is no wrong input.
+    for text in texts:
+        terminal.echo(text)
+    if not texts:
+        for label, records in labelled.items():
+            _print_table(label if len(files) > 1 else "", records, sort)
 
 
 def _labelled(files: Sequence[Path]) -> dict[str, list[Record]]:
@@ -402,6 +397,24 @@ def _labelled(files: Sequence[Path]) -> dict[str, list[Record]]:
     return {file.name if short else str(file): reports.read(file) for file in files}
 
 
+def _texts(
+    labelled: dict[str, list[Record]], sort: str | None, as_card: bool, html: Path | None
+) -> list[str]:
+    """Return what to print of reports that are no table: JSON, cards, or where their page is."""
+    if html is not None:
+        from mergekit_monosoup import pages
+
+        pages.write(labelled, html)
+        size = html.stat().st_size / 1e6
+        return [f"{terminal.plain(html)}: {len(labelled)} report(s), {size:.1f} MB"]
+    if as_card:
+        from mergekit_monosoup.report.card import card
+
+        cards = [_naming(label, card, records) for label, records in labelled.items()]
+        return ["\n\n".join(cards)]
+    return [_naming(label, _rows, records, sort) for label, records in labelled.items()]
+
+
 def _naming(label: str, function: Callable[..., Item], *arguments: Any) -> Item:
     """Call a function of records; its error gets the name of their file."""
     try:
@@ -410,22 +423,14 @@ def _naming(label: str, function: Callable[..., Item], *arguments: Any) -> Item:
         raise ValueError(f"{label} {error}") from error
 
 
-def _write_page(labelled: dict[str, list[Record]], html: Path) -> None:
-    from mergekit_monosoup import pages
-
-    pages.write(labelled, html)
-    size = html.stat().st_size / 1e6
-    terminal.echo(f"{terminal.plain(html)}: {len(labelled)} report(s), {size:.1f} MB")
-
-
-def _print_rows(records: Sequence[Record], sort: str | None) -> None:
-    """Print the rows of a merge's table as JSON."""
+def _rows(records: Sequence[Record], sort: str | None) -> str:
+    """Return the rows of a merge's table as JSON."""
     from mergekit_monosoup import report as reports
 
     if all(record.action == "inspected" for record in records):
         raise ValueError("holds an inspection, not a merge: its lines are JSON already")
     rows = reports.sort_rows(reports.summarise(records), sort)
-    terminal.echo(json.dumps([asdict(row) for row in rows], indent=2))
+    return json.dumps([asdict(row) for row in rows], indent=2)
 
 
 def _print_table(label: str, records: Sequence[Record], sort: str | None) -> None:

@@ -38,8 +38,6 @@ def check_path(path: Path) -> None:
         raise ValueError(f"{path}: a page is a {' or '.join(SUFFIXES)} file")
     if not path.parent.is_dir():
         raise ValueError(f"{path}: there is no folder {path.parent}")
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder; name a file in it")
     if path.is_file() and path.stat().st_size:
         with path.open("rb") as file:
             if f'name="generator" content="{MADE_BY}'.encode() not in file.read(HEAD):

@@ -217,8 +217,6 @@ def test_a_page_replaces_a_page_and_nothing_else(merge, tmp_path):
         "nowhere/page.html": "there is no folder",
     }.items():
         assert words in invoke(report, "--html", tmp_path / name).output
-    (tmp_path / "folder.html").mkdir()
-    assert "is a folder" in invoke(report, "--html", tmp_path / "folder.html").output
 
 
 def test_without_the_extra(merge, tmp_path, monkeypatch):
