@@ -1,22 +1,32 @@
 // The drawings: what they are given, and when they are made anew.
 
-const LIGHT = { text: "#1b1f24", grid: "#d8dee4", ground: "#ffffff", range: ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#B37400", "#2E8BC0", "#4d4d4d"] };
-const DARK = { text: "#e6edf3", grid: "#38414d", ground: "#12161c", range: ["#56B4E9", "#FF8A4C", "#2FD3A5", "#E79AC6", "#E69F00", "#9CC9FF", "#c9d1d9"] };
+// Okabe & Ito's colours without yellow, two of them darker; and as bright ones for a dark ground.
+const LIGHT = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#B37400", "#2E8BC0", "#4d4d4d"];
+const DARK = ["#56B4E9", "#FF8A4C", "#2FD3A5", "#E79AC6", "#E69F00", "#9CC9FF", "#c9d1d9"];
 const ENTRY_WIDTH = 165; // of a legend
 const ROW_HEIGHT = 18; // of a projection in the map
 const MOST_SVG_MARKS = 1500; // each is an element of the page, with words for screen readers
 const darkness = matchMedia("(prefers-color-scheme: dark)");
 
 function theme() {
-  const { text, grid, ground, range } = darkness.matches ? DARK : LIGHT;
-  const words = { labelColor: text, titleColor: text, labelFont: "system-ui, sans-serif", titleFont: "system-ui, sans-serif", titleFontWeight: "normal" };
+  const style = getComputedStyle(document.documentElement);
+  const [text, grid, ground] = ["text", "line", "ground"].map((name) =>
+    style.getPropertyValue(`--${name}`).trim(),
+  );
+  const words = {
+    labelColor: text,
+    titleColor: text,
+    labelFont: "system-ui, sans-serif",
+    titleFont: "system-ui, sans-serif",
+    titleFontWeight: "normal",
+  };
   return {
     background: ground,
     axis: { ...words, gridColor: grid, domainColor: grid, tickColor: grid },
     legend: words,
     view: { stroke: null },
     style: { "chosen-band": { fill: text }, "chosen-frame": { stroke: text } },
-    range: { category: range },
+    range: { category: darkness.matches ? DARK : LIGHT },
   };
 }
 
@@ -39,25 +49,46 @@ async function draw(place, name, datasets, parameters, description, { height, on
   made.delete(place);
   before?.finalize();
   const specification = PAGE.specifications[name];
-  const params = (specification.params ?? []).map((p) => ({ ...p, value: parameters[p.name] ?? p.value }));
+  const params = (specification.params ?? []).map((p) => ({
+    ...p,
+    value: parameters[p.name] ?? p.value,
+  }));
   const options = {
-    mode: "vega-lite", ast: true, renderer, config: theme(),
+    mode: "vega-lite",
+    ast: true,
+    renderer,
+    config: theme(),
     actions: { export: true, source: false, compiled: false, editor: false },
     tooltip: { formatTooltip: (datum) => tooltip(datum) },
   };
   const drawing = { ...specification, params, datasets, description };
   const result = await vegaEmbed(place, height ? { ...drawing, height } : drawing, options);
-  if (onClick) result.view.addEventListener("click", (_, item) => item?.datum?.at !== undefined && onClick(item.datum.at));
+  if (onClick)
+    result.view.addEventListener(
+      "click",
+      (_, item) => item?.datum?.at !== undefined && onClick(item.datum.at),
+    );
   made.set(place, { kind, view: result.view, finalize: () => result.finalize() });
 }
 
 // Return what depends on the width of a drawing: columns of its legend, and room for names.
 function room(width) {
-  return { legend_columns: Math.max(1, Math.floor(width / ENTRY_WIDTH)), left: width < 450 ? 96 : 128 };
+  return {
+    legend_columns: Math.max(1, Math.floor(width / ENTRY_WIDTH)),
+    left: width < 450 ? 96 : 128,
+  };
 }
 
 function tooltip(datum) {
-  const content = datum.row === undefined ? element("dl", {}, element("dt", {}, datum.at ?? datum.kind), element("dd", {}, datum.says ?? "")) : details(drawn[datum.row]);
+  const content =
+    datum.row === undefined
+      ? element(
+          "dl",
+          {},
+          element("dt", {}, datum.at ?? datum.kind),
+          element("dd", {}, datum.says ?? ""),
+        )
+      : details(drawn[datum.row]);
   return content.outerHTML;
 }
 
@@ -74,7 +105,14 @@ function marksOf(rows, quantity) {
       const value = row[key];
       if (typeof value !== "number" || (quantity.logarithmic && value <= 0)) continue;
       const id = JSON.stringify([row.at, row.kind, key]);
-      const mark = marks.get(id) ?? { at: row.at, kind: row.kind, part: label, second, row: row.number, values: [] };
+      const mark = marks.get(id) ?? {
+        at: row.at,
+        kind: row.kind,
+        part: label,
+        second,
+        row: row.number,
+        values: [],
+      };
       mark.values.push(value);
       marks.set(id, mark);
     }
@@ -82,7 +120,9 @@ function marksOf(rows, quantity) {
   return [...marks.values()].map(({ values, ...mark }) => {
     const value = values.reduce((a, b) => a + b, 0) / values.length;
     if (values.length === 1) return { ...mark, value };
-    const says = `${mark.kind}, ${mark.part}: mean ${shown(value)} of ${values.length} matrices, from ${shown(values.reduce((a, b) => Math.min(a, b)))} to ${shown(values.reduce((a, b) => Math.max(a, b)))}`;
+    const [low, high] = [Math.min, Math.max].map((of) => shown(values.reduce((a, b) => of(a, b))));
+    const spread = `mean ${shown(value)} of ${values.length} matrices, from ${low} to ${high}`;
+    const says = `${mark.kind}, ${mark.part}: ${spread}`;
     return { ...mark, value, says, row: undefined };
   });
 }
@@ -91,18 +131,29 @@ function marksOf(rows, quantity) {
 // drawn to, with some room; of colours the values alone.
 function ends(marks, quantity, isAxis) {
   const values = marks.map((mark) => mark.value);
-  let low = values.reduce((a, b) => Math.min(a, b), isAxis ? quantity.low ?? Infinity : Infinity);
-  let high = values.reduce((a, b) => Math.max(a, b), isAxis ? quantity.high ?? -Infinity : -Infinity);
+  let low = values.reduce((a, b) => Math.min(a, b), isAxis ? (quantity.low ?? Infinity) : Infinity);
+  let high = values.reduce(
+    (a, b) => Math.max(a, b),
+    isAxis ? (quantity.high ?? -Infinity) : -Infinity,
+  );
   if (!values.length) return { low: quantity.logarithmic ? 0.1 : 0, high: 1 };
   if (low === high) [low, high] = low > 0 ? [low * 0.8, high * 1.25] : [low - 0.5, high + 0.5];
   if (!isAxis || high === quantity.high) return { low, high };
-  return quantity.logarithmic ? { low: low * 0.8, high: high * 1.25 } : { low, high: high + 0.05 * (high - low) };
+  return quantity.logarithmic
+    ? { low: low * 0.8, high: high * 1.25 }
+    : { low, high: high + 0.05 * (high - low) };
 }
 
 function describe(marks, quantity) {
   const first = marks.filter((mark) => !mark.second);
-  if (!first.length) return `${quantity.label}: no matrix has a value here${state.R === null ? "" : ", for only the weights can tell it at another R"}.`;
-  const where = (mark) => `${shown(mark.value)} (${mark.at === mark.kind ? mark.kind : `layer ${mark.at}, ${mark.kind}`})`;
+  if (!first.length) {
+    const why = state.R === null ? "" : ", for only the weights can tell it at another R";
+    return `${quantity.label}: no matrix has a value here${why}.`;
+  }
+  const where = (mark) => {
+    const place = mark.at === mark.kind ? mark.kind : `layer ${mark.at}, ${mark.kind}`;
+    return `${shown(mark.value)} (${place})`;
+  };
   const lowest = first.reduce((a, b) => (b.value < a.value ? b : a));
   const highest = first.reduce((a, b) => (b.value > a.value ? b : a));
   const mean = first.reduce((sum, mark) => sum + mark.value, 0) / first.length;
@@ -122,15 +173,23 @@ function curvesOf(file, rows, layer) {
     if (typeof row.k_share === "number") group.cuts.push(row.k_share);
     groups.set(name, group);
   }
-  const curves = [], cuts = [];
+  const curves = [],
+    cuts = [];
   for (const { name, kind, curves: stored, cuts: places } of groups.values()) {
     const length = Math.min(...stored.map((curve) => curve.length));
     const curve = Array.from({ length }, (_, i) => median(stored.map((values) => values[i])));
-    const points = curve.map((sigma, i) => ({ name, kind, place: length > 1 ? i / (length - 1) : 0, sigma })).filter((point) => point.sigma > 0);
+    const points = curve
+      .map((sigma, i) => ({ name, kind, place: length > 1 ? i / (length - 1) : 0, sigma }))
+      .filter((point) => point.sigma > 0);
     curves.push(...points);
     if (!places.length || !points.length) continue;
     const place = median(places);
-    cuts.push({ kind, place, sigma: heightAt(points, place), says: `${name}: cut at ${shown(place)} of the rank` });
+    cuts.push({
+      kind,
+      place,
+      sigma: heightAt(points, place),
+      says: `${name}: cut at ${shown(place)} of the rank`,
+    });
   }
   return { curves, cuts };
 }

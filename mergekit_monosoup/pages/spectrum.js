@@ -8,7 +8,9 @@ const SLACK = 1e-9; // as in kernel/monosoup.py: R is met to the last digit by e
 
 // Return σ/σ₁ of every direction, and tails[i] = Σ_{j>=i} σ_j², counted from zero.
 function singularValues({ rank, spectrum, leading }) {
-  const known = new Map(spectrum.map((value, i) => [(i * (rank - 1)) / Math.max(spectrum.length - 1, 1), value]));
+  const known = new Map(
+    spectrum.map((value, i) => [(i * (rank - 1)) / Math.max(spectrum.length - 1, 1), value]),
+  );
   leading.forEach((value, i) => known.set(i, value));
   const places = [...known.keys()].sort((a, b) => a - b);
   const x = places.map((place) => Math.log1p(place));
@@ -17,8 +19,10 @@ function singularValues({ rank, spectrum, leading }) {
   for (let i = 0, above = 0; i < rank; i++) {
     while (above < places.length - 1 && places[above] < i) above++;
     const below = Math.max(above - 1, 0);
-    const share = places[above] > places[below] ? (Math.log1p(i) - x[below]) / (x[above] - x[below]) : 0;
-    sigma[i] = places[above] === i ? known.get(i) : Math.exp(y[below] + share * (y[above] - y[below]));
+    const share =
+      places[above] > places[below] ? (Math.log1p(i) - x[below]) / (x[above] - x[below]) : 0;
+    sigma[i] =
+      places[above] === i ? known.get(i) : Math.exp(y[below] + share * (y[above] - y[below]));
   }
   const tails = new Float64Array(rank + 1);
   for (let i = rank - 1; i >= 0; i--) tails[i] = tails[i + 1] + sigma[i] ** 2;
@@ -30,7 +34,8 @@ function singularValues({ rank, spectrum, leading }) {
 function cutAt({ sigma, tails }, R) {
   const rank = sigma.length;
   const allowed = (1 - R) * (1 + SLACK) * tails[0];
-  let low = 1, high = rank;
+  let low = 1,
+    high = rank;
   while (low < high) {
     const middle = (low + high) >> 1;
     if (tails[middle] > allowed) low = middle + 1;

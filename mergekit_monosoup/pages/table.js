@@ -14,23 +14,31 @@ function isNumber(key) {
 }
 
 function makeHeaders(update) {
-  byId("headers").replaceChildren(...headers().map(([key, label]) => {
-    const button = element("button", { type: "button" }, label);
-    button.addEventListener("click", () => {
-      if (table.sort !== key) Object.assign(table, { sort: key, descending: isNumber(key) });
-      else if (table.descending === isNumber(key)) table.descending = !table.descending;
-      else table.sort = null; // the third time: as in the model
-      update();
-    });
-    return element("th", { scope: "col", class: isNumber(key) ? "number" : "", "data-key": key }, button);
-  }));
+  byId("headers").replaceChildren(
+    ...headers().map(([key, label]) => {
+      const button = element("button", { type: "button" }, label);
+      button.addEventListener("click", () => {
+        if (table.sort !== key) Object.assign(table, { sort: key, descending: isNumber(key) });
+        else if (table.descending === isNumber(key)) table.descending = !table.descending;
+        else table.sort = null; // the third time: as in the model
+        update();
+      });
+      return element(
+        "th",
+        { scope: "col", class: isNumber(key) ? "number" : "", "data-key": key },
+        button,
+      );
+    }),
+  );
 }
 
 function filtered(rows, query, layer) {
   const words = query.toLowerCase().split(/\s+/).filter(Boolean);
   return rows.filter((row) => {
     if (layer && row.at !== layer) return false;
-    const text = TEXTS.map((key) => row[key] ?? "").join(" ").toLowerCase();
+    const text = TEXTS.map((key) => row[key] ?? "")
+      .join(" ")
+      .toLowerCase();
     return words.every((word) => text.includes(word));
   });
 }
@@ -54,19 +62,32 @@ function showTable(rows, query, layer) {
   byId("rows").replaceChildren(...visible.map(tableRow));
   for (const header of byId("headers").children) {
     const sorts = header.dataset.key === table.sort;
-    header.setAttribute("aria-sort", sorts ? (table.descending ? "descending" : "ascending") : "none");
-    header.firstChild.textContent = header.firstChild.textContent.replace(/ [▲▼]$/, "") + (sorts ? (table.descending ? " ▼" : " ▲") : "");
+    header.setAttribute(
+      "aria-sort",
+      sorts ? (table.descending ? "descending" : "ascending") : "none",
+    );
+    header.firstChild.textContent =
+      header.firstChild.textContent.replace(/ [▲▼]$/, "") +
+      (sorts ? (table.descending ? " ▼" : " ▲") : "");
   }
-  byId("count").textContent = `${found.length} of ${rows.length} rows` + (layer ? `, layer ${layer}` : "") + (visible.length < found.length ? `; the first ${visible.length} are shown` : "");
+  byId("count").textContent =
+    `${found.length} of ${rows.length} rows` +
+    (layer ? `, layer ${layer}` : "") +
+    (visible.length < found.length ? `; the first ${visible.length} are shown` : "");
   byId("more").hidden = visible.length === found.length;
   byId("more").textContent = `Show all ${found.length}`;
 }
 
 function tableRow(row) {
   const cells = headers().map(([key, , digits]) => {
-    const value = digits !== null && typeof row[key] === "number" ? row[key].toFixed(digits) : shown(row[key]);
+    const value =
+      digits !== null && typeof row[key] === "number" ? row[key].toFixed(digits) : shown(row[key]);
     if (key !== "name") return element("td", { class: isNumber(key) ? "number" : key }, value);
-    const button = element("button", { type: "button", "aria-expanded": "false", title: "Show all of its record" }, row.name);
+    const button = element(
+      "button",
+      { type: "button", "aria-expanded": "false", title: "Show all of its record" },
+      row.name,
+    );
     button.addEventListener("click", () => toggle(button, row));
     return element("th", { scope: "row" }, button);
   });
@@ -79,5 +100,12 @@ function toggle(button, row) {
   button.setAttribute("aria-expanded", String(!open));
   line.classList.toggle("chosen", !open);
   if (open) line.nextElementSibling.remove();
-  else line.after(element("tr", { class: "details" }, element("td", { colSpan: headers().length }, details(row))));
+  else
+    line.after(
+      element(
+        "tr",
+        { class: "details" },
+        element("td", { colSpan: headers().length }, details(row)),
+      ),
+    );
 }

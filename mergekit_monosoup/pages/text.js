@@ -15,11 +15,21 @@ function shown(value) {
   if (typeof value !== "number") return String(value);
   if (Number.isInteger(value) && Math.abs(value) < 1e6) return String(value);
   const size = Math.abs(value);
-  return size !== 0 && (size < 1e-3 || size >= 1e6) ? value.toExponential(2) : value.toPrecision(4).replace(/(\.\d*?)0+$/, "$1").replace(/\.$/, "");
+  return size !== 0 && (size < 1e-3 || size >= 1e6)
+    ? value.toExponential(2)
+    : value
+        .toPrecision(4)
+        .replace(/(\.\d*?)0+$/, "$1")
+        .replace(/\.$/, "");
 }
 
 const HIDDEN = new Set(["at", "kind", "spectrum", "file"]);
-const NAMES = { k_share: "k / rank", rank_share: "effective_rank / rank", rel_edit: "edit_norm / delta_norm", members: "matrices" };
+const NAMES = {
+  k_share: "k / rank",
+  rank_share: "effective_rank / rank",
+  rel_edit: "edit_norm / delta_norm",
+  members: "matrices",
+};
 
 // Return all of a row as a list of names and values, but what it does not have.
 function details(row) {

@@ -52,9 +52,11 @@ class Browser:
     def wait(self) -> None:
         """Return when what was chosen last is drawn."""
         end = time.monotonic() + TIMEOUT
-        while self.run("return document.body.dataset.state") != "ready":
-            if time.monotonic() > end:
-                raise TimeoutError(self.messages(), self.run("return document.body.innerText"))
+        while (state := self.run("return document.body.dataset.state")) != "ready":
+            # Without a state no script of the page has begun: its text is not JavaScript.
+            late, messages = time.monotonic() > end, [] if state else self.messages()
+            if late or messages or state == "failed":
+                raise AssertionError(state, messages or self.messages())
             time.sleep(0.02)
 
     def run(self, script: str, *arguments: Any) -> Any:
