@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evaluation import fingerprint, sources, statistics, store
+from evaluation.engines import ENGINES
 from evaluation.sources import FINETUNED, PRETRAINED, Merge
 from evaluation.statistics import Difference, Estimate
 from evaluation.store import Evaluation
@@ -343,7 +344,10 @@ def _circumstances(results: Sequence[store.Result]) -> Iterable[tuple[str, list[
     yield "backend", [s.backend for s in settings]
     yield "dtype", [s.dtype for s in settings]
     yield "device", [s.device.partition(":")[0] for s in settings]
-    versions = [fingerprint.deciding(result.versions) for result in results]
+    versions = [
+        fingerprint.deciding(result.versions, ENGINES[result.suite.engine].packages)
+        for result in results
+    ]
     for package in sorted(set().union(*versions)):
         yield f"versions of {package}", [installed.get(package) for installed in versions]
 

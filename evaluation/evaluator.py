@@ -6,33 +6,27 @@ import datetime
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 
-from evaluation import fingerprint, sources, statistics, store
-from evaluation.engines import Settings
+from evaluation import engines, fingerprint, sources, statistics, store
+from evaluation.engines import ENGINES, NOTHING_SAID, Engine, Options
 from evaluation.sources import MERGE_CACHE, PRETRAINED, Source
 from evaluation.statistics import Estimate
 from evaluation.suite import GroupName, Suite
-from evaluation.worlds.tasks import write_tasks
-
-if TYPE_CHECKING:
-    from lm_eval.tasks import TaskManager
 
 
 def evaluate(
     suite: Suite,
     paths: Mapping[str, str],
     out: Path,
+    options: Options = NOTHING_SAID,
     *,
     command: str = "",
-    limit: int | None = None,
-    backend: str = "hf",
-    device: str | None = None,
-    dtype: str = "auto",
     merge_cache: Path = MERGE_CACHE,
     fresh: bool = False,
 ) -> None:
@@ -44,48 +38,29 @@ def evaluate(
 
     Raises:
         SourceError: a model cannot be had.
-        EvaluationError: the engine cannot do what the suite or the settings ask for.
+        EvaluationError: the engine cannot do what the suite or the options ask for.
         OSError: nothing can be written to `out`.
     """
     store.check_folder(out)
-    from evaluation.engines import language  # imports lm-eval, which takes seconds
-
-    language.quiet()
-    folder = None
-    if suite.world is not None:
-        folder = out / f"{suite.name}.tasks"
-        write_tasks(suite.world, folder)
-    manager = language.task_manager(folder)
-    language.check_tasks(manager, suite, backend)
-    settings = Settings(backend, device or language.default_device(), dtype, limit)
-    language.check_settings(settings)
+    engine = engines.start(suite, options, out)
     models = [sources.find(name, path, merge_cache) for name, path in paths.items()]
-    _warn(suite, models)
+    _warn(suite, engine, models)
 
-    local_tasks = fingerprint.of_files(folder, ("*.jsonl",)) if folder else None
-    evaluator = _Evaluator(suite, settings, manager, local_tasks, _w0(models), command, fresh)
+    evaluator = _Evaluator(suite, engine, dict(engine.decides), _w0(models), command, fresh)
     todo = [model for source in models if (model := evaluator.unfinished(source, out))]
     if todo:
-        language.check_contexts(manager, suite, [model.source.folder for model in todo])
-        language.check_data(manager, suite.tasks)
+        engine.check([model.source for model in todo])
     for number, model in enumerate(todo, 1):
         evaluator.finish(model, f"[{number}/{len(todo)}] {model.source.name}")
 
 
-def _warn(suite: Suite, models: Sequence[Source]) -> None:
+def _warn(suite: Suite, engine: Engine, models: Sequence[Source]) -> None:
     merges = {source.name: source.origin.merge for source in models}
-    if message := sources.tuning_warning(suite.public, merges):
-        print(f"warning: {message}", file=sys.stderr)
+    found = [sources.tuning_warning(suite.public, merges)]
     if PRETRAINED not in merges:
-        print(
-            f"warning: no model is named {PRETRAINED}: the results will not say what W0 is",
-            file=sys.stderr,
-        )
-    if len({source.origin.fingerprint.tokenizer for source in models}) > 1:
-        print(
-            "warning: the models' tokenizer files differ; end-of-text tokens and prompts may, too",
-            file=sys.stderr,
-        )
+        found.append(f"no model is named {PRETRAINED}: the results will not say what W0 is")
+    for message in filter(None, [*found, *engine.warnings(models)]):
+        print(f"warning: {message}", file=sys.stderr)
 
 
 def _w0(models: Sequence[Source]) -> store.Pretrained | None:
@@ -109,26 +84,29 @@ class _Evaluator:
     """Asks models the tasks of one suite, with the same settings and beside the same W0."""
 
     suite: Suite
-    settings: Settings
-    manager: TaskManager
-    local_tasks: str | None  # digest of the items of a world
+    engine: Engine
+    decides: dict[str, Any]  # see `Engine.decides`
     w0: store.Pretrained | None
     command: str
     fresh: bool
-    versions: dict[str, str] = field(default_factory=fingerprint.versions)
+
+    @cached_property
+    def versions(self) -> dict[str, str]:
+        return fingerprint.versions(ENGINES[self.suite.engine].packages)
 
     def key(self, source: Source) -> str:
         """Return a digest of what decides the answers of a model."""
-        settings = asdict(self.settings)
+        settings = asdict(self.engine.settings)
         # Which of two GPUs makes no difference.
-        settings["device"] = self.settings.device.split(":")[0]
+        settings["device"] = self.engine.settings.device.split(":")[0]
+        packages = ENGINES[self.suite.engine].packages
         return fingerprint.digest(
             {
                 "suite": self.suite.digest(),
                 "settings": settings,
-                "versions": fingerprint.deciding(self.versions),
-                "local_tasks": self.local_tasks,
+                "versions": fingerprint.deciding(self.versions, packages),
                 "model": asdict(source.origin.fingerprint),
+                **self.decides,
             }
         )
 
@@ -161,7 +139,7 @@ class _Evaluator:
                 command=self.command,
                 suite=self.suite,
                 suite_digest=self.suite.digest(),
-                settings=self.settings,
+                settings=self.engine.settings,
                 versions=self.versions,
                 git=fingerprint.git_hash(),
                 date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -175,8 +153,6 @@ class _Evaluator:
 
     def _ask(self, model: _Unfinished, title: str) -> dict[str, store.TaskResult]:
         """Return the results of all tasks; those of an interrupted run come from its files."""
-        from evaluation.engines import language
-
         tasks, folder = self.suite.tasks, model.source.folder
         results = model.files.resume(model.key)
         if results:
@@ -184,9 +160,9 @@ class _Evaluator:
         missing = [task for task in tasks if task.task not in results]
         if missing:
             print(f"{title}: loading {folder}", flush=True)
-            with language.Model(folder, self.suite, self.settings) as loaded:
+            with self.engine.model(model.source) as loaded:
                 for task in missing:
-                    result = loaded.ask(task, self.suite, self.settings, self.manager)
+                    result = loaded.ask(task)
                     if self.fresh and not results:
                         # Before the first is kept: an interrupted run could not go on beside a
                         # result of the same key.

@@ -7,7 +7,7 @@ import importlib.metadata
 import json
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,10 +110,10 @@ def of_weights(folder: Path) -> str:
     raise FileNotFoundError(f"{folder} is not a checkpoint: it has none of {', '.join(WEIGHTS)}")
 
 
-def versions() -> dict[str, str]:
+def versions(more: Sequence[str] = ()) -> dict[str, str]:
     """Return the versions of Python and of the packages that answers may depend on."""
     installed = {"python": platform.python_version()}
-    for package in PACKAGES:
+    for package in dict.fromkeys((*PACKAGES, *more)):
         try:
             installed[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
@@ -121,12 +121,11 @@ def versions() -> dict[str, str]:
     return installed
 
 
-def deciding(installed: Mapping[str, str]) -> dict[str, str]:
-    """Return the versions that decide what a model is asked and answers.
+def deciding(installed: Mapping[str, str], packages: Sequence[str]) -> dict[str, str]:
+    """Return the versions of packages that decide what a model is asked and answers.
 
     A result of other ones is not reused.
     """
-    packages = ("lm-eval", "transformers", "torch")
     return {package: installed.get(package, "not recorded") for package in packages}
 
 

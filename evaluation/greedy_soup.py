@@ -1,8 +1,8 @@
 """Plain greedy soup (Wortsman et al. 2022) by held-out score: `python -m evaluation.greedy_soup`.
 
 Models by falling score; each is kept if the uniform average of the kept ones and it scores higher
-than without it. mergekit averages (`linear`), lm-eval scores, and what either has finished is not
-done again.
+than without it. mergekit averages (`linear`), the suite's engine scores, and what either has
+finished is not done again.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from evaluation import configs, options, sources, store
+from evaluation.engines import Options
 from evaluation.evaluator import evaluate
 from evaluation.suite import GroupName, Suite, SuiteError, load
 from mergekit_monosoup import terminal
@@ -73,8 +74,7 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         help="folder of results and configurations (default: results/SUITE-greedy-soup)",
     )
-    options.add_limit(parser)
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: cuda if there is one)")
+    options.add_engine(parser)
     return parser
 
 
@@ -86,8 +86,7 @@ class _Scorer:
     group: GroupName
     out: Path
     command: str
-    limit: int | None
-    device: str | None
+    asking: Options
 
     def scores(self, models: Mapping[str, str]) -> dict[str, float]:
         """Ask the models and return their averages."""
@@ -95,9 +94,8 @@ class _Scorer:
             self.suite,
             models,
             self.out,
+            self.asking,
             command=self.command,
-            limit=self.limit,
-            device=self.device,
             merge_cache=self.out / "merged",
         )
         files = {name: store.ResultFiles(self.out, name, self.suite.name) for name in models}
@@ -117,7 +115,7 @@ def _choose(given: argparse.Namespace, command: str) -> None:
             file=sys.stderr,
         )
     out = given.out or Path("results", f"{suite.name}-greedy-soup")
-    scorer = _Scorer(suite, given.group, out, command, given.limit, given.device)
+    scorer = _Scorer(suite, given.group, out, command, options.engine(given))
     ingredients = {name: _ingredient(name, path, out / "merged") for name, path in models.items()}
 
     def average(chosen: Sequence[str]) -> Path:

@@ -9,10 +9,11 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 
 from evaluation.comparison import ComparisonError
-from evaluation.engines import EvaluationError
+from evaluation.engines import EvaluationError, Options
 from evaluation.sources import FINETUNED, MERGE_CACHE, SourceError
 from evaluation.store import MODEL_NAME, DamagedError
 from evaluation.suite import SuiteError, shipped
@@ -141,9 +142,28 @@ def add_models(parser: argparse.ArgumentParser, explanation: str) -> None:
     )
 
 
-def add_limit(parser: argparse.ArgumentParser) -> None:
-    """Add --limit."""
-    parser.add_argument("--limit", type=positive, help="only the first N items of each task")
+def add_engine(parser: argparse.ArgumentParser) -> None:
+    """Add what engines know: see `engine`."""
+    parser.add_argument(
+        "--limit",
+        type=positive,
+        help="only N items of each task: the first, of images some of each class",
+    )
+    parser.add_argument(
+        "--device", help="cpu, cuda, cuda:1, mps, … (default: cuda if there is one)"
+    )
+    parser.add_argument(
+        "--dtype",
+        help="for loading: float32, bfloat16 (default: the checkpoint's, of images float32)",
+    )
+    parser.add_argument(
+        "--backend", choices=("hf", "vllm"), help="what runs language models (default: hf)"
+    )
+
+
+def engine(given: argparse.Namespace) -> Options:
+    """Return what the command line tells an engine."""
+    return Options(**{option.name: getattr(given, option.name, None) for option in fields(Options)})
 
 
 def add_merge_cache(parser: argparse.ArgumentParser, explanation: str) -> None:

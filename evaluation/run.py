@@ -29,11 +29,8 @@ def _run(given: argparse.Namespace, command: str) -> None:
         suite,
         options.by_name(given.model),
         given.out or Path("results", suite.name),
+        options.engine(given),
         command=command,
-        limit=given.limit,
-        backend=given.backend,
-        device=given.device,
-        dtype=given.dtype,
         merge_cache=given.merge_cache,
         fresh=given.fresh,
     )
@@ -49,16 +46,7 @@ def _parser() -> argparse.ArgumentParser:
         "compared with",
     )
     parser.add_argument("--out", type=Path, help="folder of the results (default: results/SUITE)")
-    options.add_limit(parser)
-    parser.add_argument(
-        "--backend", choices=("hf", "vllm"), default="hf", help="default: %(default)s"
-    )
-    parser.add_argument(
-        "--device", help="for hf: cpu, cuda, cuda:1, mps (default: cuda if there is one)"
-    )
-    parser.add_argument(
-        "--dtype", default="auto", help="for loading: float32, bfloat16 (default: the checkpoint's)"
-    )
+    options.add_engine(parser)
     options.add_merge_cache(parser, "what merges go to (default: %(default)s)")
     parser.add_argument("--fresh", action="store_true", help="ask again what is finished or begun")
     return parser

@@ -6,11 +6,21 @@ import hashlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 from pydantic_core import ErrorDetails
 
+from evaluation.engines import ENGINES
 from mergekit_monosoup.checkpoints.texts import UnreadableError
 from mergekit_monosoup.checkpoints.yaml import read_document
 
@@ -29,6 +39,20 @@ class SuiteError(ValueError):
 class _Strict(BaseModel):
     # A misspelt key would otherwise be dropped without a word, and the default used in its place.
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    # Fields younger than the first stored results. They are written, and reach digests, only where
+    # they are not the default: or every older result would be one of another suite.
+    LATER: ClassVar[frozenset[str]] = frozenset()
+
+    @model_serializer(mode="wrap")
+    def _without_later_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        defaults = {name: type(self).model_fields[name].default for name in self.LATER}
+        written: dict[str, Any] = handler(self)
+        return {
+            name: value
+            for name, value in written.items()
+            if name not in defaults or getattr(self, name) != defaults[name]
+        }
 
 
 class Task(_Strict):
@@ -72,7 +96,10 @@ class Suite(_Strict):
     Every field reaches the key of a result: a changed suite never reuses an old one.
     """
 
+    LATER = frozenset({"engine"})
+
     name: Annotated[str, Field(pattern=NAME)]  # the file's name, not a key of the file
+    engine: str = "language"  # what asks it, see `engines.ENGINES`
     title: str
     version: int
     # Its items are a public test set: choosing R or alpha by its scores would tune on that set.
@@ -84,6 +111,13 @@ class Suite(_Strict):
     world: int | None = None  # seed of a world of sums, whose test items become local tasks
     ID: Annotated[tuple[Task, ...], Field(min_length=1, strict=False)]
     OOD: Annotated[tuple[Task, ...], Field(min_length=1, strict=False)]
+
+    @field_validator("engine")
+    @classmethod
+    def _engine_is_known(cls, engine: str) -> str:
+        if engine not in ENGINES:
+            raise ValueError(f"no engine {engine}; there are {', '.join(ENGINES)}")
+        return engine
 
     @model_validator(mode="after")
     def _consistent(self) -> Suite:

@@ -39,10 +39,8 @@ def _sweep(given: argparse.Namespace, command: str) -> None:
         suite,
         models,
         out,
+        options.engine(given),
         command=command,
-        limit=given.limit,
-        device=given.device,
-        dtype=given.dtype,
         merge_cache=given.merge_cache,
     )
     for line in against_controls(out, suite.name, list(models)):
@@ -98,9 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--out", type=Path, help="folder of the results (default: results/SUITE-sweep)"
     )
-    options.add_limit(parser)
-    parser.add_argument("--device", help="cpu, cuda, … (default: cuda if there is one)")
-    parser.add_argument("--dtype", default="auto", help="for loading (default: the checkpoint's)")
+    options.add_engine(parser)
     options.add_merge_cache(
         parser,
         "where merged models stay, one of the model's size per setting (default: %(default)s)",

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from evaluation.engines import ENGINES
+
 ROOT = Path(__file__).parents[1]
 
 # Each folder (or module) and what it may import of this repository, beside itself. TYPE_CHECKING
@@ -62,7 +64,24 @@ def test_evaluation_and_the_package_import_no_program_that_uses_them():
         assert not {m for m in imported(file) if m.split(".")[0] in PROGRAMS}, file
 
 
-def test_one_file_knows_an_engine():
-    files = [file for file in (ROOT / "evaluation").rglob("*.py") if file.name != "language.py"]
-    users = [f.name for f in files if any(m.split(".")[0] == "lm_eval" for m in imported(f))]
-    assert users == ["evaluator.py"], "for the type of its task manager, under TYPE_CHECKING"
+LIBRARIES = {"lm_eval": ["evaluation/engines/language.py"]}
+"""Libraries that ask models questions, and who may import them."""
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_one_file_knows_an_engine(library):
+    users = [
+        file.relative_to(ROOT).as_posix()
+        for file in sorted((ROOT / "evaluation").rglob("*.py"))
+        if any(module.split(".")[0] == library for module in imported(file))
+    ]
+    assert users == LIBRARIES[library]
+
+
+def test_engines_are_imported_by_name_alone():
+    """What asks, reads or compares knows the protocol: a suite decides whose module is loaded."""
+    modules = {path.stem for path in (ROOT / "evaluation" / "engines").glob("*.py")} - {"__init__"}
+    assert set(ENGINES) <= modules
+    for file in (ROOT / "evaluation").rglob("*.py"):
+        if file.parent.name != "engines":
+            assert not {f"evaluation.engines.{name}" for name in ENGINES} & imported(file), file

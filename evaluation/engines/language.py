@@ -1,6 +1,6 @@
 """Language models, asked by lm-eval: its tasks, models loaded into it, samples of what it logs.
 
-The only file that imports lm-eval, but for a type.
+The only file that imports lm-eval.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import hashlib
 import importlib.util
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,57 @@ from lm_eval.models.utils import normalize_gen_kwargs, resolve_max_length
 from lm_eval.tasks import TaskManager
 from tqdm import tqdm
 
-from evaluation.engines import EvaluationError, Settings
+from evaluation import fingerprint
+from evaluation.engines import EvaluationError, Options, Settings
+from evaluation.sources import Source
 from evaluation.store import Sample, TaskResult
 from evaluation.suite import Suite, Task
+from evaluation.worlds.tasks import write_tasks
 from mergekit_monosoup.checkpoints import hub
+
+
+class Engine:
+    """A suite of lm-eval's tasks, or of a world's, which are written into the results folder."""
+
+    def __init__(self, suite: Suite, options: Options, out: Path) -> None:
+        quiet()
+        self.suite = suite
+        self._local = out / f"{suite.name}.tasks" if suite.world is not None else None
+        if suite.world is not None and self._local:
+            write_tasks(suite.world, self._local)
+        self._manager = task_manager(self._local)
+        device = options.device or default_device()
+        self.settings = Settings(
+            options.backend or "hf", device, options.dtype or "auto", options.limit
+        )
+        check_tasks(self._manager, suite, self.settings.backend)
+        check_settings(self.settings)
+
+    @property
+    def decides(self) -> Mapping[str, Any]:
+        """The items of a world; lm-eval's own are decided by its version and the suite."""
+        local = fingerprint.of_files(self._local, ("*.jsonl",)) if self._local else None
+        return {"local_tasks": local}
+
+    def warnings(self, models: Sequence[Source]) -> Iterator[str]:
+        """Yield that tokenizers differ."""
+        if len({source.origin.fingerprint.tokenizer for source in models}) > 1:
+            yield "the models' tokenizer files differ; end-of-text tokens and prompts may, too"
+
+    def check(self, models: Sequence[Source]) -> None:
+        """Check the length of contexts, and that there is data."""
+        for source in models:
+            if source.folder.is_file():
+                raise EvaluationError(
+                    f"{source.folder}: a file of weights alone; a language model is a folder with "
+                    "its config.json and tokenizer"
+                )
+        check_contexts(self._manager, self.suite, [source.folder for source in models])
+        check_data(self._manager, self.suite.tasks)
+
+    def model(self, source: Source) -> Model:
+        """Load a checkpoint into lm-eval."""
+        return Model(source.folder, self.suite, self.settings, self._manager)
 
 
 def quiet() -> None:
@@ -249,8 +296,11 @@ def _longest_answer(manager: TaskManager, task: Task) -> int:
 class Model:
     """One checkpoint in lm-eval. Use as a context: leaving it frees the memory for the next."""
 
-    def __init__(self, folder: Path, suite: Suite, settings: Settings) -> None:
+    def __init__(
+        self, folder: Path, suite: Suite, settings: Settings, manager: TaskManager
+    ) -> None:
         self.folder = folder
+        self._suite, self._settings, self._manager = suite, settings, manager
         shared: dict[str, Any] = {
             "pretrained": str(folder),
             "dtype": settings.dtype,
@@ -290,7 +340,7 @@ class Model:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def ask(self, task: Task, suite: Suite, settings: Settings, manager: TaskManager) -> TaskResult:
+    def ask(self, task: Task) -> TaskResult:
         """Ask all items of one task.
 
         One call of lm-eval per task: shots and generation settings hold for a whole call, and what
@@ -300,7 +350,7 @@ class Model:
         Raises:
             EvaluationError: answers could not end, or lm-eval did not do what was asked for.
         """
-        if self.lm.tokenizer.eos_token_id is None and _longest_answer(manager, task):
+        if self.lm.tokenizer.eos_token_id is None and _longest_answer(self._manager, task):
             raise EvaluationError(
                 f"{self.folder}: its tokenizer has no end-of-text token, at which the answers of "
                 f"{task.task} would end: set eos_token in its tokenizer_config.json, as in the "
@@ -310,16 +360,16 @@ class Model:
             model=self.lm,
             tasks=[task.task],
             num_fewshot=task.num_fewshot,
-            limit=settings.limit,
+            limit=self._settings.limit,
             gen_kwargs=dict(task.generation) or None,
-            apply_chat_template=suite.chat_template,
+            apply_chat_template=self._suite.chat_template,
             log_samples=True,
             bootstrap_iters=0,
-            task_manager=manager,
-            random_seed=suite.seed,
-            numpy_random_seed=suite.seed,
-            torch_random_seed=suite.seed,
-            fewshot_random_seed=suite.seed,
+            task_manager=self._manager,
+            random_seed=self._suite.seed,
+            numpy_random_seed=self._suite.seed,
+            torch_random_seed=self._suite.seed,
+            fewshot_random_seed=self._suite.seed,
         )
         assert results is not None
         samples = [

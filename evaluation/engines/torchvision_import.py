@@ -26,7 +26,7 @@ def make_importable() -> None:
     """
     try:
         try:
-            import torchvision  # noqa: F401
+            import torchvision
         except RuntimeError as error:
             if "torchvision::nms" not in str(error):
                 raise

@@ -10,6 +10,7 @@ from typing import Any
 
 from evaluation import features, fingerprint, sources
 from evaluation.configs import Config, same_norm_weight, wise_ft, write_config
+from evaluation.engines import Options
 from evaluation.evaluator import evaluate
 from evaluation.evidence import collect, models
 from evaluation.options import without_tokenizer_threads
@@ -42,13 +43,11 @@ def run_seed(seed: int, folder: Path, results: Path, limit: int | None = None) -
             load(suite).model_copy(update={"world": seed}),
             by_name,
             folder / "results",
-            command=f"python -m evaluation.evidence --seeds {seed}",
             # All in float32: bfloat16 arithmetic would add its own errors to those of bfloat16
             # weights.
-            dtype="float32",
-            device="cpu",
+            Options(device="cpu", dtype="float32", limit=limit),
+            command=f"python -m evaluation.evidence --seeds {seed}",
             merge_cache=folder / "merged",
-            limit=limit,
         )
     tunes = (models.FINETUNED, models.SECOND, models.LORA)
     content = collect.SeedFile(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import yaml
 from helpers.evaluations import MINIMAL
@@ -18,6 +20,7 @@ def test_a_minimal_file(make_suite):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"engine": "radio"}, "mine.yml: engine: Value error, no engine radio; there are language"),
         ({"sed": 1}, "mine.yml: sed: Extra inputs"),
         ({"seed": -1}, "mine.yml: seed: Input should be greater than or equal to 0"),
         (
@@ -91,6 +94,15 @@ def test_every_field_is_part_of_the_digest():
     }
     digests = {made.model_copy(update={key: value}).digest() for key, value in changed.items()}
     assert len(digests | {made.digest()}) == 7
+
+
+def test_a_field_that_came_later_leaves_older_results_valid(make_suite):
+    """Results of before the field must still have the digest, and so the key, of their suite."""
+    made = make_suite()
+    older = [field for field in suite.Suite.model_fields if field != "engine"]
+    assert list(made.model_dump()) == list(json.loads(made.model_dump_json())) == older
+    changed = made.model_copy(update={"engine": "other"})
+    assert changed.model_dump()["engine"] == "other" and changed.digest() != made.digest()
 
 
 def test_all_suites_are_shipped():
