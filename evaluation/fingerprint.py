@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import importlib.metadata
 import json
@@ -83,27 +84,42 @@ def of_tree(folder: Path, pattern: str) -> str:
 
 
 def of_model(folder: Path) -> ModelDigests:
-    """Return the digests of a checkpoint.
+    """Return the digests of a checkpoint: a folder, or a file of weights and what lies beside it.
 
     generation_config.json is left out on purpose: no run uses it, see `engines.language.Model`.
 
     Raises:
         FileNotFoundError: the folder has no config.json or no weights.
     """
+    if folder.is_file():
+        beside = of_files(folder.parent, ("config.json",))
+        return ModelDigests(weights=of_weights(folder), config=beside, tokenizer="")
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} is not a checkpoint: it has no config.json")
     return ModelDigests(
         weights=of_weights(folder),
-        config=of_files(folder, ("config.json",)),
+        config=of_files(folder, _configuration(folder)),
         tokenizer=of_files(folder, TOKENIZER),
     )
 
 
+def _configuration(folder: Path) -> tuple[str, ...]:
+    """Return the files that decide how a model works: of images also how they are prepared."""
+    try:
+        classes = json.loads((folder / "config.json").read_bytes()).get("architectures") or ()
+    except (ValueError, AttributeError, RecursionError):
+        classes = ()  # who loads it says what is wrong with it
+    images = any(str(name).endswith("ForImageClassification") for name in classes)
+    return ("config.json", *["preprocessor_config.json"] * images)
+
+
 def of_weights(folder: Path) -> str:
-    """Return the digest of the weights, in the first format that the folder has.
+    """Return the digest of the weights, in the first format that the folder has, or of a file.
 
     That is how transformers and mergekit look for them: a trainer leaves its own .bin beside.
     """
+    if folder.is_file():
+        return of_files(folder.parent, (glob.escape(folder.name),))
     for pattern in WEIGHTS:
         if any(folder.glob(pattern)):
             return of_files(folder, (pattern,))

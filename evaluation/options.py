@@ -77,6 +77,13 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def count(text: str) -> int:
+    """Return a whole number that is not negative."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 on")
+    return int(text)
+
+
 def named_path(text: str) -> tuple[str, str]:
     """Return (name, path) of NAME=PATH."""
     name, separator, path = text.partition("=")
@@ -158,6 +165,17 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--backend", choices=("hf", "vllm"), help="what runs language models (default: hf)"
+    )
+    images = parser.add_argument_group("suites of images")
+    images.add_argument("--data", type=Path, help="folder that the data sets lie in")
+    images.add_argument("--batch-size", type=positive, help="default: the suite's")
+    images.add_argument(
+        "--workers", type=count, help="processes that read images (default: one for each core)"
+    )
+    images.add_argument(
+        "--architecture",
+        help="timm's name of it, for files of weights that do not say it, or open_clip's, for a "
+        "CLIP that is none of OpenAI's",
     )
 
 

@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,9 +15,10 @@ from typing import Any
 
 import yaml
 
-from evaluation import fingerprint
+from evaluation import file_merges, fingerprint
 from evaluation.fingerprint import ModelDigests
 from mergekit_monosoup.checkpoints import hub
+from mergekit_monosoup.checkpoints.stored import MODEL_SUFFIXES
 from mergekit_monosoup.checkpoints.texts import UnreadableError
 from mergekit_monosoup.checkpoints.yaml import PlainLoader, read_document, read_documents
 
@@ -57,10 +58,10 @@ class Origin:
 
 @dataclass(frozen=True)
 class Source:
-    """One model, ready to be loaded from `folder`."""
+    """One model, ready to be loaded from `folder`, or from a file."""
 
     name: str
-    folder: Path
+    folder: Path  # or a file of weights alone
     origin: Origin
 
 
@@ -78,7 +79,7 @@ def find(name: str, given: str, cache: Path) -> Source:
 
 
 def local(given: str, weights: tuple[str, ...] = hub.WEIGHTS) -> Path:
-    """Return a folder as it is; of a hub name the snapshot here, downloaded if there is a network.
+    """Return a folder or file as it is; of a hub name the snapshot, downloaded if it is not here.
 
     `weights` are the names that the weights may have. Nothing else is downloaded but what
     transformers reads beside them.
@@ -86,10 +87,12 @@ def local(given: str, weights: tuple[str, ...] = hub.WEIGHTS) -> Path:
     Raises:
         SourceError: there is neither.
     """
-    if Path(given).is_dir():
+    if Path(given).is_dir() or file_merges.holds_weights(given):
         return Path(given)
+    if Path(given).is_file():
+        raise SourceError(f"{given}: neither a folder nor weights ({', '.join(MODEL_SUFFIXES)})")
     if given.startswith((".", "/", "~")) or given.count("/") != 1:
-        raise SourceError(f"{given}: no such folder")
+        raise SourceError(f"{given}: no such folder or file")
     name, _, revision = given.partition("@")
     try:
         return Path(hub.download(name, revision or None, weights, BESIDE_WEIGHTS))
@@ -103,7 +106,7 @@ def local(given: str, weights: tuple[str, ...] = hub.WEIGHTS) -> Path:
 
 def _recorded_merge(folder: Path) -> Merge | None:
     """Return the merge that mergekit says made this folder; it leaves its configuration there."""
-    file = folder / "mergekit_config.yml"
+    file = folder / "mergekit_config.yml"  # beside the weights; none for a file
     try:
         config = read_document(file, PlainLoader) if file.exists() else None
     except UnreadableError as error:
@@ -127,21 +130,44 @@ def _fingerprint(folder: Path) -> ModelDigests:
 
 
 def _merged(path: Path, cache: Path) -> tuple[Path, Merge]:
-    """Return the folder of what a configuration merges to, made by mergekit in this process.
+    """Return what a configuration merges to, made by mergekit in this process.
 
-    The cache is keyed by the configuration's content, by the weights that go in, and by the code
-    that merges, so no edit of any of them can hand out a stale model.
+    Models that are folders give a folder, as mergekit-yaml merges them; files of weights a file, as
+    mergekit-pytorch does. The cache is keyed by the configuration's content, by the weights that go
+    in, and by the code that merges, so no edit of any of them can hand out a stale model.
     """
-    from mergekit.config import MergeConfiguration
-
     data = _checked(path)
-    config = MergeConfiguration.model_validate(data)
+    if file_merges.of_files(data):
+        merge = Merge(data, {name: fingerprint.of_weights(Path(name)) for name in _named(data)})
+        run = partial(_merge_files, data)
+    else:
+        from mergekit.config import MergeConfiguration
+
+        config = MergeConfiguration.model_validate(data)
+        merge = Merge(data, {n: fingerprint.of_weights(p) for n, p in _inputs(config).items()})
+        run = partial(_run_merge, config, yaml.safe_dump(data, sort_keys=False))
+    target = _cached(path, merge, run, cache)
+    return target / file_merges.OUTPUT if file_merges.of_files(data) else target, merge
+
+
+def _inputs(config: Any) -> dict[str, Path]:
+    """Return the places of everything that goes into a merge, by the name it is given."""
     inputs = {}
     for reference in config.referenced_models():
         inputs[str(reference.model)] = local(str(reference.model))
         if reference.lora:
             inputs[str(reference.lora)] = local(str(reference.lora), hub.ADAPTER)
-    merge = Merge(data, {name: fingerprint.of_weights(place) for name, place in inputs.items()})
+    return inputs
+
+
+def _named(data: Mapping[str, Any]) -> list[str]:
+    """Return the files that a configuration for mergekit-pytorch names."""
+    named = [str(model["model"]) for model in data["models"]]
+    return list(dict.fromkeys([*named, *([data["base_model"]] if data.get("base_model") else [])]))
+
+
+def _cached(path: Path, merge: Merge, run: Callable[[Path], None], cache: Path) -> Path:
+    """Return the folder of a merge in the cache; `run` merges into an empty one."""
     key = fingerprint.digest({**asdict(merge), "code": _merge_code()})[:32]
     target, unfinished = cache / key, cache / f"{key}.unfinished-{os.getpid()}"
     if not target.exists():
@@ -151,7 +177,7 @@ def _merged(path: Path, cache: Path) -> tuple[Path, Merge]:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
         print(f"merging {path}", flush=True)
-        _run_merge(config, yaml.safe_dump(data, sort_keys=False), unfinished)
+        run(unfinished)
         (unfinished / "evaluation-merge.json").write_text(
             json.dumps(asdict(merge), indent=1) + "\n", encoding="utf-8"
         )
@@ -161,7 +187,14 @@ def _merged(path: Path, cache: Path) -> tuple[Path, Merge]:
             if not target.exists():
                 raise
             shutil.rmtree(unfinished, ignore_errors=True)
-    return target, merge
+    return target
+
+
+def _merge_files(data: Mapping[str, Any], folder: Path) -> None:
+    try:
+        file_merges.merge(data, folder)
+    except file_merges.FileMergeError as error:
+        raise SourceError(f"the merge failed: {error}") from error
 
 
 def _checked(path: Path) -> dict[str, Any]:

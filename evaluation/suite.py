@@ -55,13 +55,32 @@ class _Strict(BaseModel):
         }
 
 
+class ImageSet(_Strict):
+    """A data set of images: a folder of each class, below the folder that --data names."""
+
+    folder: str
+    folders: Literal["names", "numbers", "objectnet"] = "names"
+    """What the folders of classes are called: as the class, by its column, or as in ObjectNet.
+
+    ObjectNet's folders have names of their own, and tables that lead to the classes of ImageNet: an
+    answer is the class of ObjectNet whose highest logit is the highest.
+    """
+    classes: str | Annotated[tuple[str, ...], Field(strict=False, min_length=2)] | None = None
+    """Which classes compete, the logits of others are left out. None: all of the suite's."""
+    border: Annotated[int, Field(ge=0)] = 0  # pixels that are cropped off each side first
+    origin: str = ""  # where the data comes from, for who does not have it
+
+
 class Task(_Strict):
-    """One lm-eval task or group of tasks, and which of its metrics counts."""
+    """One data set, and which metric counts: a task of lm-eval, or a group of them, or images."""
+
+    LATER = frozenset({"images"})
 
     task: str
     label: str = ""  # column header; the task's name if empty
     metric: str
     filter: str = "none"
+    images: ImageSet | None = None  # for the engine vision
     num_fewshot: Annotated[int, Field(ge=0)] | None = None  # none: the task's own number
     generation: dict[str, Value] = {}
     cluster: str | None = None
@@ -96,7 +115,7 @@ class Suite(_Strict):
     Every field reaches the key of a result: a changed suite never reuses an old one.
     """
 
-    LATER = frozenset({"engine"})
+    LATER = frozenset({"engine", "classes"})
 
     name: Annotated[str, Field(pattern=NAME)]  # the file's name, not a key of the file
     engine: str = "language"  # what asks it, see `engines.ENGINES`
@@ -109,6 +128,8 @@ class Suite(_Strict):
     enable_thinking: bool | None = None
     batch_size: Annotated[int, Field(ge=1)] = 16
     world: int | None = None  # seed of a world of sums, whose test items become local tasks
+    classes: str | Annotated[tuple[str, ...], Field(strict=False, min_length=2)] | None = None
+    """Of the engine vision: what the columns of logits stand for, listed or by a name of timm's."""
     ID: Annotated[tuple[Task, ...], Field(min_length=1, strict=False)]
     OOD: Annotated[tuple[Task, ...], Field(min_length=1, strict=False)]
 

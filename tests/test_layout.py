@@ -64,7 +64,12 @@ def test_evaluation_and_the_package_import_no_program_that_uses_them():
         assert not {m for m in imported(file) if m.split(".")[0] in PROGRAMS}, file
 
 
-LIBRARIES = {"lm_eval": ["evaluation/engines/language.py"]}
+LIBRARIES = {
+    "lm_eval": ["evaluation/engines/language.py"],
+    "open_clip": ["evaluation/engines/classifiers.py"],
+    "timm": ["evaluation/engines/classifiers.py", "evaluation/engines/image_sets.py"],
+    "torchvision": ["evaluation/engines/image_sets.py"],
+}
 """Libraries that ask models questions, and who may import them."""
 
 

@@ -122,6 +122,11 @@ ENGINES = {
         packages=("lm-eval", "transformers", "torch"),
         options=frozenset({"backend"}),
     ),
+    "vision": Library(
+        extra="vision",
+        packages=("timm", "open-clip-torch", "torchvision", "pillow", "transformers", "torch"),
+        options=frozenset({"data", "batch_size", "workers", "architecture"}),
+    ),
 }
 """Every engine by the name that suites give it, which is its module's."""
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Iterator
 
 from mergekit_monosoup.check.context import Document
-from mergekit_monosoup.check.document import mapping
+from mergekit_monosoup.check.document import entries, mapping
 from mergekit_monosoup.check.finding import Finding, Level, define_check
 from mergekit_monosoup.check.keys import named_dtype
 from mergekit_monosoup.checkpoints import adapters, misfit
@@ -307,9 +307,20 @@ def partial(document: Document) -> Iterator[Finding]:
         for poorer, richer in ((other, first), (first, other)):
             names = _partly_missing(document, poorer, richer)
             if names and poorer not in document.reads.lacking:
-                yield document.warning(
-                    poorer, f"lacks {len(names)} tensor(s) of {richer}: {misfit.listed(names)}"
-                )
+                said = f"lacks {len(names)} tensor(s) of {richer}: {misfit.listed(names)}"
+                yield document.warning(poorer, said + _unpaired_in_files(document, richer))
+
+
+def _unpaired_in_files(document: Document, richer: str) -> str:
+    """Return what mergekit-pytorch does with tensors that not every model has; a head, say."""
+    if not document.raw:
+        return ""
+    if richer not in [mapping(entry).get("model") for entry in entries(document.data["models"])]:
+        return "; mergekit-pytorch leaves out what only the base has: the merge lacks it, too"
+    return (
+        "; mergekit-pytorch stops at them, but for --tensor-union, which keeps them, or "
+        "--tensor-intersection, which leaves them out"
+    )
 
 
 def _partly_missing(document: Document, poorer: str, richer: str) -> set[str]:

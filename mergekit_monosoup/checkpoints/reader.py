@@ -26,11 +26,9 @@ from mergekit_monosoup.checkpoints.headers import Headers, LackingError
 from mergekit_monosoup.checkpoints.names import natural
 from mergekit_monosoup.checkpoints.pickles import named_tensors
 from mergekit_monosoup.checkpoints.renaming import renaming
-from mergekit_monosoup.checkpoints.stored import Stored
+from mergekit_monosoup.checkpoints.stored import MODEL_SUFFIXES, Stored
 from mergekit_monosoup.errors import QUANTISED, NonFiniteError, SolverError
 
-# Of a model that is a single file.
-MODEL_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 NAMES_IN_MESSAGE = 5  # tensors listed by name in a message; the rest are counted
 
 

@@ -6,6 +6,9 @@ import math
 import re
 from dataclasses import dataclass
 
+# Of a model that is a single file.
+MODEL_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+
 
 class LackingError(ValueError):
     """A model does not have a tensor that the merge needs, or a file is not whole."""

@@ -1,0 +1,73 @@
+"""Merges of single files of weights, of any architecture, as mergekit-pytorch makes them."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mergekit_monosoup.checkpoints.stored import MODEL_SUFFIXES
+
+OUTPUT = "model.safetensors"  # mergekit's name for weights in one file
+CONFIGURATIONS = ("config.json", "preprocessor_config.json")  # copied from beside the base
+
+
+class FileMergeError(ValueError):
+    """Files cannot be merged; the message says why."""
+
+
+def holds_weights(path: str) -> bool:
+    """Whether this is a file of weights, by its name."""
+    return path.lower().endswith(MODEL_SUFFIXES) and Path(path).is_file()
+
+
+def of_files(config: Mapping[str, Any]) -> bool:
+    """Whether the models of a configuration are files, as mergekit-pytorch wants them."""
+    models = config.get("models")
+    listed = models if isinstance(models, list) else []
+    named = [entry.get("model") for entry in listed if isinstance(entry, dict)]
+    return any(isinstance(n, str) and holds_weights(n) for n in [*named, config.get("base_model")])
+
+
+def merge(data: Mapping[str, Any], folder: Path) -> None:
+    """Merge the files of a configuration into `folder`, beside what says their architecture.
+
+    Raises:
+        FileMergeError: not all of them have the same tensors, or a tensor cannot be merged.
+    """
+    from mergekit.graph import Executor
+    from mergekit.options import MergeOptions
+    from mergekit.scripts.merge_raw_pytorch import (
+        RawPyTorchMergeConfig,
+        SimpleLoaderCache,
+        plan_flat_merge,
+    )
+
+    from mergekit_monosoup.errors import NonFiniteError, SolverError
+
+    config = RawPyTorchMergeConfig.model_validate(data)
+    # Of the whole process, by path: it would hand out what an earlier merge read there.
+    SimpleLoaderCache().loaders.clear()
+    options = MergeOptions(quiet=True, out_shard_size=2**62)  # one file
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # two progress bars of a second
+            tasks = plan_flat_merge(config, str(folder), False, False, options)
+        for _ in Executor(tasks).run(quiet=True):
+            pass
+    except (NonFiniteError, SolverError, ValueError, RuntimeError) as error:
+        raise FileMergeError(_reason(error)) from error
+    finally:
+        SimpleLoaderCache().loaders.clear()
+    beside = Path(config.base_model or config.models[0].model).parent
+    for name in CONFIGURATIONS:
+        if (beside / name).is_file():
+            shutil.copy(beside / name, folder / name)
+
+
+def _reason(error: Exception) -> str:
+    if str(error) == "Missing tensors":
+        return "not all models have the same tensors; `mergekit-monosoup check` names them"
+    return " ".join(str(error).split())
