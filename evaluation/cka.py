@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from evaluation import configs, features, fingerprint, options, sources
+from evaluation import configs, features, file_merges, fingerprint, options, sources
 from evaluation.sources import FINETUNED, PRETRAINED, Source, SourceError
 from mergekit_monosoup import terminal
 from mergekit_monosoup.checkpoints.texts import UnreadableError, read_text
@@ -127,7 +127,8 @@ def _variants(named: dict[str, str], folder: Path) -> dict[str, str]:
     if FINETUNED not in named:
         raise SourceError("--variants needs a model named finetuned")
     pretrained, finetuned = (
-        str(sources.local(named[name]).resolve()) for name in (PRETRAINED, FINETUNED)
+        str(file_merges.mergeable(sources.local(named[name]).resolve()))
+        for name in (PRETRAINED, FINETUNED)
     )
     variants = {}
     for rule in ("high", "low"):

@@ -334,7 +334,7 @@ def _warnings(comparison: Comparison, runs: Sequence[Run]) -> Iterable[str]:
                 yield f"The models were run with different {name}: {listed}."
     limits = {run[m].result.settings.limit for run in runs for m in models}
     if given := [limit for limit in limits if limit is not None]:
-        yield f"Only the first {max(given)} items of each task were asked (--limit)."
+        yield f"Only {max(given)} items of each task were asked (--limit)."
 
 
 def _circumstances(results: Sequence[store.Result]) -> Iterable[tuple[str, list[Any]]]:

@@ -12,6 +12,7 @@ import yaml
 from safetensors import safe_open
 
 from evaluation.sources import SourceError
+from mergekit_monosoup.checkpoints.pickles import named_tensors
 from mergekit_monosoup.files import write_text
 
 KINDS = ("monosoup", "wise_ft", "lines", "monosoup_wise")  # of `grid`
@@ -123,10 +124,13 @@ def dominant_tensor(finetuned: Path, base: Path) -> str | None:
     )
 
 
-def _readers(folder: Path) -> dict[str, Callable[[], torch.Tensor]]:
-    """Return a function for each tensor of a checkpoint, which reads it."""
+def _readers(place: Path) -> dict[str, Callable[[], torch.Tensor]]:
+    """Return a function for each tensor of a checkpoint, a folder or a file, which reads it."""
+    if place.is_file() and place.suffix != ".safetensors":
+        loaded = named_tensors(str(place), "cpu")
+        return {name: lambda name=name: loaded[name] for name in loaded}  # type: ignore[misc]
     readers: dict[str, Callable[[], torch.Tensor]] = {}
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in [place] if place.is_file() else sorted(place.glob("*.safetensors")):
         file = safe_open(path, framework="pt")  # maps the file; nothing is read yet
         for name in file.keys():  # noqa: SIM118 - not a mapping
             readers[name] = lambda file=file, name=name: file.get_tensor(name)  # type: ignore[misc]

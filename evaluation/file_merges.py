@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 from mergekit_monosoup.checkpoints.stored import MODEL_SUFFIXES
 
 OUTPUT = "model.safetensors"  # mergekit's name for weights in one file
+UNPAIRED = "TEN511"  # what `check` finds of tensors that only some models have
 CONFIGURATIONS = ("config.json", "preprocessor_config.json")  # copied from beside the base
 
 
@@ -30,6 +32,27 @@ def of_files(config: Mapping[str, Any]) -> bool:
     listed = models if isinstance(models, list) else []
     named = [entry.get("model") for entry in listed if isinstance(entry, dict)]
     return any(isinstance(n, str) and holds_weights(n) for n in [*named, config.get("base_model")])
+
+
+def mergeable(place: Path) -> Path:
+    """Return a model as configurations name it: of an image classifier's folder its only file.
+
+    mergekit-yaml merges folders of language models, mergekit-pytorch files of anything.
+    """
+    if not place.is_dir() or not _is_classifier(place / "config.json"):
+        return place
+    found = [file for suffix in MODEL_SUFFIXES for file in sorted(place.glob(f"*{suffix}"))]
+    return found[0] if found and found[0].stem in ("model", "pytorch_model") else place
+
+
+def _is_classifier(config: Path) -> bool:
+    """Whether a config.json is timm's, or of an image classifier of transformers."""
+    try:
+        content = json.loads(config.read_bytes())
+        classes = [str(name) for name in content.get("architectures") or ()]
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError):
+        return False  # who loads it says what is wrong with it
+    return "architecture" in content or any(n.endswith("ForImageClassification") for n in classes)
 
 
 def merge(data: Mapping[str, Any], folder: Path) -> None:

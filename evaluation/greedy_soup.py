@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from evaluation import configs, options, sources, store
+from evaluation import configs, file_merges, options, sources, store
 from evaluation.engines import Options
 from evaluation.evaluator import evaluate
 from evaluation.suite import GroupName, Suite, SuiteError, load
@@ -142,7 +142,7 @@ def _ingredient(name: str, path: str, cache: Path) -> str:
     """
     if path.lower().endswith((".yml", ".yaml")):
         path = str(sources.find(name, path, cache).folder)
-    return str(Path(path).resolve()) if Path(path).exists() else path
+    return str(file_merges.mergeable(Path(path).resolve())) if Path(path).exists() else path
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -203,8 +204,12 @@ def _checked(path: Path) -> dict[str, Any]:
 
     if not path.is_file():
         raise SourceError(f"{path}: no such file")
-    if errors := [f"{f.where}: {f.message}" for f in check(path) if f.level == "error"]:
+    findings = check(path)
+    if errors := [f"{f.where}: {f.message}" for f in findings if f.level == "error"]:
         raise SourceError("\n".join(f"{path}: {error}" for error in errors))
+    for finding in findings:
+        if finding.code == file_merges.UNPAIRED:  # a missing head, say
+            print(f"warning: {path}: {finding.where}: {finding.message}", file=sys.stderr)
     try:
         documents = read_documents(path)
     except UnreadableError as error:

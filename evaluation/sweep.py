@@ -12,7 +12,7 @@ import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from evaluation import configs, drawings, options, sources
+from evaluation import configs, drawings, file_merges, options, sources
 from evaluation.comparison import compare
 from evaluation.configs import KINDS, write_config
 from evaluation.evaluator import evaluate
@@ -56,14 +56,19 @@ def _sweep(given: argparse.Namespace, command: str) -> None:
 def _models(given: argparse.Namespace, out: Path) -> dict[str, str]:
     """Write the configurations into `out` and return the paths of all models by name."""
     pretrained, finetuned = (
-        str(sources.local(place).resolve()) for place in (given.pretrained, given.finetuned)
+        str(file_merges.mergeable(sources.local(place).resolve()))
+        for place in (given.pretrained, given.finetuned)
     )
+    methods = given.methods
+    if Path(finetuned).is_file() and "lines" in methods:
+        print("lines is left out: mergekit-pytorch, which merges files, knows no layers")
+        methods = [name for name in methods if name != "lines"]
     models = {PRETRAINED: given.pretrained, FINETUNED: given.finetuned}
 
     def add(name: str, config: configs.Config) -> None:
         models[name] = str(write_config(out / "configs" / f"{name}.yml", config))
 
-    for name, config in configs.grid(pretrained, finetuned, given.methods, given.R, given.alpha):
+    for name, config in configs.grid(pretrained, finetuned, methods, given.R, given.alpha):
         add(name, config)
         if name.startswith("monosoup") and "alpha" not in config["parameters"]:
             merged = sources.find(name, models[name], given.merge_cache)
@@ -76,8 +81,8 @@ def _models(given: argparse.Namespace, out: Path) -> dict[str, str]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m evaluation.sweep", description=__doc__)
     options.add_suite(parser)
-    parser.add_argument("--pretrained", required=True, help="W0: a folder or a hub name")
-    parser.add_argument("--finetuned", required=True, help="W1: a folder or a hub name")
+    parser.add_argument("--pretrained", required=True, help="W0: a folder, a hub name or a file")
+    parser.add_argument("--finetuned", required=True, help="W1: the same")
     parser.add_argument(
         "--R",
         type=options.numbers,

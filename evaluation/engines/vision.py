@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import gc
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +47,7 @@ class Engine:
         _check_settings(self.settings)
         self.columns = image_sets.listed_classes(suite.classes or ())
         self.sets = _open_all(suite, options.data, self.columns)
+        self._prepared: dict[str, str] = {}  # how the first model prepares images, by its name
 
     @property
     def decides(self) -> Mapping[str, Any]:
@@ -55,15 +57,25 @@ class Engine:
         return {"images": digests, "architecture": self.options.architecture}
 
     def warnings(self, models: Sequence[Source]) -> Iterator[str]:
-        """Nothing: that models prepare images differently is recorded, and found in `check`."""
+        """Nothing: how a model prepares images is known when it is loaded."""
         yield from ()
 
     def check(self, models: Sequence[Source]) -> None:
-        """Everything was checked before; a model is looked into when it is loaded."""
+        """Nothing: the data was checked before, and a model is looked into when it is loaded."""
 
     def model(self, source: Source) -> Model:
         """Load a checkpoint."""
-        return Model(source.folder, self)
+        model = Model(source.folder, self)
+        said = model.classifier.preprocessing
+        [(first, expected)] = self._prepared.items() or [(source.name, said)]
+        self._prepared = {first: expected}
+        if said != expected:
+            print(
+                f"warning: {source.name} prepares images as {said}, {first} as {expected}: "
+                "the differences between them are not of the weights alone",
+                file=sys.stderr,
+            )
+        return model
 
 
 def default_device() -> str:
@@ -256,9 +268,12 @@ class _Images(Dataset[Any]):
     def __getitem__(self, number: int) -> tuple[Tensor, str] | str:
         try:
             image, digest = image_sets.read(self.items[number], self.border)
+            return self.transform(image), digest
+        # Raised in a worker, they would come with the worker's traceback.
         except (ImagesError, OSError) as error:
-            return str(error)  # raised in a worker, it would come with the worker's traceback
-        return self.transform(image), digest
+            return str(error)
+        except (ValueError, RuntimeError) as error:  # an image of one pixel, say
+            return f"{self.items[number].file}: cannot be prepared: {error}"
 
 
 def _together(read: list[tuple[Tensor, str] | str]) -> tuple[Tensor, list[str]] | str:

@@ -18,6 +18,14 @@ import transformers  # noqa: E402
 from evaluation.engines import classifiers  # noqa: E402
 from evaluation.engines.classifiers import CheckpointError  # noqa: E402
 
+SMALL_VIT = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "patch_size": 8,
+}
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 2}
 
 
@@ -203,20 +211,11 @@ class TestTimm:
 
 
 class TestTransformers:
-    SIZES = {
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "image_size": 32,
-        "patch_size": 8,
-    }
-
     @pytest.fixture
     def folder(self, tmp_path):
         torch.manual_seed(0)
         labels = dict(enumerate(pictures.COLOURS))
-        config = transformers.ViTConfig(**self.SIZES, id2label=labels)
+        config = transformers.ViTConfig(**SMALL_VIT, id2label=labels)
         transformers.ViTForImageClassification(config).save_pretrained(tmp_path / "hf")
         size = {"height": 32, "width": 32}
         transformers.ViTImageProcessor(size=size).save_pretrained(tmp_path / "hf")
