@@ -16,6 +16,8 @@ from mergekit_monosoup.checkpoints.pickles import named_tensors
 from mergekit_monosoup.files import write_text
 
 KINDS = ("monosoup", "wise_ft", "lines", "monosoup_wise")  # of `grid`
+ABLATIONS = "ablations"  # one more, which is not swept unless it is asked for
+RULES = ("rho", "cos", "uniform", "high", "low")  # of coefficients (paper, Figure 6, right)
 
 Config = dict[str, Any]
 
@@ -59,8 +61,8 @@ def grid(
 ) -> Iterator[tuple[str, Config]]:
     """Yield (name, configuration) of many settings, each MonoSoup beside its scalar control.
 
-    `methods` are some of KINDS, `energies` values of R, `alphas` weights on a curve. Weights 0
-    and 1 of a curve are W0 and W1 themselves and are not merged.
+    `methods` are some of KINDS and ABLATIONS, `energies` values of R, `alphas` weights on a curve.
+    Weights 0 and 1 of a curve are W0 and W1 themselves and are not merged.
     """
     if "monosoup" in methods:
         settings: dict[str, dict[str, Any]] = {"free": {"mode": "freevariance"}}
@@ -69,6 +71,8 @@ def grid(
             yield f"monosoup_{name}", monosoup(pretrained, [finetuned], **setting)
             scalar = monosoup(pretrained, [finetuned], **setting, coefficients="scalar")
             yield f"scalar_{name}", scalar
+    for rule in RULES if ABLATIONS in methods else ():
+        yield f"{rule}_free", monosoup(pretrained, [finetuned], coefficients=rule)
     for alpha in (alpha for alpha in alphas if 0 < alpha < 1):
         if "wise_ft" in methods:
             yield f"wise_ft_{alpha:g}", wise_ft(pretrained, finetuned, alpha)

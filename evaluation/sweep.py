@@ -14,7 +14,7 @@ from pathlib import Path
 
 from evaluation import configs, drawings, file_merges, options, sources
 from evaluation.comparison import compare
-from evaluation.configs import KINDS, write_config
+from evaluation.configs import ABLATIONS, KINDS, write_config
 from evaluation.evaluator import evaluate
 from evaluation.formatting import difference_text
 from evaluation.sources import FINETUNED, PRETRAINED
@@ -96,7 +96,10 @@ def _parser() -> argparse.ArgumentParser:
         help="the same, of curves (default: 0:1:0.1)",
     )
     parser.add_argument(
-        "--methods", type=_methods, default=list(KINDS), help=f"default: {','.join(KINDS)}"
+        "--methods",
+        type=_methods,
+        default=list(KINDS),
+        help=f"default: {','.join(KINDS)}; {ABLATIONS}: other rules for the two coefficients",
     )
     parser.add_argument(
         "--out", type=Path, help="folder of the results (default: results/SUITE-sweep)"
@@ -111,9 +114,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _methods(text: str) -> list[str]:
     names = text.split(",")
-    if unknown := [name for name in names if name not in KINDS]:
+    if unknown := [name for name in names if name not in (*KINDS, ABLATIONS)]:
         raise argparse.ArgumentTypeError(
-            f"unknown: {', '.join(unknown)}; there are {', '.join(KINDS)}"
+            f"unknown: {', '.join(unknown)}; there are {', '.join([*KINDS, ABLATIONS])}"
         )
     return names
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import functools
 import io
 import shutil
 import sys
@@ -68,8 +69,13 @@ def _print(given: argparse.Namespace) -> None:
 
 def quoted(comparison: Comparison) -> Quoted:
     """Return the paper's rows for this suite; empty for suites that it has not."""
-    rows: Quoted = yaml.safe_load(PAPER.read_text(encoding="utf-8")).get(comparison.suite.name, {})
+    rows: Quoted = _paper().get(comparison.suite.name, {})
     return rows
+
+
+@functools.cache
+def _paper() -> dict[str, Any]:
+    return dict(yaml.safe_load(PAPER.read_text(encoding="utf-8")))
 
 
 def grids(comparison: Comparison, paper: Quoted) -> list[tuple[str, list[list[str]]]]:
@@ -82,7 +88,8 @@ def grids(comparison: Comparison, paper: Quoted) -> list[tuple[str, list[list[st
     ]
     for name, numbers in paper.items():
         by_column = [
-            None if c.average else numbers.get(c.tasks[0].task) for c in comparison.columns
+            numbers.get(f"{c.group} average" if c.average else c.tasks[0].task)
+            for c in comparison.columns
         ]
         scores.append([f"{name} [quoted]", *("" if n is None else f"{n:g}" for n in by_column)])
     gains = [["model", *headers]]
@@ -140,6 +147,7 @@ def notes(comparison: Comparison, paper: Quoted) -> list[str]:
         lines.append(
             "[quoted]: numbers printed in the paper (arXiv 2602.09689), not measured here."
         )
+        lines += _paper()["notes"].get(comparison.suite.name, [])
     lines += [f"Warning: {warning}" for warning in comparison.warnings]
     return list(map(terminal.plain, lines))
 

@@ -40,6 +40,18 @@ def hub(tmp_path_factory) -> Path:
     tuned = {name: weight + 0.05 * torch.randn_like(weight) for name, weight in base.items()}
     save_file(base, folder / "convnext_small.in12k.safetensors")
     save_file(tuned, folder / "convnext_small.in12k_ft_in1k.safetensors")
+    # One direction is most of the update: of noise alone, freevariance keeps all as fine-tuned.
+    strong = {name: torch.outer(*torch.randn(2, 12)) for name in ("model_31", "model_61")}
+    for name, direction in strong.items():
+        kernel = tuned["stages.0.conv.weight"].clone()
+        kernel[:, :, 0, 0] += direction[:, :4]
+        strong[name] = {**tuned, "stages.0.conv.weight": kernel}
+    files = {"model_0": base, "model_43": strong["model_31"], **strong}
+    for name, state in files.items():
+        torch.save(state, folder / f"{name}.pt")
+    for name, model in (("pretrained", "model_0"), ("finetuned", "model_31")):
+        (folder / "pair" / name).mkdir(parents=True)
+        save_file(files[model], folder / "pair" / name / "model.safetensors")
     return folder
 
 

@@ -40,6 +40,14 @@ def inputs(hub: Path, name: str) -> tuple[torch.Tensor, ...]:
     )
 
 
+KERNEL = "stages.0.conv.weight"
+
+
+def files_of_weights(hub: Path) -> tuple[torch.Tensor, ...]:
+    """One convolution of a base and two fine-tunes, each a single file."""
+    return tuple(torch.load(hub / f"model_{number}.pt")[KERNEL] for number in (0, 31, 61))
+
+
 def monosoup(merged, hub, folder):
     W0, W1, _ = inputs(hub, UP)
     assert torch.equal(merged[UP], edit(W0, W1)[0]) and not torch.equal(merged[UP], W1)
@@ -113,6 +121,24 @@ def conv_pytorch(merged, hub, folder):
     assert torch.equal(merged[name], edit(W0, W1, mode="variance", R=0.8)[0]) and not torch.equal(
         merged[name], W1
     )
+
+
+def clip(merged, hub, folder):
+    W0, W1, _ = files_of_weights(hub)
+    assert torch.equal(merged[KERNEL], edit(W0, W1)[0]) and not torch.equal(merged[KERNEL], W1)
+
+
+def clip_variance(merged, hub, folder):
+    W0, W1, _ = files_of_weights(hub)
+    assert torch.equal(merged[KERNEL], edit(W0, W1, mode="variance", R=0.8)[0])
+
+
+def clip_pair(merged, hub, folder):
+    W0, *tuned = files_of_weights(hub)
+    assert torch.equal(merged[KERNEL], edit(W0, tuned)[0])
+
+
+convnext = clip
 
 
 def float32_out(merged, hub, folder):

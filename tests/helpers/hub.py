@@ -24,7 +24,7 @@ def local(config: Path, world: Path, folder: Path) -> Path:
     text = config.read_text()
     for name, place in HUB.items():
         text = re.sub(rf"{re.escape(name)}(?![-\w])", str(world / place), text)
-    text = text.replace("convnext_small", str(world / "convnext_small"))
+    text = re.sub(r"(?<=model: )(convnext_small|model_|pair/)", rf"{world}/\1", text)
     text = re.sub(r"(\S+-report\.jsonl)", rf"{folder}/\1", text)
     path = folder / config.name
     path.write_text(text)
