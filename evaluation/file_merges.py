@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_monosoup.checkpoints.stored import MODEL_SUFFIXES
+from mergekit_monosoup.checkpoints.texts import UnreadableError
+from mergekit_monosoup.checkpoints.yaml import read_documents
 
 OUTPUT = "model.safetensors"  # mergekit's name for weights in one file
 UNPAIRED = "TEN511"  # what `check` finds of tensors that only some models have
@@ -28,10 +30,7 @@ def holds_weights(path: str) -> bool:
 
 def of_files(config: Mapping[str, Any]) -> bool:
     """Whether the models of a configuration are files, as mergekit-pytorch wants them."""
-    models = config.get("models")
-    listed = models if isinstance(models, list) else []
-    named = [entry.get("model") for entry in listed if isinstance(entry, dict)]
-    return any(isinstance(n, str) and holds_weights(n) for n in [*named, config.get("base_model")])
+    return any(map(holds_weights, names(config)))
 
 
 def mergeable(place: Path) -> Path:
@@ -43,6 +42,33 @@ def mergeable(place: Path) -> Path:
         return place
     found = [file for suffix in MODEL_SUFFIXES for file in sorted(place.glob(f"*{suffix}"))]
     return found[0] if found and found[0].stem in ("model", "pytorch_model") else place
+
+
+def folders_for_files(path: Path) -> list[str]:
+    """Return a line for each model of a configuration that mergekit-yaml cannot merge as a folder.
+
+    It knows language models; of an image classifier it would miss most tensors, or stop.
+    """
+    try:
+        documents = read_documents(path)
+    except UnreadableError:
+        return []  # which `check` reports
+    named = [
+        name for document in documents if isinstance(document, dict) for name in names(document)
+    ]
+    return [
+        f"{name}: an image classifier, of which mergekit-pytorch merges the file: write {file}"
+        for name in dict.fromkeys(named)
+        if (file := mergeable(Path(name))) != Path(name)
+    ]
+
+
+def names(config: Mapping[str, Any]) -> list[str]:
+    """Return the models that a configuration names, the base last."""
+    models = config.get("models")
+    listed = models if isinstance(models, list) else []
+    named = [entry.get("model") for entry in listed if isinstance(entry, dict)]
+    return [name for name in [*named, config.get("base_model")] if isinstance(name, str)]
 
 
 def _is_classifier(config: Path) -> bool:

@@ -139,7 +139,9 @@ def _merged(path: Path, cache: Path) -> tuple[Path, Merge]:
     """
     data = _checked(path)
     if file_merges.of_files(data):
-        merge = Merge(data, {name: fingerprint.of_weights(Path(name)) for name in _named(data)})
+        merge = Merge(
+            data, {name: fingerprint.of_weights(Path(name)) for name in file_merges.names(data)}
+        )
         run = partial(_merge_files, data)
     else:
         from mergekit.config import MergeConfiguration
@@ -159,12 +161,6 @@ def _inputs(config: Any) -> dict[str, Path]:
         if reference.lora:
             inputs[str(reference.lora)] = local(str(reference.lora), hub.ADAPTER)
     return inputs
-
-
-def _named(data: Mapping[str, Any]) -> list[str]:
-    """Return the files that a configuration for mergekit-pytorch names."""
-    named = [str(model["model"]) for model in data["models"]]
-    return list(dict.fromkeys([*named, *([data["base_model"]] if data.get("base_model") else [])]))
 
 
 def _cached(path: Path, merge: Merge, run: Callable[[Path], None], cache: Path) -> Path:
@@ -204,6 +200,8 @@ def _checked(path: Path) -> dict[str, Any]:
 
     if not path.is_file():
         raise SourceError(f"{path}: no such file")
+    if folders := file_merges.folders_for_files(path):
+        raise SourceError("\n".join(f"{path}: {line}" for line in folders))
     findings = check(path)
     if errors := [f"{f.where}: {f.message}" for f in findings if f.level == "error"]:
         raise SourceError("\n".join(f"{path}: {error}" for error in errors))

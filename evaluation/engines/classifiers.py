@@ -28,6 +28,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from evaluation.engines import EvaluationError
+from mergekit_monosoup.checkpoints import hub
 from mergekit_monosoup.checkpoints.pickles import load as load_pickle
 from mergekit_monosoup.checkpoints.pickles import named_tensors
 from mergekit_monosoup.checkpoints.reader import NAMES_IN_MESSAGE, listed
@@ -71,8 +72,8 @@ def load(place: Path, classes: int, architecture: str | None = None) -> Classifi
     folder = place if place.is_dir() else place.parent
     config = _config(folder)
     try:
-        if place.is_dir() and is_of_transformers(config):
-            return _of_transformers(place, classes)
+        if is_of_transformers(config) and (place.is_dir() or place.name in hub.WEIGHTS):
+            return _of_transformers(folder, classes)
         state, remarks = read_state(_weights(place) if place.is_dir() else place)
         if any(name.startswith("model.visual.") or name.startswith(HEAD) for name in state):
             loaded = _of_clip(place, state, classes, architecture)
@@ -185,7 +186,7 @@ def _of_clip(place: Path, state: State, classes: int, architecture: str | None) 
     _fill(place, visual, tower, name)
     linear = nn.Linear(head["weight"].shape[1], classes)
     linear.load_state_dict(head)
-    features = _output_size(visual)
+    features = int(visual.output_dim)
     if features != head["weight"].shape[1]:
         raise CheckpointError(
             f"{place}: its head takes {head['weight'].shape[1]} features, {name} has {features}"
@@ -199,8 +200,8 @@ def _of_clip(place: Path, state: State, classes: int, architecture: str | None) 
     )
 
 
-def _tower(name: str) -> nn.Module:
-    """Return open_clip's image tower of that name, without numbers."""
+def _tower(name: str) -> Any:
+    """Return open_clip's image tower of that name, a module without numbers."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)  # that no weights are loaded
     try:
@@ -213,8 +214,7 @@ def _tower(name: str) -> nn.Module:
         ) from error
     finally:
         logging.disable(before)
-    visual: nn.Module = model.visual
-    return visual
+    return model.visual
 
 
 @functools.cache
@@ -232,10 +232,6 @@ def _clip_size(place: Path, tower: State) -> str:
         f"({', '.join(name.removesuffix('-quickgelu') for name in CLIP_SIZES)}): name open_clip's "
         "architecture with --architecture"
     )
-
-
-def _output_size(visual: nn.Module) -> int:
-    return int(visual.output_dim)  # type: ignore[arg-type]  # nn.Module's attributes are untyped
 
 
 # -- timm ----------------------------------------------------------------------------------------

@@ -229,6 +229,10 @@ class TestTransformers:
         pixels = loaded.transform(Image.new("RGB", (50, 40), (255, 0, 0)))
         assert pixels.shape == (3, 32, 32) and pixels[:, 0, 0].tolist() == [1.0, -1.0, -1.0]
         assert loaded.labels == pictures.COLOURS
+        # What mergekit-pytorch writes is a file without the library's mark.
+        save_file(load_file(folder / "model.safetensors"), folder / "model.safetensors")
+        merged = classifiers.load(folder / "model.safetensors", 3)
+        assert torch.equal(_logits(merged, images), _logits(loaded, images))
 
     def test_a_missing_head_is_not_drawn_at_random(self, folder):
         state = load_file(folder / "model.safetensors")

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 timm = pytest.importorskip("timm", reason="needs the extra vision")
 
-from evaluation import run, store, tables  # noqa: E402
+from evaluation import greedy_soup, run, store, sweep, tables  # noqa: E402
 from evaluation.engines import vision  # noqa: E402
 
 TASKS = ["plain", "numbered"]
@@ -185,6 +185,36 @@ class TestResults:
         assert first.result.source.fingerprint != second.result.source.fingerprint
 
 
+class TestPrograms:
+    """What asks by way of a suite, whichever engine that names."""
+
+    @pytest.mark.slow
+    def test_a_sweep_with_controls_and_ablations(self, place, tmp_path, capsys):
+        ends = [f"--{name}={place / name}" for name in ("pretrained", "finetuned")]
+        words = [str(place / "colours.yml"), *ends, f"--data={place / 'data'}", "--device=cpu"]
+        words += ["--R=0.7", "--alpha=0.5", "--methods=monosoup,wise_ft,lines,ablations"]
+        words += [f"--out={tmp_path / 'out'}", f"--merge-cache={place / 'cache'}"]
+        assert sweep.main(words) == 0
+        results = {read.result.model: read.result for read in store.read(tmp_path / "out")}
+        expected = {"pretrained", "finetuned", "wise_ft_0.5"}
+        expected |= {f"{kind}_free" for kind in ("rho", "cos", "uniform", "high", "low")}
+        for setting in ("free", "R0.7"):
+            expected |= {f"{kind}_{setting}" for kind in ("monosoup", "scalar", "same_norm")}
+        assert results.keys() == expected
+        weights = {result.source.fingerprint.weights for result in results.values()}
+        assert len(weights) == len(results)
+        shown = capsys.readouterr().out
+        assert "lines is left out" in shown and "monosoup_R0.7 minus same_norm_R0.7: ID" in shown
+
+    def test_a_greedy_soup(self, place, tmp_path, capsys):
+        models = [f"--model={name}={place / name}" for name in ("pretrained", "finetuned")]
+        words = [str(place / "colours.yml"), *models, f"--data={place / 'data'}", "--device=cpu"]
+        assert greedy_soup.main([*words, f"--out={tmp_path}"]) == 0
+        kept, other = [line for line in capsys.readouterr().out.splitlines() if ": ID" in line]
+        assert kept.startswith("kept") and other.split()[0] in ("kept", "left")
+        assert (tmp_path / "configs").is_dir()
+
+
 class TestResuming:
     def test_finished_tasks_are_not_asked_again(self, start, tmp_path, asked, monkeypatch, capsys):
         recorded = vision.Model.ask
@@ -283,6 +313,14 @@ class TestErrors:
         save_file(state, broken / "model.safetensors")
         assert start(f"--model=broken={broken}", names=()) == 1
         assert "ant/0.png are not finite" in capsys.readouterr().err
+
+    def test_folders_of_classifiers_are_merged_as_files(self, place, start, tmp_path, capsys):
+        text = (place / "merged.yml").read_text().replace("/model.safetensors", "")
+        (tmp_path / "m.yml").write_text(text)
+        assert start(f"--model=m={tmp_path / 'm.yml'}", names=()) == 1
+        said = capsys.readouterr().err
+        assert f"write {place / 'finetuned' / 'model.safetensors'}" in said
+        assert f"write {place / 'pretrained' / 'model.safetensors'}" in said
 
     def test_a_merge_without_a_head_is_said_before(self, place, start, tmp_path, capsys):
         state = load_file(place / "finetuned" / "model.safetensors")
