@@ -30,13 +30,17 @@ PYTEST := $(VENV)/bin/python -m pytest
 TOGETHER := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1 \
 	$(PYTEST) --numprocesses $(WORKERS) --dist loadfile
 
+# Of pyproject.toml, what tests need; `vision` adds those of image classifiers, and a torchvision that
+# has to fit torch (docs/vision.md).
+EXTRAS ?= test
+
 # While working; after each change.
-fast: $(VENV)/ready-test
+fast: $(VENV)/ready-$(EXTRAS)
 	$(TOGETHER) -m "not slow and not alone" $(ARGS)
 
 # Everything: first what may run together, then what needs the machine to itself, whatever became
 # of the first. ARGS may select tests of one part only: pytest exits with 5 where there are none.
-test: $(VENV)/ready-test
+test: $(VENV)/ready-$(EXTRAS)
 	@together=0; alone=0; \
 	$(TOGETHER) -m "not alone" $(ARGS) || together=$$?; \
 	$(PYTEST) -m alone $(ARGS) || alone=$$?; \
