@@ -8,7 +8,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from evaluation.fingerprint import ModelDigests
 from mergekit_monosoup.checkpoints import hub
 from mergekit_monosoup.checkpoints.stored import MODEL_SUFFIXES
 from mergekit_monosoup.checkpoints.texts import UnreadableError
-from mergekit_monosoup.checkpoints.yaml import PlainLoader, read_document, read_documents
+from mergekit_monosoup.checkpoints.yaml import PlainLoader, read_documents
 
 PRETRAINED, FINETUNED = "pretrained", "finetuned"  # models of these names are W0 and W1
 MERGE_CACHE = Path("results", "merged")
@@ -109,12 +109,20 @@ def _recorded_merge(folder: Path) -> Merge | None:
     """Return the merge that mergekit says made this folder; it leaves its configuration there."""
     file = folder / "mergekit_config.yml"  # beside the weights; none for a file
     try:
-        config = read_document(file, PlainLoader) if file.exists() else None
+        documents = read_documents(file, PlainLoader) if file.exists() else []
     except UnreadableError as error:
         raise SourceError(
             f"{file}: {error}; mergekit writes it, delete it if it is none"
         ) from error
-    return Merge(_as_json(config)) if isinstance(config, dict) else None
+    written = [_as_json(document) for document in documents if isinstance(document, dict)]
+    return Merge(_as_one(written)) if written else None
+
+
+def _as_one(documents: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return a file's document; of several stages the last, with the others as its `stages`."""
+    last = next((document for document in documents if "name" not in document), documents[-1])
+    others = [document for document in documents if document is not last]
+    return {**last, "stages": others} if others else last
 
 
 def _as_json(config: dict[str, Any]) -> dict[str, Any]:
@@ -137,26 +145,24 @@ def _merged(path: Path, cache: Path) -> tuple[Path, Merge]:
     mergekit-pytorch does. The cache is keyed by the configuration's content, by the weights that go
     in, and by the code that merges, so no edit of any of them can hand out a stale model.
     """
-    data = _checked(path)
+    documents = _checked(path)
+    data = _as_one(documents)
     if file_merges.of_files(data):
         merge = Merge(
             data, {name: fingerprint.of_weights(Path(name)) for name in file_merges.names(data)}
         )
-        run = partial(_merge_files, data)
-    else:
-        from mergekit.config import MergeConfiguration
-
-        config = MergeConfiguration.model_validate(data)
-        merge = Merge(data, {n: fingerprint.of_weights(p) for n, p in _inputs(config).items()})
-        run = partial(_run_merge, config, yaml.safe_dump(data, sort_keys=False))
-    target = _cached(path, merge, run, cache)
-    return target / file_merges.OUTPUT if file_merges.of_files(data) else target, merge
+        target = _cached(path, merge, partial(_merge_files, data), cache)
+        return target / file_merges.OUTPUT, merge
+    references = _models(path, documents)
+    inputs = {n: fingerprint.of_weights(p) for n, p in _inputs(references).items()}
+    merge = Merge(data, inputs)
+    return _cached(path, merge, partial(_run_merge, path, documents, references), cache), merge
 
 
-def _inputs(config: Any) -> dict[str, Path]:
+def _inputs(references: Sequence[Any]) -> dict[str, Path]:
     """Return the places of everything that goes into a merge, by the name it is given."""
     inputs = {}
-    for reference in config.referenced_models():
+    for reference in references:
         inputs[str(reference.model)] = local(str(reference.model))
         if reference.lora:
             inputs[str(reference.lora)] = local(str(reference.lora), hub.ADAPTER)
@@ -194,8 +200,11 @@ def _merge_files(data: Mapping[str, Any], folder: Path) -> None:
         raise SourceError(f"the merge failed: {error}") from error
 
 
-def _checked(path: Path) -> dict[str, Any]:
-    """Return the only document of a merge configuration in which `check` finds no error."""
+def _checked(path: Path) -> list[dict[str, Any]]:
+    """Return the documents of a merge configuration in which `check` finds no error.
+
+    They are several where it is of several stages.
+    """
     from mergekit_monosoup.check import check
 
     if not path.is_file():
@@ -212,48 +221,76 @@ def _checked(path: Path) -> dict[str, Any]:
         documents = read_documents(path)
     except UnreadableError as error:
         raise SourceError(f"{path}: {error}") from error
-    if len(documents) != 1:
-        raise SourceError(
-            f"{path}: has several stages; run mergekit-multi and give the folder that it writes"
-        )
-    return _as_json(documents[0])
+    found = [_as_json(document) for document in documents if document is not None]
+    # mergekit ignores the name of a stage that is alone.
+    return found if len(found) > 1 else [{k: v for k, v in found[0].items() if k != "name"}]
 
 
-def _run_merge(config: Any, source: str, folder: Path) -> None:
+def _recipe(path: Path, documents: list[dict[str, Any]], out: Path) -> Any:
+    """Return the stages of a file, in an order in which they can be merged into a folder."""
+    from mergekit_monosoup.distributed import stages
+
+    try:
+        source = yaml.safe_dump_all(documents, sort_keys=False)
+        recipe = stages.read(str(path), source, documents, out, None)
+        recipe.check_names(str(path))
+    except ValueError as error:
+        raise SourceError(str(error)) from error
+    return recipe
+
+
+def _models(path: Path, documents: list[dict[str, Any]]) -> list[Any]:
+    """Return the models that go into a merge, without those of its stages."""
+    recipe = _recipe(path, documents, path.parent)
+    models = {model: None for stage in recipe.stages for model in stage.foreign}
+    return sorted(models, key=str)
+
+
+def _run_merge(
+    path: Path, documents: list[dict[str, Any]], references: list[Any], folder: Path
+) -> None:
     """Merge into a folder, with the methods of this package on as many threads as torch has.
 
     Raises:
         SourceError: an adapter or a model cannot be had, or a thread failed, as at a full disk.
     """
     import torch
-    from mergekit.io.tasks import LoaderCache
-    from mergekit.merge import run_merge
     from mergekit.options import MergeOptions
 
     from mergekit_monosoup.checkpoints import adapters
-    from mergekit_monosoup.distributed.driver import MergeError, Request, merge
+    from mergekit_monosoup.distributed import stages
+    from mergekit_monosoup.distributed.alone import merge_alone
+    from mergekit_monosoup.distributed.driver import MergeError, Request, merge_claimed
+    from mergekit_monosoup.distributed.folder import Done, WorkFolder
     from mergekit_monosoup.distributed.publication import FolderError
     from mergekit_monosoup.distributed.threads import InThreads
     from mergekit_monosoup.parameters import METHODS
 
+    recipe, threads = _recipe(path, documents, folder), torch.get_num_threads()
+
+    def request_of(stage: stages.Stage) -> Request:
+        text, engine = yaml.safe_dump(stage.document, sort_keys=False), partial(InThreads, threads)
+        place, part = recipe.folder(stage), recipe.part(stage)
+        return Request(stage.config, text, place, options, 1, None, False, engine, part)
+
+    def merge_one(request: Request, work: WorkFolder) -> list[Done]:
+        if request.config.merge_method in METHODS and threads > 1:
+            return merge_claimed(request, work, None)
+        merge_alone(request, work)  # other methods may draw random numbers, which threads share
+        return []
+
     # mergekit names a merged adapter after its path: kept longer, it would stand for another
-    # adapter under that path.
+    # adapter under that path. Its readers of files are forgotten before each stage, for the same.
     suffix = f".unfinished-{os.getpid()}"
     with tempfile.TemporaryDirectory(dir=folder.parent, suffix=suffix) as cache:
-        # Of the whole process, by path: it would hand out what an earlier merge read there.
-        LoaderCache.loaders.clear()
         options = MergeOptions(quiet=True, copy_tokenizer=True, lora_merge_cache=cache)
         try:
-            for reference in config.referenced_models():
+            for reference in references:
                 adapters.merged(reference, adapters.Options(cache))
-            threads = torch.get_num_threads()
             with hub.explained():
-                if config.merge_method in METHODS and threads > 1:
-                    engine = partial(InThreads, threads)
-                    request = Request(config, source, folder, options, 1, None, False, engine)
-                    merge(request, resume=False, force=False)
-                else:  # other methods may draw random numbers, which threads would share
-                    run_merge(config, str(folder), options)
+                stages.merge_all(
+                    recipe, request_of, merge_one, lambda _: None, resume=False, force=False
+                )
         except (adapters.AdapterError, hub.HubError, FolderError, MergeError) as error:
             raise SourceError(f"the merge failed: {error}") from error
 
@@ -302,7 +339,9 @@ def chosen_settings(merge: Merge | None) -> tuple[str, str] | None:
     """Return (method, parameters as text) of a merge; None for a model that is no merge."""
     if merge is None:
         return None
-    given = [parameters_of(entry) for entry in [merge.config, *merge.models]]
+    stages = merge.config.get("stages")
+    earlier = [Merge(stage) for stage in stages] if isinstance(stages, list) else []
+    given = [parameters_of(entry) for m in (merge, *earlier) for entry in (m.config, *m.models)]
     chosen = [{k: v for k, v in parameters.items() if k != "report"} for parameters in given]
     method = str(merge.config.get("merge_method"))
     return method, json.dumps([parameters for parameters in chosen if parameters], sort_keys=True)

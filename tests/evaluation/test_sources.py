@@ -64,6 +64,30 @@ def test_a_merge_is_done_anew_only_if_something_changed(models, tmp_path, monkey
     assert merged(text.replace("0.7", "0.6")) != first and merges == [1, 1]
 
 
+def test_a_file_of_several_stages_is_merged_and_told_as_one(models, tmp_path):
+    base, tuned = models / "pretrained", models / "finetuned"
+    pair = {"base_model": str(base), "models": [{"model": str(tuned)}]}
+    stages = [
+        {"merge_method": "linear", "models": [{"model": "edited"}], "parameters": {"weight": 1.0}},
+        {"name": "edited", "merge_method": "monosoup", **pair, "parameters": {"R": 0.5}},
+    ]
+    config, single = tmp_path / "two.yml", tmp_path / "one.yml"
+    config.write_text(yaml.safe_dump_all(stages))
+    single.write_text(yaml.safe_dump(stages[1]))
+    one, two = (sources.find("soup", str(path), tmp_path / "cache") for path in (single, config))
+    weights = [load_file(source.folder / "model.safetensors") for source in (one, two)]
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+    merge_of = two.origin.merge
+    assert merge_of.inputs.keys() == {str(base), str(tuned)}
+    assert merge_of.config == {**stages[0], "stages": stages[1:]}
+    assert '{"R": 0.5}' in sources.chosen_settings(merge_of)[1]
+    # As for whoever gives the folder that `run` made of it.
+    assert sources.find("soup", str(two.folder), tmp_path).origin.merge.config == merge_of.config
+    assert {path.name for path in two.folder.iterdir()} == {
+        path.name for path in one.folder.iterdir()
+    }
+
+
 def test_what_a_killed_merge_left_is_removed(models, tmp_path):
     child = subprocess.Popen(["true"])
     child.wait()
@@ -83,8 +107,9 @@ def test_two_runs_that_make_the_same_merge_share_it(models, tmp_path, monkeypatc
     """The second one to finish finds the folder there, and takes it."""
     run_merge = sources._run_merge
 
-    def with_another(config, source, folder):
-        run_merge(config, source, folder)
+    def with_another(*given):
+        run_merge(*given)
+        folder = given[-1]
         target = folder.with_name(folder.name.partition(".")[0])
         shutil.copytree(folder, target)
 
@@ -107,7 +132,7 @@ def test_what_stops_a_merge_on_threads_is_one_line(models, tmp_path, monkeypatch
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr(driver, "merge", fail)
+    monkeypatch.setattr(driver, "merge_claimed", fail)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     with pytest.raises(SourceError, match=f"the merge failed: {error}"):
         sources.find("soup", str(models / "soup.yml"), tmp_path / "cache")
