@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -12,6 +12,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    PrivateAttr,
     SerializerFunctionWrapHandler,
     ValidationError,
     field_validator,
@@ -20,7 +21,9 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
+from evaluation import questions
 from evaluation.engines import ENGINES
+from evaluation.questions import Questions, QuestionsError
 from mergekit_monosoup.checkpoints.texts import UnreadableError
 from mergekit_monosoup.checkpoints.yaml import read_document
 
@@ -74,8 +77,10 @@ class ImageSet(_Strict):
 class Task(_Strict):
     """One data set, and which metric counts: a task of lm-eval, or a group of them, or images."""
 
-    LATER = frozenset({"images"})
+    LATER = frozenset({"images", "questions", "extract"})
 
+    questions: str | None = None  # a file of one's own, relative to the suite; see `questions`
+    extract: str | None = None  # regular expression: its first group, or all, is the answer
     task: str
     label: str = ""  # column header; the task's name if empty
     metric: str
@@ -100,6 +105,23 @@ class Task(_Strict):
         """The name of its score in lm-eval's results and in ours."""
         return f"{self.metric},{self.filter}"
 
+    @field_validator("extract")
+    @classmethod
+    def _extract_is_a_regular_expression(cls, extract: str | None) -> str | None:
+        try:
+            re.compile(extract or "")
+        except (re.error, RecursionError, OverflowError) as error:
+            raise ValueError(f"not a regular expression: {error}") from error
+        return extract
+
+    @model_validator(mode="after")
+    def _extract_is_for_answers_that_are_written(self) -> Task:
+        if self.extract is not None and (self.questions is None or self.metric != "exact_match"):
+            raise ValueError(
+                "extract: only for `questions` without choices; a task of lm-eval has filters"
+            )
+        return self
+
     @model_validator(mode="after")
     def _sampling_is_on_when_it_is_configured(self) -> Task:
         sampled = {"temperature", "top_p", "top_k"} & set(self.generation)
@@ -115,7 +137,7 @@ class Suite(_Strict):
     Every field reaches the key of a result: a changed suite never reuses an old one.
     """
 
-    LATER = frozenset({"engine", "classes"})
+    LATER = frozenset({"engine", "classes", "include_path"})
 
     name: Annotated[str, Field(pattern=NAME)]  # the file's name, not a key of the file
     engine: str = "language"  # what asks it, see `engines.ENGINES`
@@ -130,8 +152,13 @@ class Suite(_Strict):
     world: int | None = None  # seed of a world of sums, whose test items become local tasks
     classes: str | Annotated[tuple[str, ...], Field(strict=False, min_length=2)] | None = None
     """Of the engine vision: what the columns of logits stand for, listed or by a name of timm's."""
+    include_path: str | None = None
+    """A folder of one's own task files for lm-eval, relative to the suite."""
     ID: Annotated[tuple[Task, ...], Field(min_length=1, strict=False)]
     OOD: Annotated[tuple[Task, ...], Field(min_length=1, strict=False)]
+    # Of a suite that comes from a file, not from a result.
+    _folder: Path = PrivateAttr(Path())
+    _own: dict[str, Questions] = PrivateAttr({})
 
     @field_validator("engine")
     @classmethod
@@ -158,6 +185,16 @@ class Suite(_Strict):
         """All tasks, ID first."""
         return self.ID + self.OOD
 
+    @property
+    def own(self) -> Mapping[str, Questions]:
+        """The questions of one's own that it asks, by the name of their task."""
+        return self._own
+
+    @property
+    def included(self) -> Path | None:
+        """The folder of `include_path`."""
+        return None if self.include_path is None else self._folder / self.include_path
+
     def grouped(self) -> Iterator[tuple[GroupName, tuple[Task, ...]]]:
         """Yield both groups with their tasks."""
         yield "ID", self.ID
@@ -177,7 +214,7 @@ def load(name_or_path: str) -> Suite:
     """Return the suite of that name, or of that YAML file.
 
     Raises:
-        SuiteError: there is none, or the file cannot be used.
+        SuiteError: there is none, or it, or a file of questions that it names, cannot be used.
     """
     path = SHIPPED / f"{name_or_path}.yml" if name_or_path in shipped() else Path(name_or_path)
     try:
@@ -197,9 +234,16 @@ def load(name_or_path: str) -> Suite:
     if "name" in data:
         raise SuiteError(f"{path}: name: not a key; a suite has the name of its file")
     try:
-        return Suite.model_validate({**data, "name": path.stem})
+        data, own = questions.filled(path, data)
+        suite = Suite.model_validate({**data, "name": path.stem})
+    except QuestionsError as error:
+        raise SuiteError(_few(path, str(error).splitlines())) from error
     except ValidationError as error:
         raise SuiteError(_messages(path, error)) from error
+    suite._folder, suite._own = path.parent, own
+    if suite.included is not None and not suite.included.is_dir():
+        raise SuiteError(f"{path}: include_path: {suite.included} is not a folder")
+    return suite
 
 
 def _messages(path: Path, error: ValidationError) -> str:
@@ -207,7 +251,10 @@ def _messages(path: Path, error: ValidationError) -> str:
     mistakes = error.errors()
     # A group whose only task is wrong is also said to be too short.
     mistakes = [mistake for mistake in mistakes if mistake["type"] != "too_short"] or mistakes
-    lines = list(dict.fromkeys(f"{path}: {_message(mistake)}" for mistake in mistakes))
+    return _few(path, list(dict.fromkeys(f"{path}: {_message(mistake)}" for mistake in mistakes)))
+
+
+def _few(path: Path, lines: list[str]) -> str:
     rest = len(lines) - MOST_MISTAKES
     return "\n".join(lines[:MOST_MISTAKES] + [f"{path}: {rest} more mistakes"] * (rest > 0))
 
