@@ -27,8 +27,8 @@ from lm_eval.models.utils import normalize_gen_kwargs, resolve_max_length
 from lm_eval.tasks import TaskManager
 from tqdm import tqdm
 
-from evaluation import fingerprint
-from evaluation.engines import EvaluationError, Options, Settings
+from evaluation import fingerprint, local_tasks
+from evaluation.engines import EvaluationError, Options, Settings, included_tasks
 from evaluation.sources import Source
 from evaluation.store import Sample, TaskResult
 from evaluation.suite import Suite, Task
@@ -37,15 +37,16 @@ from mergekit_monosoup.checkpoints import hub
 
 
 class Engine:
-    """A suite of lm-eval's tasks, or of a world's, which are written into the results folder."""
+    """A suite of lm-eval's tasks; a world's, and one's own, are written into the results folder."""
 
     def __init__(self, suite: Suite, options: Options, out: Path) -> None:
         quiet()
         self.suite = suite
-        self._local = out / f"{suite.name}.tasks" if suite.world is not None else None
-        if suite.world is not None and self._local:
-            write_tasks(suite.world, self._local)
-        self._manager = task_manager(self._local)
+        self._written = out / f"{suite.name}.tasks"
+        if suite.world is not None:
+            write_tasks(suite.world, self._written)
+        local_tasks.write_questions(suite, self._written)
+        self._manager = task_manager(suite, self._written)
         device = options.device or default_device()
         self.settings = Settings(
             options.backend or "hf", device, options.dtype or "auto", options.limit
@@ -55,12 +56,22 @@ class Engine:
 
     @property
     def decides(self) -> Mapping[str, Any]:
-        """The items of a world; lm-eval's own are decided by its version and the suite."""
-        local = fingerprint.of_files(self._local, ("*.jsonl",)) if self._local else None
-        return {"local_tasks": local}
+        """Items of a world and one's own; lm-eval's are decided by its version and the suite."""
+        world = self.suite.world is not None
+        decides: dict[str, Any] = {
+            "local_tasks": fingerprint.of_files(self._written, ("*.jsonl",)) if world else None
+        }
+        if self.suite.own:
+            decides["own_questions"] = local_tasks.digest_of_questions(self.suite)
+        if self.suite.included:
+            configs = _included(self._manager, self.suite)
+            decides["included_tasks"] = included_tasks.digests(self.suite.included, configs)
+        return decides
 
     def warnings(self, models: Sequence[Source]) -> Iterator[str]:
-        """Yield that tokenizers differ."""
+        """Yield that a question is asked twice, and that tokenizers differ."""
+        for asked in self.suite.own.values():
+            yield from asked.repeated()
         if len({source.origin.fingerprint.tokenizer for source in models}) > 1:
             yield "the models' tokenizer files differ; end-of-text tokens and prompts may, too"
 
@@ -73,7 +84,7 @@ class Engine:
                     "its config.json and tokenizer"
                 )
         check_contexts(self._manager, self.suite, [source.folder for source in models])
-        check_data(self._manager, self.suite.tasks)
+        check_data(self._manager, self.suite.tasks, self.suite.included)
 
     def model(self, source: Source) -> Model:
         """Load a checkpoint into lm-eval."""
@@ -138,11 +149,42 @@ def check_settings(settings: Settings) -> None:
 # -- tasks ---------------------------------------------------------------------------------------
 
 
-def task_manager(folder: Path | None = None) -> TaskManager:
-    """Return lm-eval's own tasks, whose index takes it ten seconds; or only those in `folder`."""
-    if folder is None:
-        return TaskManager()
-    return TaskManager(include_path=str(folder), include_defaults=False)
+def task_manager(suite: Suite, written: Path) -> TaskManager:
+    """Return the tasks of a suite: those in `written`, those of `include_path`, lm-eval's own.
+
+    The last only if one of them is asked: their index takes ten seconds.
+    """
+    # Where names are the same, lm-eval takes the task of the later folder.
+    folders = [*filter(None, [suite.included]), *filter(Path.is_dir, [written])]
+    if folders:
+        alone = TaskManager(include_path=[*map(str, folders)], include_defaults=False)
+        if all(_complete(alone, task.task) for task in suite.tasks):
+            return alone
+    return TaskManager(include_path=[*map(str, folders)])
+
+
+def _complete(manager: TaskManager, name: str) -> bool:
+    """Whether a task is known with all its members."""
+    try:
+        return bool(leaves(manager, name))
+    except KeyError:
+        return False
+
+
+def included_file(manager: TaskManager, name: str, folder: Path | None) -> Path | None:
+    """Return the file of a task if it lies in the folder of `include_path`."""
+    path = manager.task_index[name].yaml_path
+    return path if folder and path and path.is_relative_to(folder) else None
+
+
+def _included(manager: TaskManager, suite: Suite) -> dict[str, tuple[Path, Any]]:
+    """Return path and content of the task files of `include_path` that the suite asks, by task."""
+    names = {name for task in suite.tasks for name in (task.task, *leaves(manager, task.task))}
+    return {
+        name: (path, manager.task_index[name].cfg or {})
+        for name in names
+        if (path := included_file(manager, name, suite.included))
+    }
 
 
 def check_tasks(manager: TaskManager, suite: Suite, backend: str = "hf") -> None:
@@ -152,6 +194,8 @@ def check_tasks(manager: TaskManager, suite: Suite, backend: str = "hf") -> None
         EvaluationError: the installed lm-eval does not have one of them.
     """
     unknown = [line for task in suite.tasks for line in _unknown(manager, task)]
+    if unknown and suite.included:
+        unknown += included_tasks.unreadable(suite.included)
     if backend == "hf":  # vLLM has names of its own
         unknown += [line for task in suite.tasks for line in _unknown_generation(task)]
     if unknown:
@@ -161,10 +205,20 @@ def check_tasks(manager: TaskManager, suite: Suite, backend: str = "hf") -> None
 def _unknown(manager: TaskManager, task: Task) -> Iterator[str]:
     """Yield what lm-eval does not have of a task."""
     if task.task not in manager.task_index:
-        yield f"lm-eval has no task {task.task}{_suggestion(task.task, manager.all_tasks)}"
+        yield (
+            f"lm-eval has no task {task.task}{_suggestion(task.task, manager.all_tasks)}. For "
+            "questions of your own write `{questions: FILE.jsonl}` in its place, for task files of "
+            'your own `include_path: FOLDER` in the suite: docs/evaluation.md, "Your own questions"'
+        )
+        return
+    if not _complete(manager, task.task):
+        yield f"{task.task} is a group with members that lm-eval does not know by name"
         return
     for leaf in leaves(manager, task.task):
         config = manager.task_index[leaf].cfg or {}
+        if "class" in config:
+            yield f"{leaf} is a task of Python code, whose scores are not known before it is asked"
+            continue
         if task.key not in scores(config):
             yield f"{leaf} has no {task.key}; it has {', '.join(scores(config))}"
         if task.num_fewshot and config.get("num_fewshot") == 0:
@@ -213,24 +267,35 @@ def scores(config: dict[str, Any]) -> list[str]:
     """Return the "metric,filter" pairs that a task reports."""
     listed = config.get("metric_list")
     metrics = (
-        [m["metric"] for m in listed] if listed else DEFAULT_METRIC_REGISTRY[config["output_type"]]
+        [str(m["metric"]) for m in listed]
+        if listed
+        else DEFAULT_METRIC_REGISTRY[config.get("output_type", "generate_until")]
     )
     filters = [f["name"] for f in config.get("filter_list") or [{"name": "none"}]]
     return [f"{metric},{name}" for metric in metrics for name in filters]
 
 
-def check_data(manager: TaskManager, tasks: Iterable[Task]) -> None:
+def check_data(manager: TaskManager, tasks: Iterable[Task], included: Path | None = None) -> None:
     """Check that the items can be read, before any model is loaded.
 
+    `included` is the folder of a person's own task files, whose faults are theirs to put right.
+
     Raises:
-        EvaluationError: a data set is missing, or its items lack the field that clusters them.
+        EvaluationError: a data set is missing, or its items lack the field that clusters them; a
+            task file in `included` does not fit its data.
     """
     for task in tasks:
+        path = included_file(manager, task.task, included)
         try:
             loaded = manager.load([task.task])["tasks"]
+            if path:
+                _try_first(loaded.values())
         except Exception as error:  # of datasets, the hub's client and its network library
-            known = isinstance(error, OSError | datasets.exceptions.DatasetsError)
-            if not known and hub.explanation(error) is None:
+            explained = hub.explanation(error) is not None
+            if path and not explained:
+                words = " ".join(str(error).split())
+                raise EvaluationError(f"{path}: {type(error).__name__}: {words}") from error
+            if not explained and not isinstance(error, OSError | datasets.exceptions.DatasetsError):
                 raise
             raise EvaluationError(_missing_data(manager, task, error)) from error
         for name, of_leaf in loaded.items():
@@ -240,6 +305,14 @@ def check_data(manager: TaskManager, tasks: Iterable[Task]) -> None:
                     f"{name}: items have no field {task.cluster} (cluster); "
                     f"they have {', '.join(first)}"
                 )
+
+
+def _try_first(tasks: Iterable[Any]) -> None:
+    """Make the prompt and the answer of a first item, as a template that does not fit cannot."""
+    for task in tasks:
+        first = next(iter(task.eval_docs))
+        task.doc_to_text(first)
+        task.doc_to_target(first)
 
 
 def _missing_data(manager: TaskManager, task: Task, error: Exception) -> str:
@@ -356,6 +429,7 @@ class Model:
                 f"{task.task} would end: set eos_token in its tokenizer_config.json, as in the "
                 "model that it was trained from"
             )
+        self._check_room(task)
         results = lm_eval.evaluator.simple_evaluate(
             model=self.lm,
             tasks=[task.task],
@@ -380,6 +454,22 @@ class Model:
         info = _info(task, results)
         _check_results(task, results, samples, info["num_fewshot"])
         return TaskResult(task.task, samples, info)
+
+    def _check_room(self, task: Task) -> None:
+        """Check that no question of one's own is too long: lm-eval cuts its beginning off."""
+        if task.task not in self._suite.own:
+            return
+        asked, most = self._suite.own[task.task], int(self.lm.max_length)
+        answer = _longest_answer(self._manager, task)
+        for question in asked.questions:
+            longest = max(question.choices, key=len, default="")
+            tokens = len(self.lm.tok_encode(question.prompt + longest)) + answer
+            if tokens > most:
+                raise EvaluationError(
+                    f"{asked.path}, line {question.line}: {tokens} tokens with its answer, but the "
+                    f"context of {self.folder} is {most}; shorten the prompt, or set `generation: "
+                    "{max_gen_toks: N}` in the suite if answers are shorter"
+                )
 
 
 def _check_results(
