@@ -144,8 +144,8 @@ def _table(items: Sequence[Mapping[str, Any]]) -> bytes:
 
     In JSON lines, the data sets library takes an answer such as 2020-01-01 for a time.
     """
-    import pyarrow
-    import pyarrow.parquet
+    import pyarrow  # type: ignore[import-untyped]
+    import pyarrow.parquet  # type: ignore[import-untyped]
 
     content = io.BytesIO()
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(items)), content)

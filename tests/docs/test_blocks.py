@@ -18,12 +18,14 @@ import pytest
 import torch
 from click.testing import CliRunner
 from helpers import checkpoints, pages
-from helpers.hub import HUB, local, run
+from helpers.hub import HUB, able, local, run
 from mergekit.scripts import run_yaml
 from rich.console import Console
 from safetensors.torch import load_file
 
 from demo import merge
+from evaluation import local_tasks, tables
+from evaluation import run as evaluation_run
 from evaluation.suite import load as load_suite
 from evaluation.worlds import training as train
 from mergekit_monosoup import report
@@ -31,6 +33,9 @@ from mergekit_monosoup.cli import main
 
 BASH = pages.blocks("bash")
 (MERGE_YML,) = (block for block in pages.blocks("yaml") if block.page == "README.md")
+# A suite of one's own questions, and the files that it names.
+(SUITE_YML,) = (block for block in pages.blocks("yaml") if "questions:" in block.text)
+MERGES = [block for block in pages.blocks("yaml") if block != SUITE_YML]
 # What each of our commands must print, at least. A command that is not here has no test.
 PRINTS = {
     "check merge.yml": "merge.yml: fine",
@@ -62,6 +67,10 @@ def workplace(hub, tmp_path, monkeypatch) -> Path:
     for config in (pages.ROOT / "configs").glob("*.yml"):
         (tmp_path / "configs" / config.name).write_text(with_local_models(config.read_text(), hub))
     (tmp_path / "merge.yml").write_text(with_local_models(MERGE_YML.text, hub))
+    (tmp_path / "my-suite.yml").write_text(SUITE_YML.text)
+    names = re.findall(r"questions: ([\w.]+)", SUITE_YML.text)
+    for name, block in zip(names, pages.blocks("json"), strict=True):
+        (tmp_path / name).write_text(block.text)
     return tmp_path
 
 
@@ -79,6 +88,7 @@ def test_every_block_has_a_language_that_is_tested():
         "text",
         "bibtex",
         "math",  # TeX, which test_site.py turns into what browsers draw
+        "json",
     }
 
 
@@ -195,7 +205,7 @@ def test_nothing_is_excused_in_vain():
 # -- yaml and python -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("block", pages.blocks("yaml"), ids=str)
+@pytest.mark.parametrize("block", MERGES, ids=str)
 def test_yaml_blocks_merge(block, hub, workplace):
     Path("block.yml").write_text(block.text)
     config = local(workplace / "block.yml", hub, workplace)
@@ -221,6 +231,34 @@ def test_python_blocks_run(block, hub, workplace, capsys):
         assert printed.splitlines()[-1].startswith("total ")
     else:
         assert printed == "MonoSoup\n"
+
+
+# -- one's own questions ---------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_ones_own_questions(hub, workplace, monkeypatch, capsys):
+    """The page's files, suite and commands, with models that have words and an end of text."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(workplace / "datasets"))
+    for name in ("base", "tuned0"):
+        able(hub / name, workplace / "able" / name)
+    merge_config = (pages.ROOT / "configs" / "monosoup.yml").read_text()
+    Path("configs", "monosoup.yml").write_text(with_local_models(merge_config, workplace / "able"))
+    (block,) = (block for block in BASH if "my-suite.yml" in block.text)
+    for line, program in zip(block.lines, (evaluation_run, tables), strict=True):
+        words = shlex.split(with_local_models(line, workplace / "able"))
+        assert program.main([*words[3:], *(["--device", "cpu"] * (program is evaluation_run))]) == 0
+    printed = capsys.readouterr().out
+    assert "| model | sums (ID) | capitals (OOD) |" in printed and "| monosoup |" in printed
+    assert Path("results/my-suite/finetuned.my-suite.samples.jsonl.gz").exists()
+
+
+def test_ones_own_questions_are_as_the_page_says(workplace):
+    asked = load_suite("my-suite.yml")
+    text = pages.between("docs/evaluation.md", "## Your own questions", "## What the numbers are")
+    assert f"at most {local_tasks.ANSWER_TOKENS} tokens" in text
+    assert [len(questions.questions) for questions in asked.own.values()] == [2, 1]
+    assert {task.key for task in asked.tasks} == {"exact_match,answer", "acc,none"}
 
 
 # -- what the pages say is printed -----------------------------------------------------------------

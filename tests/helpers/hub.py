@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from click.testing import CliRunner
@@ -50,3 +53,17 @@ def run(config: Path, folder: Path) -> dict[str, torch.Tensor]:
         arguments += ["--lora-merge-cache", folder / "cache"]
     CliRunner().invoke(command, [*map(str, arguments), "--quiet"], catch_exceptions=False)
     return checkpoints.state_dict(out)
+
+
+def changed(file: Path, **values: Any) -> None:
+    """Change values of a JSON file."""
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def able(folder: Path, to: Path) -> Path:
+    """A copy of a model that can answer: room in its context, words as tokens, an end of text."""
+    shutil.copytree(folder, to)
+    changed(to / "config.json", max_position_embeddings=4096)
+    changed(to / "tokenizer.json", pre_tokenizer={"type": "Whitespace"})
+    changed(to / "tokenizer_config.json", eos_token="w0")
+    return to

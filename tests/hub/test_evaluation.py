@@ -17,7 +17,7 @@ from typing import Any
 import lm_eval.tasks
 import pytest
 import yaml
-from helpers.hub import HUB
+from helpers.hub import HUB, able, changed
 from helpers.hub_server import Fault, Hub
 
 from evaluation import fingerprint, run, sources, suite
@@ -165,19 +165,6 @@ def small_suite(folder: Path) -> str:
         task |= {"generation": {"max_gen_toks": 4}, "num_fewshot": 1}
     (folder / "small.yml").write_text(yaml.safe_dump(shipped))
     return str(folder / "small.yml")
-
-
-def changed(file: Path, **values: Any) -> None:
-    file.write_text(json.dumps(json.loads(file.read_text()) | values))
-
-
-def able(folder: Path, to: Path) -> Path:
-    """A copy of a model that can answer: room in its context, words as tokens, an end of text."""
-    shutil.copytree(folder, to)
-    changed(to / "config.json", max_position_embeddings=4096)
-    changed(to / "tokenizer.json", pre_tokenizer={"type": "Whitespace"})
-    changed(to / "tokenizer_config.json", eos_token="w0")
-    return to
 
 
 @pytest.mark.slow
