@@ -208,7 +208,7 @@ def inspect(
     from mergekit_monosoup import report as reports
     from mergekit_monosoup.checkpoints.reader import Checkpoints
     from mergekit_monosoup.inspection import inspect_each
-    from mergekit_monosoup.report import inspected
+    from mergekit_monosoup.report import advice, inspected
 
     with _errors():
         if out is not None:
@@ -237,6 +237,7 @@ def inspect(
             "they are not edited."
         )
     reading = inspected.reading(records, partial=bool(checkpoints.remarks))
+    reading += advice.which_mode(records)
     for line in [*lines, *inspected.cosine_lines(records), *reading]:
         console.print(terminal.plain(line))
 

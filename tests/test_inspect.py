@@ -28,7 +28,7 @@ from mergekit_monosoup.errors import SolverError
 from mergekit_monosoup.kernel import monosoup as kernel
 from mergekit_monosoup.kernel.monosoup import preview
 from mergekit_monosoup.kernel.spectrum import quantile_curve
-from mergekit_monosoup.report import Record, inspected
+from mergekit_monosoup.report import Record, advice, inspected
 
 UP = "model.layers.1.mlp.up_proj.weight"
 
@@ -393,6 +393,21 @@ def test_reading_by_hand():
     assert inspected.reading([untouched]) == [
         "variance, R = 0.8: no update in a.b: nothing to edit there."
     ]
+
+
+def test_which_mode_by_hand():
+    """What is advised depends on the models where it can: nothing to edit, or one factor."""
+    flat = [made(f"a{n}.b", 0.52, mode="variance", R=0.8) for n in range(3)]
+    split = [made(f"c{n}.d", 0.9, mode="variance", R=0.8) for n in range(2)]
+    free = [made(f"a{n}.b", 0.52) for n in range(9)]
+    said = "\n".join(advice.which_mode(flat + split + free))
+    assert "R = 0.8, scales 3 of 5 matrices by nearly one factor each, on average 0.50" in said
+    assert said.index("freevariance") < said.index("R = 0.9") < said.index("R = 0.8")
+    assert "nearly one factor" not in "\n".join(advice.which_mode(flat[:2] + split))
+    untouched = Record("a.b", (8, 4), "bfloat16", "inspected", "no update", mode="variance", R=0.8)
+    (line,) = advice.which_mode([untouched])
+    assert "which mode: none" in line and "right two models" in line
+    assert len(list(advice.which_mode([untouched, *free]))) == 7
 
 
 def printed(records, width, **options) -> str:

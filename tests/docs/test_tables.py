@@ -11,6 +11,7 @@ from helpers.pages import ROOT
 
 from mergekit_monosoup import report
 from mergekit_monosoup.parameters import parameter_table
+from mergekit_monosoup.report import advice
 
 
 @pytest.mark.parametrize("method", ["monosoup", "svc"])
@@ -71,3 +72,25 @@ def test_readme_numbers_in_prose():
     assert "three times the gain" in readme and 3 < gain[0] / free < 3.5
     best = max(float(known[R][2].split()[0]) for R in ("0.5", "0.55", "0.6", "0.65", "0.7"))
     assert best - gain[1] < 2, "below R = 0.8 the gain hardly rises"
+
+
+def test_inspect_quotes_the_evidence():
+    """The advice that `inspect` ends with, number by number."""
+    known, page = evidence(), pages.text("docs/evidence.md")
+    free = [known[f"freevariance − fine-tuned, {group}"][2] for group in ("ID", "OOD")]
+    expected = {
+        "freevariance": free,
+        "R = 0.9": known["0.9"][1:3],
+        "R = 0.8": known["0.8"][1:3],
+        "Wise-FT 0.5": known["Wise-FT 0.5"][3:],
+    }
+    assert {name: str(m) for name, m in advice.EVIDENCE.items()} == {
+        name: f"ID {ID}, OOD {OOD}" for name, (ID, OOD) in expected.items()
+    }
+    assert known["freevariance − LoRA fine-tune, OOD"][2] == advice.OOD_OF_LORA
+    assert {
+        "freevariance": known["freevariance − its norm-matched scalar, OOD"][2],
+        "R = 0.8": known["variance − its norm-matched scalar, OOD"][2],
+    } == advice.OOD_BEYOND_CONTROL
+    parameters, seeds = advice.WORLD.removesuffix(" seeds").split(" parameters, ")
+    assert f"A model of {parameters} parameters" in page and f"{seeds} seeds (0, 1" in page
