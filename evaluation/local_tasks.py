@@ -16,7 +16,6 @@ import yaml
 from evaluation import fingerprint
 from evaluation.questions import IGNORED, Questions
 from evaluation.suite import Suite, Task
-from mergekit_monosoup import files
 
 ANSWER_TOKENS = 32  # of an answer to one's own question, unless the suite says otherwise
 END_OF_ANSWER = ["\n"]
@@ -64,14 +63,14 @@ def write_config(path: Path, config: Mapping[str, Any]) -> None:
 
 
 def write_changed(path: Path, content: bytes) -> None:
-    """Write a file whole, if it does not hold this already.
+    """Write a file if it does not hold this already, as half a file does not.
 
     The data sets library tells files by their times: rewriting an unchanged one would make it build
     its cache again.
     """
     if not path.exists() or path.read_bytes() != content:
         path.parent.mkdir(parents=True, exist_ok=True)
-        files.write_bytes(path, content)
+        path.write_bytes(content)
 
 
 # -- a person's own questions ----------------------------------------------------------------------

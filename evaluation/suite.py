@@ -172,6 +172,9 @@ class Suite(_Strict):
         names = [task.task for task in self.tasks]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"listed twice: {', '.join(twice)}")
+        own = self.include_path is not None or any(task.questions for task in self.tasks)
+        if own and self.engine != "language":
+            raise ValueError("questions and include_path are for the engine language")
         if self.enable_thinking is not None and not self.chat_template:
             raise ValueError("enable_thinking has no effect without `chat_template: true`")
         if self.enable_thinking:

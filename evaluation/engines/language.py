@@ -12,6 +12,7 @@ import hashlib
 import importlib.util
 import logging
 import os
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -173,7 +174,7 @@ def _complete(manager: TaskManager, name: str) -> bool:
 
 def included_file(manager: TaskManager, name: str, folder: Path | None) -> Path | None:
     """Return the file of a task if it lies in the folder of `include_path`."""
-    path = manager.task_index[name].yaml_path
+    path = manager.task_index[name].yaml_path if folder else None
     return path if folder and path and path.is_relative_to(folder) else None
 
 
@@ -453,7 +454,25 @@ class Model:
         ]
         info = _info(task, results)
         _check_results(task, results, samples, info["num_fewshot"])
+        self._show_an_answer(task, samples)
         return TaskResult(task.task, samples, info)
+
+    def _show_an_answer(self, task: Task, samples: Sequence[Sample]) -> None:
+        """Show what a model wrote to one's own question if it got none right.
+
+        Often it knows the answer, and says more than that or nothing at first.
+        """
+        asked = self._suite.own.get(task.task)
+        if not asked or asked.multiple_choice or any(s.values[task.key] for s in samples):
+            return
+        question = asked.questions[samples[0].doc_id]
+        wrote = str(samples[0].answers[task.filter][0])
+        print(
+            f"warning: {asked.path}: no answer is right. To line {question.line}, whose answer is "
+            f"{question.answer!r:.60}, the model wrote {wrote!r:.60}; is the prompt such that the "
+            'answer comes next? docs/evaluation.md, "Your own questions", says what can be set',
+            file=sys.stderr,
+        )
 
     def _check_room(self, task: Task) -> None:
         """Check that no question of one's own is too long: lm-eval cuts its beginning off."""

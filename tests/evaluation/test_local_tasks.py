@@ -43,6 +43,8 @@ def test_a_run_of_ones_own_questions(models, tmp_path, asked, capsys):
     ((wrote,), right), *_ = answers(out, "own_cities")
     wrote = wrote.strip()
     assert wrote and right == 0
+    shown = f"no answer is right. To line 1, whose answer is 'Nowhere', the model wrote ' {wrote}'"
+    assert f"{tmp_path / 'a' / 'cities.jsonl'}: {shown}" in capsys.readouterr().err
 
     # Spelt in another way it counts, with more or less in it it does not.
     spelt = [f" {wrote.upper()}. ", wrote.lower(), wrote, f"{wrote}a", f"a {wrote}", wrote[:-1]]

@@ -36,6 +36,7 @@ def test_a_minimal_file(make_suite):
         ),
         ({"enable_thinking": False}, "no effect without `chat_template: true`"),
         ({"chat_template": True, "enable_thinking": True}, "not supported"),
+        ({"include_path": 3}, "mine.yml: include_path: Input should be a valid string"),
         ({"name": "other"}, "a suite has the name of its file"),
     ],
 )
