@@ -21,14 +21,7 @@ from pydantic import ValidationError
 from transformers import PretrainedConfig
 
 from mergekit_monosoup import parameters
-from mergekit_monosoup.check.document import (
-    Section,
-    entries,
-    mapping,
-    model_entries,
-    parameter_sections,
-    tokenizer_source,
-)
+from mergekit_monosoup.check.document import model_entries, tokenizer_source
 from mergekit_monosoup.check.finding import Finding, Level
 from mergekit_monosoup.check.planning import Planning
 from mergekit_monosoup.checkpoints import quantisation
@@ -37,6 +30,7 @@ from mergekit_monosoup.checkpoints.coverage import Reads
 from mergekit_monosoup.checkpoints.headers import Headers, LackingError, Stored
 from mergekit_monosoup.checkpoints.reader import NotThereError, check_model_path, is_single_file
 from mergekit_monosoup.checkpoints.renaming import Renaming, renaming
+from mergekit_monosoup.checkpoints.sections import Section, entries, mapping, parameter_sections
 
 
 @dataclass(frozen=True)

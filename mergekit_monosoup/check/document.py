@@ -11,51 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_monosoup.check.finding import Finding, define_check
+from mergekit_monosoup.checkpoints.sections import leaves, mapping, parameter_sections
 from mergekit_monosoup.checkpoints.texts import UnreadableError
 from mergekit_monosoup.checkpoints.yaml import read_documents
-
-Section = tuple[str, dict[str, Any], str | None]
-
-
-def mapping(value: Any) -> dict[Any, Any]:
-    """Return what stands where a mapping belongs; {} of anything else, which pydantic names."""
-    return value if isinstance(value, dict) else {}
-
-
-def entries(value: Any) -> list[Any]:
-    """Return what stands where a list belongs; [] of anything else, which pydantic names."""
-    return value if isinstance(value, list) else []
-
-
-def leaves(value: Any) -> Iterator[Any]:
-    """Yield the single values of a parameter: of gradients and filters each."""
-    if isinstance(value, list):
-        for item in value:
-            yield from leaves(item)
-    elif isinstance(value, dict):
-        yield from leaves(value.get("value"))
-    elif value is not None:
-        yield value
-
-
-def filters(value: Any) -> list[dict[Any, Any]]:
-    """Return the entries with `filter` and `value` of a parameter."""
-    return [entry for entry in (value if isinstance(value, list) else [value]) if mapping(entry)]
-
-
-def parameter_sections(data: Any, place: str = "") -> Iterator[Section]:
-    """Yield (place, parameters, model they stand under or None) of every `parameters` mapping."""
-    if isinstance(data, list):
-        for number, item in enumerate(data):
-            yield from parameter_sections(item, f"{place}[{number}]")
-    elif isinstance(data, dict):
-        for key, value in data.items():
-            here = f"{place}.{key}" if place else str(key)
-            if key != "parameters":
-                yield from parameter_sections(value, here)
-            elif isinstance(value, dict):
-                model = data.get("model")
-                yield here, value, str(model) if model is not None else None
 
 
 def model_entries(data: Any) -> Iterator[Mapping[str, Any]]:

@@ -15,8 +15,8 @@ from pydantic import BaseModel, ValidationError
 
 from _mergekit_monosoup_autoload import SWITCH
 from mergekit_monosoup.check.context import Document
-from mergekit_monosoup.check.document import filters
 from mergekit_monosoup.check.finding import Finding, define_check, near_word, nearest
+from mergekit_monosoup.checkpoints.sections import filters
 from mergekit_monosoup.parameters import METHODS
 
 Schemas = list[type[BaseModel]]

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from mergekit.common import ModelReference
 
 from mergekit_monosoup.check.context import Document
-from mergekit_monosoup.check.document import entries, mapping, real_path
+from mergekit_monosoup.check.document import real_path
 from mergekit_monosoup.check.finding import Finding, define_check
 from mergekit_monosoup.check.keys import meant
+from mergekit_monosoup.checkpoints.sections import entries, mapping
 
 
 @dataclass(frozen=True)

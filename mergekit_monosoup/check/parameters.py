@@ -10,9 +10,9 @@ from pydantic import ValidationError
 
 from mergekit_monosoup import parameters as rules
 from mergekit_monosoup.check.context import Document
-from mergekit_monosoup.check.document import filters, leaves, mapping
 from mergekit_monosoup.check.finding import Finding, define_check, nearest
 from mergekit_monosoup.check.keys import FILTER_KEYS, unknown_filter_keys
+from mergekit_monosoup.checkpoints.sections import filters, leaves, mapping
 
 
 def _declared(document: Document) -> dict[str, Any]:

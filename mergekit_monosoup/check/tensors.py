@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterable, Iterator
 
 from mergekit_monosoup.check.context import Document
-from mergekit_monosoup.check.document import entries, mapping
 from mergekit_monosoup.check.finding import Finding, Level, define_check
 from mergekit_monosoup.check.keys import named_dtype
 from mergekit_monosoup.checkpoints import adapters, misfit
@@ -15,6 +14,7 @@ from mergekit_monosoup.checkpoints.headers import ForeignError, LackingError, St
 from mergekit_monosoup.checkpoints.hub import HubError, RefusedError
 from mergekit_monosoup.checkpoints.names import EXPERTS
 from mergekit_monosoup.checkpoints.reader import NAMES_IN_MESSAGE
+from mergekit_monosoup.checkpoints.sections import entries, mapping, unmatched
 
 Tensors = dict[str, Stored]
 
@@ -145,23 +145,11 @@ def unmatched_filter(document: Document) -> Iterator[Finding]:
         return
     stored = {name for tensors in document.tensors.values() for name in tensors}
     merged = {task.tensor_name for task in document.planning.tasks} or stored
-    for place, text in _filters(document):
-        if any(text in name for name in merged):
-            continue
+    for place, text in unmatched(document.data, merged):
         reason = "it is plain text, not a pattern"
         if any(text in name for name in stored):
             reason = "as mergekit has them: it stacks or renames what the files call so"
         yield document.warning(place, f"filter {text!r} is part of no tensor's name ({reason})")
-
-
-def _filters(document: Document) -> Iterator[tuple[str, str]]:
-    """Yield (place, text) of every filter but `*`."""
-    for place, parameters, _ in document.sections:
-        for name, value in parameters.items():
-            for entry in value if isinstance(value, list) else [value]:
-                text = entry.get("filter") if isinstance(entry, dict) else None
-                if isinstance(text, str) and text != "*":
-                    yield f"{place}.{name}", text
 
 
 def _sliced(document: Document) -> bool:

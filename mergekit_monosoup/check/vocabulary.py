@@ -12,9 +12,9 @@ from functools import cached_property
 
 from transformers import PretrainedConfig
 
-from mergekit_monosoup.check.document import mapping
 from mergekit_monosoup.check.output import Output
 from mergekit_monosoup.checkpoints.names import layer
+from mergekit_monosoup.checkpoints.sections import mapping
 
 _EMBEDDING = re.compile(
     r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|tok_embeddings|shared)\.weight$"
