@@ -27,6 +27,7 @@ SWITCH = "MERGEKIT_MONOSOUP_AUTOLOAD"
 METHODS_MODULE = "mergekit_monosoup.methods"
 BUFFERS_MODULE = "mergekit_monosoup.buffers"
 PLANNER_MODULE = "mergekit_monosoup.planner"
+ENDING_MODULE = "mergekit_monosoup.ending"
 NAMES = ("monosoup", "svc")  # of the methods that METHODS_MODULE registers
 
 _lock = _thread.allocate_lock()
@@ -231,9 +232,30 @@ def _watch_plans(_: "ModuleType") -> None:
     sys.modules[PLANNER_MODULE].watch()
 
 
+def _watch_flat_plans(script: "ModuleType") -> None:
+    """Likewise of mergekit-pytorch, which plans by itself."""
+    __import__(PLANNER_MODULE)
+    sys.modules[PLANNER_MODULE].watch_flat(script)
+
+
+def _watch_files(tasks: "ModuleType") -> None:
+    """Have merges by our methods say what they did, when their files are closed."""
+    __import__(ENDING_MODULE)
+    sys.modules[ENDING_MODULE].watch_files(tasks)
+
+
+def _watch_merges(merge: "ModuleType") -> None:
+    """Have them say it when all of the model is there."""
+    __import__(ENDING_MODULE)
+    sys.modules[ENDING_MODULE].watch_merges(merge)
+
+
 TARGETS: "dict[str, Callable[[ModuleType], None]]" = {
     "mergekit.merge_methods": _register_methods,
     "mergekit.plan": _watch_plans,
+    "mergekit.scripts.merge_raw_pytorch": _watch_flat_plans,
+    "mergekit.io.tasks": _watch_files,
+    "mergekit.merge": _watch_merges,
     "mergekit.evo.genome": _allow_in_evolve,
     "mergekit.merge_methods.task_adapter": _keep_buffers,
 }
@@ -241,6 +263,9 @@ TARGETS: "dict[str, Callable[[ModuleType], None]]" = {
 MISSED = {
     "mergekit.merge_methods": (METHODS_MODULE, f"does not know the methods {', '.join(NAMES)}"),
     "mergekit.plan": (PLANNER_MODULE, "nobody says what a merge leaves out"),
+    "mergekit.scripts.merge_raw_pytorch": (PLANNER_MODULE, "nobody says which filters match none"),
+    "mergekit.io.tasks": (ENDING_MODULE, "nobody says what a merge did"),
+    "mergekit.merge": (ENDING_MODULE, "what a merge did is said before it is complete"),
     "mergekit.evo.genome": (METHODS_MODULE, f"mergekit-evolve refuses {', '.join(NAMES)}"),
     "mergekit.merge_methods.task_adapter": (
         BUFFERS_MODULE,

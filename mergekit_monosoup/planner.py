@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -31,7 +31,10 @@ from mergekit_monosoup.checkpoints.coverage import (
     is_matrix,
     is_sliced,
 )
-from mergekit_monosoup.checkpoints.inputs import Inputs
+from mergekit_monosoup.checkpoints.inputs import Inputs, loads
+from mergekit_monosoup.checkpoints.lineage import looks_swapped
+from mergekit_monosoup.checkpoints.sections import unmatched
+from mergekit_monosoup.ending import report_of
 from mergekit_monosoup.parameters import METHODS
 from mergekit_monosoup.report import LEFT_OUT, PLANNING_ONLY, Journal, Record
 
@@ -123,6 +126,7 @@ def _plan_aloud(planner: Planner, plan: Callable[[], Any]) -> Any:
         return plan()
     written = planner.config.model_copy(deep=True)
     tasks = plan()
+    _warn(written, tasks)
     try:
         reads = _compare(planner, tasks, written)
         if not reads.merged:  # nothing that we know how to read: then nothing is known
@@ -147,6 +151,59 @@ def _announce(reads: Reads) -> None:
             )
 
 
+def _warn(config: MergeConfiguration, tasks: Iterable[Any]) -> None:
+    """Warn of what a configuration says that no tensor or no model file bears out."""
+    try:
+        names = set()
+        for task in tasks:
+            if isinstance(task, SaveTensor):
+                # A filter of a slice may be meant for the input's name.
+                names |= {task.tensor_name, *(load.tensor for load in loads(task.tensor_task))}
+        _warn_of_filters(config.model_dump(exclude_none=True), names)
+        for said in _swapped(config):
+            LOG.warning(said)
+    except Exception as error:  # as above
+        LOG.debug("the configuration could not be compared with the models: %r", error)
+
+
+def _warn_of_filters(config: Any, names: Collection[str]) -> None:
+    for place, text in unmatched(config, names):
+        LOG.warning(
+            "%s: filter %r is part of no tensor's name, so its value is used nowhere", place, text
+        )
+
+
+def _swapped(config: MergeConfiguration) -> Iterator[str]:
+    """Yield a warning for each fine-tune of which the base model says that it was made of it."""
+    loaders, base = _loaders(config), config.base_model
+    if base is None:
+        return
+    folders = {model: loader.index.base_path for model, loader in loaders.items()}
+    for model, folder in folders.items():
+        if model != base and not model.lora:
+            yield from looks_swapped((base.model.path, folders[base]), (model.model.path, folder))
+
+
+def watch_flat(script: Any) -> None:
+    """Have the plans of mergekit-pytorch looked at; ``script``: the module of the command."""
+    original = script.plan_flat_merge
+    if getattr(original, "watched", False):
+        return
+
+    @functools.wraps(original)
+    def plan_flat_merge(config: Any, *arguments: Any, **named: Any) -> Any:
+        if config.merge_method in METHODS and not PLANNING_ONLY.get():
+            _journal().begin()
+        tasks = original(config, *arguments, **named)
+        if config.merge_method in METHODS:
+            names = {task.tensor_name for task in tasks if isinstance(task, SaveTensor)}
+            _warn_of_filters(config.model_dump(exclude_none=True), names)
+        return tasks
+
+    plan_flat_merge.watched = True  # type: ignore[attr-defined]
+    script.plan_flat_merge = plan_flat_merge
+
+
 # -- a merge by `run` ------------------------------------------------------------------------------
 
 
@@ -168,6 +225,8 @@ def _plan_strictly(planner: Planner, plan: Callable[[], Any], strict: Strict) ->
     for fault in _faults(reads, written, strict, trust):
         raise PlanningError(fault)
     _announce(reads)
+    if written.merge_method in METHODS:
+        _warn(written, tasks)
     strict.left_out = list(_records(reads, tasks))
     if strict.in_process:
         for path, record in strict.left_out:
@@ -242,7 +301,7 @@ def _compare(planner: Planner, tasks: Iterable[Any], written: MergeConfiguration
 
 def _records(reads: Reads, tasks: Iterable[Any]) -> Iterator[tuple[str, Record]]:
     """Yield (report, record) of each tensor that is left out, if the merge writes a report."""
-    path = next(filter(None, map(_report, tasks)), None)
+    path = next(filter(None, map(report_of, tasks)), None)
     if path is None:
         return
     for tensors in reads.unread_together.values():
@@ -250,13 +309,6 @@ def _records(reads: Reads, tasks: Iterable[Any]) -> Iterator[tuple[str, Record]]
             dtype = _DTYPES.get(tensor.dtype, tensor.dtype.removeprefix("torch."))
             reason = "mergekit does not read it: it is missing from the merged model"
             yield path, Record(name, tensor.shape, dtype, action=LEFT_OUT, reason=reason)
-
-
-def _report(task: Any) -> str | None:
-    """Return the report that the method of a planned tensor writes to."""
-    parameters = getattr(getattr(task, "tensor_task", None), "input_parameters", None)
-    values = parameters.values() if parameters is not None else ()
-    return next(filter(None, (dict(value.items()).get("report") for value in values)), None)
 
 
 def _journal() -> Journal:

@@ -93,6 +93,15 @@ def echo(text: str) -> None:
     click.echo(text, file=sys.stdout)
 
 
+def remark(text: str) -> None:
+    """Print a line on stderr, whatever characters that can show."""
+    import click
+
+    codecs.register_error(REPLACING, _replacement)
+    encoding = getattr(sys.stderr, "encoding", None) or "utf-8"
+    click.echo(text.encode(encoding, REPLACING).decode(encoding), err=True)
+
+
 @contextmanager
 def output() -> Iterator[None]:
     """Let a program print to any output; also a decorator of its main function.

@@ -12,7 +12,7 @@ check that is gone is not used again.
 
 To add a check, write one function in the file of its subject, for example::
 
-    @define_check("MOD308", "warning", title="a hundred models", advice="merge fewer at a time")
+    @define_check("MOD309", "warning", title="a hundred models", advice="merge fewer at a time")
     def many(document: Document) -> Iterator[Finding]:
         if len(document.models) >= 100:
             yield document.warning("models", f"are {len(document.models)}; each is read in full")
@@ -81,6 +81,7 @@ _OF_DOCUMENT: tuple[Check[Document], ...] = (
     models.looks_like_hub,
     files.foreign,
     files.wrapped,
+    models.swapped,
     plan.no_config,
     plan.other_architecture,
     plan.layer_range,

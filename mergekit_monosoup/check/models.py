@@ -13,6 +13,7 @@ from mergekit_monosoup.check.context import Document
 from mergekit_monosoup.check.document import real_path
 from mergekit_monosoup.check.finding import Finding, define_check
 from mergekit_monosoup.check.keys import meant
+from mergekit_monosoup.checkpoints.lineage import looks_swapped
 from mergekit_monosoup.checkpoints.sections import entries, mapping
 
 
@@ -132,3 +133,23 @@ def looks_like_hub(document: Document) -> Iterator[Finding]:
                 f"looks like a hub name to mergekit's model card: write ./{path}, "
                 "or an offline merge fails at its end",
             )
+
+
+@define_check(
+    "MOD308",
+    "warning",
+    title="base and fine-tune that look swapped, by the files beside them",
+    advice="`base_model` is what the fine-tuning started from: exchange the two",
+)
+def swapped(document: Document) -> Iterator[Finding]:
+    base = document.data.get("base_model")
+    if document.own_method is None or base is None:
+        return
+    folders = {name: beside.folder for name, beside in document.beside.items()}
+    for name in (str(entry.get("model")) for entry in document.tuned):
+        reference = document.references.get(name)
+        adapted = isinstance(reference, ModelReference) and reference.lora
+        if name in folders and str(base) in folders and not adapted:
+            models = (str(base), folders[str(base)]), (name, folders[name])
+            for said in looks_swapped(*models):
+                yield document.warning("base_model", said)

@@ -9,6 +9,7 @@ import mergekit.merge
 from mergekit_monosoup.distributed.dependencies import local_input_files, states, versions
 from mergekit_monosoup.distributed.driver import Request, check_inputs
 from mergekit_monosoup.distributed.folder import WorkFolder
+from mergekit_monosoup.ending import held
 
 
 def run_merge(request: Request, out: str) -> None:
@@ -30,10 +31,11 @@ def merge_alone(
     inputs = states(local_input_files(request.config), hashed=request.hash_inputs)
     # For the case that it is killed while it renames, and resumed; and for finished stages.
     work.record({**request.asked(), "inputs": inputs, "versions": versions()})
-    write(request, str(work.files))
-    check_inputs(work.out, inputs, hashed=request.hash_inputs)
-    if request.part:
-        request.part.finish(work, {}, hashed=request.hash_inputs)
-    work.prepare({})
-    work.publish()
-    work.remove()
+    with held(str(request.out)):  # what was merged, until it is where it belongs
+        write(request, str(work.files))
+        check_inputs(work.out, inputs, hashed=request.hash_inputs)
+        if request.part:
+            request.part.finish(work, {}, hashed=request.hash_inputs)
+        work.prepare({})
+        work.publish()
+        work.remove()

@@ -28,7 +28,7 @@ from mergekit.io import LazyTensorLoader
 from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 
-from mergekit_monosoup import files, report
+from mergekit_monosoup import ending, files, report
 from mergekit_monosoup.checkpoints.inputs import Inputs
 from mergekit_monosoup.distributed import folder as folders
 from mergekit_monosoup.distributed import vocabulary
@@ -185,7 +185,17 @@ def merge_claimed(request: Request, work: WorkFolder, strict: Strict | None) -> 
     records = work.records()
     work.publish()
     work.remove()
+    ending.say(str(request.out), _tally(records))
     return records
+
+
+def _tally(records: Sequence[Done]) -> report.Tally:
+    """Return what all batches did, those of an earlier run among them."""
+    return report.Tally.of(
+        (path, method, report.Record.from_json(line))
+        for record in records
+        for path, method, line in record.reports
+    )
 
 
 def check_inputs(out: Path, before: Mapping[str, str], *, hashed: bool) -> None:

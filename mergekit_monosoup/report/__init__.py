@@ -11,6 +11,7 @@ from mergekit_monosoup.report.record import (
     read,
 )
 from mergekit_monosoup.report.table import SORTS, Row, layer_group, sort_rows, summarise, table
+from mergekit_monosoup.report.tally import Tally
 
 __all__ = [
     "LEFT_OUT",
@@ -21,6 +22,7 @@ __all__ = [
     "Journal",
     "Record",
     "Row",
+    "Tally",
     "by_depth",
     "check_path",
     "layer_group",

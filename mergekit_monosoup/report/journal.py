@@ -6,13 +6,14 @@ import logging
 import os
 import threading
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 from mergekit_monosoup.report import output
 from mergekit_monosoup.report.record import REALISED_WARNING, Record
+from mergekit_monosoup.report.tally import Tally
 from mergekit_monosoup.terminal import plain
 
 LOG = logging.getLogger("mergekit_monosoup")
@@ -31,6 +32,7 @@ class _Merge:
     names: set[str] = field(default_factory=set)
     started: bool = False
     warned: bool = False
+    tally: Tally = field(default_factory=Tally)
 
 
 class Journal:
@@ -38,7 +40,8 @@ class Journal:
 
     mergekit tells a method neither when a merge starts nor when it ends. It does ask methods about
     whole slices while it plans (:meth:`begin`), and elsewhere a tensor seen for the second time
-    can only belong to a new merge. Thread-safe: mergekit's multi-GPU executor calls methods from
+    can only belong to a new merge. Who knows of the end asks for what was done (:meth:`end`).
+    Thread-safe: mergekit's multi-GPU executor calls methods from
     several threads.
     """
 
@@ -83,7 +86,7 @@ class Journal:
         if (entries := getattr(self._diverted, "entries", None)) is not None:
             entries += [(path, method, record) for record in records]
             return
-        key = os.path.abspath(os.path.expanduser(path)) if path else None
+        key = _key(path)
         with self._lock:
             merge = self._merges[key]
             # Unnamed tensors (merge_tensors without a name) cannot be told apart, so they never
@@ -92,10 +95,28 @@ class Journal:
             if anew:
                 merge = self._merges[key] = _Merge(started=True)
             merge.names.update(record.name for record in records)
+            merge.tally.add(records, path, method)
             if key:
                 _write(key, records, anew=anew)
             if not merge.warned:
                 merge.warned = _warn(records, method)
+
+    def end(self, paths: Iterable[str | None]) -> Tally:
+        """Return what a merge has done whose records went to these reports (None: to no report).
+
+        What comes after that belongs to another merge.
+        """
+        tally = Tally()
+        with self._lock:
+            for key in dict.fromkeys(map(_key, paths)):
+                merge = self._merges.pop(key, None)
+                if merge is not None and merge.started:
+                    tally.join(merge.tally)
+        return tally
+
+
+def _key(path: str | None) -> str | None:
+    return os.path.abspath(os.path.expanduser(path)) if path else None
 
 
 def _write(path: str, records: Sequence[Record], *, anew: bool) -> None:

@@ -72,21 +72,28 @@ def _mean(values: Iterable[float | None]) -> float | None:
 
 
 def _realised(records: Iterable[Record]) -> float | None:
-    """Return the share of the edits that survived rounding, weighted by their squared size.
-
-    One tiny tensor that rounds away must not hide, or stand for, the model.
-    """
-    edits = [
+    return realised_share(
         (r.edit_norm, r.realised)
         for r in records
         if r.realised is not None and r.edit_norm is not None
-    ]
+    )
+
+
+def realised_share(edits: Iterable[tuple[float, float]]) -> float | None:
+    """Return the share of edits that survived rounding, weighted by their squared size.
+
+    One tiny tensor that rounds away must not hide, or stand for, the model.
+
+    Args:
+        edits: (‖W − W1‖, share that survived) of each matrix.
+    """
+    edits = list(edits)
     largest = max((norm for norm, _ in edits), default=0.0) or 1.0  # squares may overflow
-    edits = [((norm / largest) ** 2, share) for norm, share in edits]
-    total = sum(weight for weight, _ in edits)
+    weighted = [((norm / largest) ** 2, share) for norm, share in edits]
+    total = sum(weight for weight, _ in weighted)
     if not total:
-        return _mean(share for _, share in edits)
-    return sum(weight * share for weight, share in edits) / total
+        return _mean(share for _, share in weighted)
+    return sum(weight * share for weight, share in weighted) / total
 
 
 def _row(group: str, records: Sequence[Record]) -> Row:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import yaml
 from helpers import checkpoints
@@ -117,3 +119,17 @@ models:
         {"merge_method": "passthrough", "models": [{"model": "s1"}], "tokenizer_source": "s1"},
     ]
     assert messages(write(yaml.safe_dump_all(stages))) == []
+
+
+@pytest.mark.finds("MOD308")
+def test_base_and_finetune_in_each_others_place(write, models, tmp_path):
+    base, (tuned, _) = models
+    for name, source in (("base", base), ("math", tuned)):
+        (tmp_path / name).mkdir()
+        for file in Path(source).iterdir():
+            (tmp_path / name / file.name).symlink_to(file)
+    (tmp_path / "math/README.md").write_text("---\nbase_model: [org/base]\n---\n")
+    names = [f"{tmp_path}/{name}" for name in ("base", "math")]
+    for base, tuned in (names, names[::-1]):
+        found = messages(write(base_model=base, models=[{"model": tuned}]), "warning")
+        assert [m for m in found if "look swapped" in m] == found[: tuned == names[0]]

@@ -281,9 +281,10 @@ def printed_by_readme() -> str:
     return "merge.yml: fine\n" + console.export_text()
 
 
-def printed_by_inspect(hub: Path) -> str:
-    done = CliRunner().invoke(main, ["inspect", str(hub / "base"), str(hub / "tuned0")])
-    return done.output
+def printed_by_guide(hub: Path) -> str:
+    inspected = CliRunner().invoke(main, ["inspect", str(hub / "base"), str(hub / "tuned0")])
+    merged = CliRunner().invoke(run_yaml.main, ["configs/monosoup.yml", "out/"])
+    return inspected.output + merged.output
 
 
 @pytest.mark.parametrize(
@@ -292,6 +293,6 @@ def printed_by_inspect(hub: Path) -> str:
     ids=str,
 )
 def test_quoted_output_is_real(block, hub, workplace):
-    printed = printed_by_readme() if block.page == "README.md" else printed_by_inspect(hub)
+    printed = printed_by_readme() if block.page == "README.md" else printed_by_guide(hub)
     quoted = [line for line in without_digits(block.text) if line != "…"]
     assert quoted and [line for line in quoted if line not in without_digits(printed)] == []
