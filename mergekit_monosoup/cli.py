@@ -102,16 +102,18 @@ def check(config: Path, as_json: bool, ignore: tuple[str, ...]) -> None:
     """Find what mergekit would drop in silence in CONFIG. Exit code 1 if there is an error.
 
     Unknown or misspelt keys and parameters, wrong values, parameters where nobody reads them, a
-    missing base model, tensors whose shapes differ. Reads file headers only.
+    missing base model, tensors whose shapes differ. Reads file headers only. If there is no error
+    it says which tensors would be edited, and with which values.
     """
     with announced("reading mergekit …"):
-        from mergekit_monosoup.check import check as run_check
+        from mergekit_monosoup.check import examine
 
     codes = [code for part in ignore for code in part.split(",") if code.strip()]
     try:
-        findings = run_check(config, codes)
+        examination = examine(config, codes)
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="--ignore") from None
+    findings = examination.findings
     errors = sum(finding.level == "error" for finding in findings)
     if as_json:
         terminal.echo(json.dumps([asdict(finding) for finding in findings], indent=2))
@@ -123,6 +125,8 @@ def check(config: Path, as_json: bool, ignore: tuple[str, ...]) -> None:
             terminal.echo(f"{level}  {finding.code}  {where}: {words}")
         counts = f"{errors} error(s), {len(findings) - errors} warning(s)"
         terminal.echo(f"{terminal.plain(config)}: {counts if findings else 'fine'}")
+        for line in examination.summary:
+            terminal.echo(f"  {terminal.plain(line)}")
     raise SystemExit(1 if errors else 0)
 
 

@@ -26,7 +26,7 @@ is a property of ``Document`` (context.py) or ``Planning`` (planning.py).
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from mergekit_monosoup.check import (
     models,
     parameters,
     plan,
+    resolved,
     tensors,
 )
 from mergekit_monosoup.check.context import Document
@@ -46,7 +47,7 @@ from mergekit_monosoup.check.finding import Check, Finding, ignorable, table
 from mergekit_monosoup.checkpoints.headers import Headers
 from mergekit_monosoup.report import PLANNING_ONLY
 
-__all__ = ["CHECKS", "Check", "Finding", "check", "table"]
+__all__ = ["CHECKS", "Check", "Examination", "Finding", "check", "examine", "table"]
 
 _OF_FILE: tuple[Check[File], ...] = (
     document.unreadable,
@@ -132,21 +133,40 @@ def check(path: str | Path, ignore: Iterable[str] = ()) -> list[Finding]:
     Raises:
         ValueError: a code to ignore is unknown, or that of an error.
     """
+    return examine(path, ignore, sum_up=False).findings
+
+
+@dataclass(frozen=True)
+class Examination:
+    """What was found in a file, and lines of what its merges come to if there is no error."""
+
+    findings: list[Finding]
+    summary: list[str]
+
+
+def examine(path: str | Path, ignore: Iterable[str] = (), *, sum_up: bool = True) -> Examination:
+    """Return what :func:`check` returns, and what the merges of the file come to.
+
+    Raises as :func:`check`.
+    """
     ignored = ignorable(ignore, CHECKS)
     token = PLANNING_ONLY.set(True)  # a merge that runs in another thread goes on with its report
     try:
-        findings = list(_findings(File.read(path)))
+        file, headers = File.read(path), Headers()  # a model of several stages is read once
+        documents = [
+            Document(data, label, file.stages, file.origins, headers)
+            for label, data in file.mappings
+        ]
+        findings = [finding for of_file in _OF_FILE for finding in of_file(file)]
+        findings += [finding for document in documents for finding in _of_document(document)]
+        errors = [finding for finding in findings if finding.level == "error"]
+        lines = []
+        if sum_up and not errors:
+            lines = [line for document in documents for line in resolved.summary(document)]
     finally:
         PLANNING_ONLY.reset(token)
-    return [f for f in findings if f.level == "error" or f.code not in ignored]
-
-
-def _findings(file: File) -> Iterator[Finding]:
-    for of_file in _OF_FILE:
-        yield from of_file(file)
-    headers = Headers()  # a model that several stages merge is read once
-    for label, data in file.mappings:
-        yield from _of_document(Document(data, label, file.stages, file.origins, headers))
+    warnings = [f for f in findings if f.level != "error" and f.code not in ignored]
+    return Examination([f for f in findings if f in errors or f in warnings], lines)
 
 
 def _of_document(document: Document) -> Iterator[Finding]:

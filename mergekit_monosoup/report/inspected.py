@@ -266,7 +266,7 @@ def reading(records: Sequence[Record], *, partial: bool = False) -> list[str]:
         for record in of_mode:
             types[places[record.name].kind].append(record)
         for verdict, kinds in _by_verdict(types).items():
-            place = _family_names(kinds, list(types))
+            place = family_names(kinds, list(types))
             if partial and place == EVERYTHING:
                 place = "all matrices that the models share"
             members = [record for kind in kinds for record in types[kind]]
@@ -317,7 +317,7 @@ def _sentence(verdict: str, place: str, records: Sequence[Record]) -> str:
     }[verdict]
 
 
-def _family_names(kinds: Sequence[str], all_kinds: Sequence[str]) -> str:
+def family_names(kinds: Sequence[str], all_kinds: Sequence[str]) -> str:
     """Return ``mlp.*`` for all of the types that begin so, ``all matrices`` for all there are."""
     if len(kinds) == len(all_kinds) > 1:
         return EVERYTHING

@@ -140,7 +140,7 @@ def test_an_error_cannot_be_ignored(write):
 
 def test_of_a_code_with_both_levels_only_warnings_are_ignored(monkeypatch, write):
     found = [Finding("error", "a", "b", "TEN509"), Finding("warning", "a", "b", "TEN509")]
-    monkeypatch.setattr(package, "_findings", lambda file: iter(found))
+    monkeypatch.setattr(package, "_OF_FILE", (lambda file: found,))
     assert check(write(), ignore=["TEN509"]) == found[:1]
 
 

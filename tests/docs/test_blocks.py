@@ -283,8 +283,9 @@ def printed_by_readme() -> str:
 
 def printed_by_guide(hub: Path) -> str:
     inspected = CliRunner().invoke(main, ["inspect", str(hub / "base"), str(hub / "tuned0")])
+    checked = CliRunner().invoke(main, ["check", "configs/per_layer.yml"])
     merged = CliRunner().invoke(run_yaml.main, ["configs/monosoup.yml", "out/"])
-    return inspected.output + merged.output
+    return inspected.output + checked.output + merged.output
 
 
 @pytest.mark.parametrize(
