@@ -137,8 +137,8 @@ def _without_default(document: Document, tensors: Sequence[Resolved]) -> Iterato
     known = {parameter.name for parameter in method.parameters}
     for place, parameters, _ in document.sections:
         for name, value in parameters.items():
-            texts = [entry.get("filter") for entry in filters(value)]
-            if not texts or name not in known or any(text in (None, "*") for text in texts):
+            texts = [str(entry.get("filter") or "*") for entry in filters(value)]
+            if not texts or name not in known or "*" in texts:
                 continue
             rest = [t for t in tensors if t.matrix and not any(text in t.name for text in texts)]
             values = dict.fromkeys(_shown(t.values[name]) for t in rest if name in t.values)
@@ -173,8 +173,9 @@ def _planned(document: Document) -> Iterator[tuple[str, int, Mapping[str, Any]]]
         for name, tensor in each.items()
     }
     for task in planning.tasks:
+        merging: Any = task.tensor_task
         # Of the base the planner has no values: all parameters are those of the other models.
-        values = [dict(v.items()) for v in task.tensor_task.input_parameters.values()]
+        values = [dict(v.items()) for v in merging.input_parameters.values()]
         dimensions = stored.get(task.tensor_name) or _dimensions(inputs, task)
         if dimensions and any(values):
             yield task.tensor_name, dimensions, next(filter(None, values))
