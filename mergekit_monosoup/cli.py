@@ -26,7 +26,7 @@ from mergekit_monosoup.parameters import (
     Similarity,
     parameter_table,
 )
-from mergekit_monosoup.waiting import announced
+from mergekit_monosoup.waiting import announced, repeated
 
 if TYPE_CHECKING:
     from mergekit_monosoup.checkpoints.reader import Storage
@@ -359,7 +359,9 @@ def run(context: click.Context, arguments: tuple[str, ...]) -> None:
         from mergekit_monosoup.distributed.command import run as command
 
     # Its errors are shown by this program.
-    command.main(list(arguments), prog_name=context.command_path, standalone_mode=False)
+    command.main(
+        list(arguments), prog_name=context.command_path, standalone_mode=False, obj=arguments
+    )
 
 
 # -- after a merge ---------------------------------------------------------------------------------
@@ -488,21 +490,19 @@ def _errors() -> Iterator[None]:
 
 
 def _progress(items: Iterable[Item], label: str, total: int) -> Iterator[Item]:
-    """Iterate over ``items`` with a bar on stderr, in a terminal."""
+    """Iterate over ``items`` with a bar on stderr, or lines now and then where it is a file."""
     from rich.console import Console
     from rich.progress import track
 
     console = Console(stderr=True)
-    return iter(
-        track(
-            items,
-            label,
-            total,
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
-    )
+    if console.is_terminal:
+        yield from track(items, label, total, console=console, transient=True)
+        return
+    done = 0
+    with repeated(lambda: f"{label}: {done} of {total} tensors"):
+        for item in items:
+            yield item
+            done += 1
 
 
 if __name__ == "__main__":

@@ -1,14 +1,18 @@
-"""A word to whoever waits: importing mergekit takes up to ten seconds, which look like a hang."""
+"""A word to whoever waits: silence of more than some seconds looks like a hang.
+
+Importing mergekit takes up to ten of them, a large matrix minutes.
+"""
 
 from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
 PATIENCE = 1.0  # seconds of silence that nobody takes for a hang
+EVERY = 10.0  # seconds between lines where stderr is a file, or a pipe
 ERASE_LINE = "\r\x1b[K"
 
 
@@ -47,3 +51,33 @@ def announced(
         if shown:
             stream.write(ERASE_LINE)
             stream.flush()
+
+
+@contextmanager
+def repeated(
+    line: Callable[[], str], every: float = EVERY, stream: TextIO | None = None
+) -> Iterator[None]:
+    """Print a line to ``stream`` (stderr by default) now and then, while the block runs.
+
+    For where no bar can be shown, also in the middle of a matrix that takes long.
+    """
+    stream = sys.stderr if stream is None else stream
+    if stream is None:
+        yield
+        return
+    ended = threading.Event()
+
+    def speak() -> None:
+        while not ended.wait(every):
+            try:
+                print(line(), file=stream, flush=True)
+            except (OSError, ValueError):  # a closed pipe: then nobody listens
+                return
+
+    thread = threading.Thread(target=speak, name="progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()

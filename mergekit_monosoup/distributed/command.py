@@ -40,6 +40,7 @@ from mergekit_monosoup.distributed.engines import (
     import_ray,
     started_once,
 )
+from mergekit_monosoup.distributed.finished import command_to_resume, is_finished
 from mergekit_monosoup.distributed.folder import Done, WorkFolder
 from mergekit_monosoup.distributed.plan import SMALLEST_BATCH
 from mergekit_monosoup.distributed.preconditions import (
@@ -49,12 +50,17 @@ from mergekit_monosoup.distributed.preconditions import (
     names_compared,
     prepare_models,
 )
+from mergekit_monosoup.distributed.progress import size_in_words
 from mergekit_monosoup.distributed.threads import InThreads
 from mergekit_monosoup.planner import Strict, strictly
 
 # Of disks, quotas and limits that are reached; libraries in Rust use the same words.
 FULL = tuple(map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)))
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+NOTHING_KEPT = (
+    "No batch was finished, so nothing is kept. (With one worker batches are kept only if the "
+    "merge was begun with --resume.)"
+)
 NEEDS_RAY = (
     "--gpus gives each of several workers a GPU: add --ray local --workers N, or take --cuda for "
     "one GPU"
@@ -189,14 +195,25 @@ def run(
         if several:
             job = replace(job, alone=in_process)
             recipe = stages.read(config_file, source, documents, Path(out_path), intermediate_dir)
+            if resume and _finished(out_path, recipe.written):
+                return
             records = _merge_stages(config_file, recipe, job, resume=resume, force=force)
         else:
             job = replace(job, alone=in_process and not resume)
             config = _validated(config_file, documents[0])
+            if resume and _finished(out_path, source):
+                return
             request = job.request(config, source, Path(out_path))
             records = _merge_single(config_file, request, job, resume=resume, force=force)
     if records and not merge_options.quiet:
         _print_summary(out_path, records, merge_options.verbosity > 0, workers or 1)
+
+
+def _finished(out_path: str, source: str) -> bool:
+    """Return whether there is nothing to resume, and say so."""
+    if finished := is_finished(out_path, source):
+        click.echo(f"{out_path}: the model is finished, nothing to do", err=True)
+    return finished
 
 
 def _default_workers(options: MergeOptions, seed_per_tensor: bool, begun: int | None) -> int | None:
@@ -427,7 +444,7 @@ def _errors(out_path: str, verbose: bool) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        hint = _resume_hint(out_path) or "No batch was finished."
+        hint = _resume_hint(out_path) or NOTHING_KEPT
         click.echo(f"Interrupted. {hint}", err=True)
         raise SystemExit(INTERRUPTED) from None
     except (ValueError, OSError, ImportError, RuntimeError, KeyError, SafetensorError) as error:
@@ -450,11 +467,14 @@ def _resume_hint(out_path: str) -> str:
     if not work.resumable:
         return ""
     kept = [f"{work.finished_stages} finished stage(s)"] if work.finished_stages else []
-    if work.finished_batches or not kept:
-        kept.append(f"{work.finished_batches} finished batch(es)")
+    records = work.records()
+    if records or not kept:
+        size = size_in_words(sum(record.bytes for record in records))
+        kept.append(f"{len(records)} finished batch(es), {size},")
+    # The arguments of `mergekit-monosoup run`, which hands them on.
+    arguments = click.get_current_context().obj or []
     return (
-        f"{' and '.join(kept)} kept in {out_path}: the same command with "
-        "--resume (and without --force) goes on."
+        f"{' and '.join(kept)} are kept in {out_path}. To go on:\n  {command_to_resume(arguments)}"
     )
 
 
@@ -490,6 +510,6 @@ def _fewer(used: int, workers: int, batches: int) -> str:
             "memory for them"
         )
     return (
-        f", of {workers}: the model was divided into {batches} part(s) only, for one is at least "
-        f"{SMALLEST_BATCH / 1e6:.0f} MB (--out-shard-size makes smaller ones)"
+        f", of {workers}: the model was divided into {batches} part(s) only, of about "
+        f"{SMALLEST_BATCH / 1e6:.0f} MB or less (--out-shard-size makes smaller ones)"
     )

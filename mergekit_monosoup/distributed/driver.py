@@ -275,7 +275,9 @@ class Distributor:
         size = sum(tensor.written for tensor in footprints)
         with contextlib.closing(request.engine()) as engine:
             shard_size = request.options.out_shard_size
-            limit = self.work.division(needs, batch_bytes(size, engine.workers, shard_size))
+            seconds = sum(tensor.seconds for tensor in footprints)
+            fair = batch_bytes(size, engine.workers, shard_size, seconds)
+            limit = self.work.division(needs, fair)
             batches = divide(plan.tensors, footprints, limit)
             with self._bar(len(plan.tensors), size) as bar:
                 self._resume(batches, bar)

@@ -26,6 +26,13 @@ from mergekit_monosoup.parameters import METHODS
 # enough for decent shards.
 BATCHES_PER_WORKER = 8
 SMALLEST_BATCH = 64 * 10**6  # bytes; below it a shard is all overhead
+# What Ctrl-C loses is the batches at work. Where editing is slow they are smaller than that: of
+# about half a minute each, or one matrix.
+BATCH_SECONDS = 30.0
+SMALLEST_SLOW_BATCH = 8 * 10**6
+# Seconds of one thread for each entry and direction of a matrix that is edited. Measured on busy
+# cores: 0.3e-9 (30000 x 1024), 0.6e-9 (1024 x 3072), 1.5e-9 (1024 x 1024), 3.6e-9 (4096 x 4096).
+SECONDS = 1e-9
 
 # What a worker holds beside the tensors: Python, torch, transformers and mergekit, imported
 # (measured: 0.5 GB), rounded up.
@@ -84,12 +91,14 @@ class Footprint:
         written: bytes of the merged tensor, as far as known beforehand: a new vocabulary may make
             it larger.
         memory: bytes at the peak, without the process and the result; an estimate.
+        seconds: of one thread, where a method of this package edits it; a rough estimate.
     """
 
     files: tuple[str, ...]
     read: int
     written: int
     memory: int
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -110,12 +119,20 @@ class Batch:
     memory: int
 
 
-def batch_bytes(total: int, workers: int, shard_size: int) -> int:
+def batch_bytes(total: int, workers: int, shard_size: int, seconds: float = 0.0) -> int:
     """Return the bytes of output that make a batch.
 
     `--out-shard-size` bounds them; 0 or less is no bound, as in mergekit.
+
+    Args:
+        total: bytes of the merged model.
+        workers: that share it.
+        shard_size: see above.
+        seconds: of one thread for all of it, see :class:`Footprint`.
     """
     fair = max(SMALLEST_BATCH, math.ceil(total / (workers * BATCHES_PER_WORKER)))
+    if seconds:
+        fair = min(fair, max(SMALLEST_SLOW_BATCH, int(total * BATCH_SECONDS / seconds)))
     return min(fair, shard_size) if shard_size > 0 else fair
 
 
@@ -179,7 +196,9 @@ def footprint(inputs: Inputs, task: SaveTensor, threads: int) -> Footprint:
     buffers = _kernel_buffers(
         task.tensor_name, max(shapes, key=math.prod, default=()), len(shapes), threads
     )
+    seconds = 0.0
     for load, stored, shape in sources:
+        seconds = max(seconds, _seconds(task.tensor_name, shape) if lean else 0.0)
         if not stored:
             continue
         entries = math.prod(shape)
@@ -194,7 +213,17 @@ def footprint(inputs: Inputs, task: SaveTensor, threads: int) -> Footprint:
         read=sum(part.size for part in parts),
         written=written,
         memory=memory + buffers,
+        seconds=seconds,
     )
+
+
+def _seconds(name: str, shape: tuple[int, ...]) -> float:
+    """Return about how long one thread edits the matrices of a tensor, see :data:`SECONDS`."""
+    parts = matrices(name, shape)
+    if not parts:
+        return 0.0
+    matrix = torch.empty(shape, device="meta")[parts[0][1]]
+    return SECONDS * math.prod(shape) * min(len(matrix), math.prod(matrix.shape[1:]))
 
 
 def _kernel_buffers(name: str, shape: tuple[int, ...], models: int, threads: int) -> int:

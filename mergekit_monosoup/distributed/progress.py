@@ -5,13 +5,14 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from mergekit_monosoup.distributed.folder import Done
+from mergekit_monosoup.waiting import repeated
 
 LOG_EVERY = 30  # seconds between lines where stderr is a file
 MOST_WORKERS = 16  # lines under the bar
@@ -36,7 +37,8 @@ class Bar(AbstractContextManager["Bar"]):
         self._all_tensors, self._all_bytes = tensors, size
         self._quiet, self._verbose = quiet, verbose
         self._tensors = self._bytes = self._resumed_bytes = 0
-        self._begun = self._last_line = time.monotonic()
+        self._begun = time.monotonic()
+        self._lines = ExitStack()  # what prints them, where there is no bar
         self._live = _Live(
             attempts if verbose else list,
             self.console,
@@ -46,9 +48,13 @@ class Bar(AbstractContextManager["Bar"]):
 
     def __enter__(self) -> Bar:
         self._live.start()
+        if self._live.disable and not self._quiet:
+            line = repeated(lambda: f"{self._state()}, {self._left()} left", LOG_EVERY)
+            self._lines.enter_context(line)
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._lines.close()
         self._live.stop()
 
     def already(self, done: Iterable[Done]) -> None:
@@ -66,15 +72,8 @@ class Bar(AbstractContextManager["Bar"]):
             speed = f"{record.seconds:.1f} s, peak {record.peak / 1e9:.1f} GB"
             self.print(
                 f"{record.worker}  batch {record.batch}: {record.tensors} tensors, "
-                f"{_size(record.bytes)} in {speed}"
+                f"{size_in_words(record.bytes)} in {speed}"
             )
-        elif (
-            self._live.disable
-            and not self._quiet
-            and time.monotonic() > self._last_line + LOG_EVERY
-        ):
-            self._last_line = time.monotonic()
-            self.print(f"{self._state()}, {self._left()} left")
 
     def print(self, line: str) -> None:
         """Print a line above the bar."""
@@ -89,11 +88,13 @@ class Bar(AbstractContextManager["Bar"]):
 
     def _state(self) -> str:
         tensors = f"{self._tensors}/{self._all_tensors} tensors"
-        return f"{tensors}, {_size(self._bytes)} of {_size(self._all_bytes)}"
+        return f"{tensors}, {size_in_words(self._bytes)} of {size_in_words(self._all_bytes)}"
 
     def _left(self) -> str:
         speed = (self._bytes - self._resumed_bytes) / max(time.monotonic() - self._begun, 1e-3)
-        seconds = int((self._all_bytes - self._bytes) / speed) if speed else 0
+        if not speed:
+            return "an unknown time"
+        seconds = int((self._all_bytes - self._bytes) / speed)
         return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
 
 
@@ -128,7 +129,7 @@ class _Live(Progress):
             yield Text(f"  and {len(running) - MOST_WORKERS} more")
 
 
-def _size(number: float) -> str:
+def size_in_words(number: float) -> str:
     """Return a number of bytes in three digits, ``1.23 GB``."""
     for unit in ("B", "kB", "MB", "GB"):
         if number < 1000:

@@ -98,6 +98,11 @@ class Recipe:
         """Path of each earlier stage, as configurations name it → its name."""
         return {os.path.join(self.root, stage.name): stage.name for stage in self.earlier}
 
+    @property
+    def written(self) -> str:
+        """The configuration that is in the finished model."""
+        return self.part(self.last).card or self.last.config.to_yaml()
+
     def check_names(self, path: str) -> None:
         """Check that no stage is named in vain, and none that there is not.
 

@@ -119,7 +119,7 @@ def test_ctrl_c(world, tmp_path, gate, start):
     _, output = driver.communicate(timeout=PATIENCE)
     assert driver.returncode == 130, output
     assert (
-        "Interrupted. 1 finished batch(es) kept" in output
+        "Interrupted. 1 finished batch(es)" in output
         and "Traceback" not in output
         and "KeyboardInterrupt" not in output
     )

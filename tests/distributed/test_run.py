@@ -7,6 +7,8 @@ import itertools
 import json
 import logging
 import os
+import re
+import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +23,7 @@ from helpers.merges import (
     Killed,
     assert_same,
     config,
+    interrupted_after,
     killed_at,
     mergekit,
     run,
@@ -242,7 +245,7 @@ def test_error_is_one_line_with_the_tensor(world, tmp_path):
         mergekit(path, tmp_path / "a" / "out")
     output = run(path, tmp_path / "b" / "out", *SMALL, *ALONE, code=1)
     assert f"Error: {theirs.value}\n" in output and "layers.1.mlp.up_proj" in str(theirs.value)
-    assert "Traceback" not in output and "1 finished batch(es) kept" in output
+    assert "Traceback" not in output and "1 finished batch(es), " in output
     assert not (tmp_path / "b" / "out" / "config.json").exists()
 
     model.model.layers[1].mlp.up_proj.weight.data[3, 4] = 0.0
@@ -496,7 +499,7 @@ def test_a_finished_model_is_left_alone(world, tmp_path, monkeypatch):
     run(path, out, *SMALL, "--resume")
     before = stored(out)
     monkeypatch.setattr(command, "import_ray", lambda: None)  # there is none for the newest Python
-    for options in ([], ["--resume"], ["--workers", "2"]):
+    for options in ([], ["--workers", "2"]):
         assert "holds a finished model; --force replaces it" in run(path, out, *options, code=1)
     assert len(list(out.glob("model-*.safetensors"))) == 3
     with monkeypatch.context() as patch:
@@ -513,6 +516,30 @@ def test_a_finished_model_is_left_alone(world, tmp_path, monkeypatch):
     )
     run(path, out, *SMALL, "--force")  # in process
     assert_same(out, mergekit(path, tmp_path / "c" / "out", *SMALL))
+
+
+def test_to_resume_a_finished_model_is_nothing_to_do(world, tmp_path):
+    path, out = config(world, tmp_path), tmp_path / "out"
+    run(path, out)
+    before = stored(out)
+    for _ in range(2):
+        assert run(path, out, "--resume") == f"{out}: the model is finished, nothing to do\n"
+    path.write_text(f"{path.read_text()}dtype: float32\n")
+    assert "a finished model of another configuration" in run(path, out, "--resume", code=1)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in stored(out).items())
+
+
+def test_the_command_that_goes_on_is_printed(world, tmp_path):
+    path, out = config(world, tmp_path), tmp_path / "my out"
+    with interrupted_after(1):
+        output = run(path, out, *SMALL, "--seed-per-tensor", "--force", code=130)
+    *_, kept, command = output.splitlines()
+    assert re.fullmatch(r"Interrupted\. 1 finished batch\(es\), [\d.]+ kB, are kept in .*:", kept)
+    program, *words = shlex.split(command)
+    assert program == "mergekit-monosoup" and words[-1] == "--resume" and "--force" not in words
+    result = CliRunner().invoke(main, words)
+    assert "resuming: 1 of 3 batches are done" in result.output
+    assert_same(out, mergekit(path, tmp_path / "a" / "my out"))
 
 
 def test_force_removes_weights_and_nothing_else(world, tmp_path):
@@ -789,6 +816,9 @@ def test_batches_are_of_a_decent_size():
     assert plan.batch_bytes(470 * gigabyte, 2, 5 * gigabyte) == 5 * gigabyte
     assert plan.batch_bytes(gigabyte, 64, 5 * gigabyte) == plan.SMALLEST_BATCH
     assert plan.batch_bytes(gigabyte, 64, 10**6) == 10**6
+    # Eight layers of 4096 x 4096 in bfloat16 take minutes each, of 512 x 512 next to nothing.
+    assert plan.batch_bytes(8 * 2 * 4096**2, 2, 0, 8 * plan._seconds("w", (4096, 4096))) < 4096**2
+    assert plan.batch_bytes(gigabyte, 2, 0, 10.0) == plan.SMALLEST_BATCH
 
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
