@@ -410,6 +410,21 @@ def test_which_mode_by_hand():
     assert len(list(advice.which_mode([untouched, *free]))) == 7
 
 
+def test_a_mean_of_unlike_matrices_is_no_verdict():
+    """One that keeps its head and one that drops it are not flat, though their mean is."""
+    unlike = [made(f"layers.{n}.a", high) for n, high in enumerate((0.95, 0.05))]
+    alike = [made(f"layers.{n}.b", high) for n, high in enumerate((0.5, 0.55))]
+    (first, second) = inspected.reading([*unlike, *alike])
+    assert "nearly flat in b," in second
+    assert first == (
+        "freevariance: the matrices of a differ: the share of the head is from 0.05 in layers.1.a "
+        "to 0.95 in layers.0.a; --layers shows each."
+    )
+    table = printed([*unlike, *alike], 100)
+    assert next(s for s in table.splitlines() if "λ free .05–.95" in s).split()[1] == "a"
+    assert table.count("–") == 1 and "–" not in printed(unlike, 100, every_layer=True)
+
+
 def printed(records, width, **options) -> str:
     from rich.console import Console
 
