@@ -464,7 +464,8 @@ def _print_table(label: str, records: Sequence[Record], sort: str | None) -> Non
 def plot(files: Sequence[Path], out: Path, mode: str | None) -> None:
     """Draw reports, of merges and inspections.
 
-    λ_high and λ_low by depth, effective ranks, spectra, cosines.
+    By depth: λ_high and λ_low, relative updates, what rounding leaves, effective ranks. Beside
+    them spectra and cosines.
     """
     from mergekit_monosoup import plots
 

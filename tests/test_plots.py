@@ -100,14 +100,32 @@ def test_ranks_spectra_and_cosines(inspected):
     assert sum(patch.get_xy()[:, 1].max() for patch in cosine.patches) > 0
 
 
+def test_updates_and_what_rounding_leaves(inspected):
+    _, _, update, *survival, _, _, _ = plots.draw({"r": inspected}).axes
+    assert update.get_yscale() == "log" and len(survival) == 2
+    drawn = [(update, "Relative update", "rel_update", "variance")]
+    for axes, mode in zip(survival, ("freevariance", "variance"), strict=True):
+        drawn.append((axes, f"After rounding to bfloat16: {mode}", "realised", mode))
+    for axes, title, field, mode in drawn:
+        values = {r.name: getattr(r, field) for r in inspected if r.mode == mode}
+        by_type = {line.get_label(): list(line.get_ydata()) for line in axes.get_lines()}
+        assert axes.get_title(loc="left") == title and len(by_type) == 4
+        assert by_type["mlp.up_proj"] == [
+            values[f"model.layers.{n}.mlp.up_proj.weight"] for n in (0, 9, 10)
+        ]
+    low = [replace(r, realised=1.5) for r in inspected]  # above 1 where rounding overshoots
+    assert all(a.get_ylim()[1] > 1.5 for a in plots.draw({"r": low}).axes[3:5])
+
+
 def test_nothing_is_drawn_that_was_not_asked_for(inspected):
     _, merged = edit(torch.zeros(8, 6), torch.randn(8, 6), name="layers.0.w")
+    # A zero W0 has no relative update, and a copied matrix nothing that rounding could eat.
     assert len(plots.draw({"r": [merged]}).axes) == 2
-    assert len(plots.draw({"r": inspected}, mode="variance").axes) == 4
+    assert len(plots.draw({"r": inspected}, mode="variance").axes) == 6
     two = plots.draw({"a.jsonl": inspected, "b.jsonl": [merged]})
     titles = [axes.get_title(loc="left") for axes in two.axes]
     assert (
-        len(titles) == 7
+        len(titles) == 10
         and titles[0] == "a.jsonl: freevariance"
         and titles[-1] == "b.jsonl: Effective rank of the update"
     )
@@ -237,7 +255,7 @@ def test_command_writes_real_files(inspected, tmp_path):
     for suffix in ("png", "svg", "pdf"):
         out = tmp_path / f"figure.{suffix}"
         result = CliRunner().invoke(main, ["plot", str(report), "--out", str(out)])
-        assert result.exit_code == 0 and "5 panels" in result.output, result.output
+        assert result.exit_code == 0 and "8 panels" in result.output, result.output
     from PIL import Image
 
     with Image.open(tmp_path / "figure.png") as image:

@@ -15,11 +15,14 @@ from mergekit_monosoup.plots import depth
 from mergekit_monosoup.plots.panels import (
     COLUMN,
     Panel,
+    Places,
     coefficients,
     cosines,
     legend_beside,
     ranks,
     spectra,
+    survival,
+    updates,
 )
 from mergekit_monosoup.plots.text import figure_text
 from mergekit_monosoup.report import Record, by_depth
@@ -69,8 +72,9 @@ def check_suffix(path: Path) -> None:
 def draw(files: Mapping[str, Sequence[Record]], *, mode: str | None = None) -> Figure:
     """Return one figure with all that the records of each file hold.
 
-    That is λ_high and λ_low by depth (a panel per mode; the paper's Figure 12), effective rank by
-    depth and type, and where they were asked for spectra with the cut and cosines.
+    That is by depth λ_high and λ_low (a panel per mode; the paper's Figure 12), and for each type
+    the relative update, what rounding leaves of the edit (a panel per mode), and the effective
+    rank; where they were asked for, spectra with the cut and cosines.
 
     Args:
         files: records by the label of their file.
@@ -135,12 +139,21 @@ def _panels(label: str, records: Sequence[Record], mode: str | None) -> list[Pan
     ]
     # What does not depend on the mode is drawn once.
     matrices = list({r.name: r for r in split}.values())
+    if any(r.rel_update for r in matrices):
+        panels.append(updates(matrices, places))
+    panels += _survival_panels(split, places)
     panels.append(ranks(matrices, places))
     if any(r.spectrum for r in split):
         panels.append(spectra(split, places))
     if any(r.cosine for r in matrices):
         panels.append(cosines(matrices))
     return panels
+
+
+def _survival_panels(records: Sequence[Record], places: Places) -> list[Panel]:
+    """Return a panel for each mode in which it is known what rounding leaves of the edits."""
+    modes = dict.fromkeys(r.mode for r in records if r.realised is not None)
+    return [survival([r for r in records if r.mode == mode], places) for mode in modes]
 
 
 # -- layout ----------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The panels of a figure: coefficients, effective ranks, spectra and cosines.
+"""The panels of a figure: coefficients, updates, rounding, ranks, spectra and cosines.
 
 Each is made of records in the order of depth, and the places of their matrices. Readable in grey
 print and by colour-blind people: the palette is Okabe & Ito's, and whatever a colour says is also
@@ -93,32 +93,78 @@ def _draw_coefficients(
 
 
 def ranks(records: Sequence[Record], places: Places) -> Panel:
-    """Return effective rank / rank by depth, a line per type (mean over the experts of a layer)."""
+    """Return effective rank / rank by depth."""
+    how = ByType("Effective rank of the update", "effective rank / rank", rank_share)
+    return by_type(records, places, how)
+
+
+def updates(records: Sequence[Record], places: Places) -> Panel:
+    """Return by depth how far fine-tuning moved the weights."""
+    label = r"$\|\Delta W\|\,/\,\|W_0\|$"
+    how = ByType("Relative update", label, lambda record: record.rel_update or None, "log")
+    return by_type(records, places, how)
+
+
+def survival(records: Sequence[Record], places: Places) -> Panel:
+    """Return by depth the share of the edit that survives rounding, of records of one mode."""
+    dtypes = figure_text(", ".join(dict.fromkeys(map(_rounded_to, records))), LABEL_LIMIT)
+    title = f"After rounding to {dtypes}: {figure_text(str(records[0].mode), LABEL_LIMIT)}"
+    how = ByType(title, "surviving share of the edit", lambda record: record.realised)
+    return by_type(records, places, how)
+
+
+def _rounded_to(record: Record) -> str:
+    """Return the dtype that ``realised`` is about; an inspection predicts it for bfloat16."""
+    return "bfloat16" if record.action == "inspected" else record.dtype
+
+
+@dataclass(frozen=True)
+class ByType:
+    """What a panel of a line per type shows.
+
+    Attributes:
+        title, label: of the panel, and of its vertical axis.
+        value: of a matrix; None where it has none, which draws nothing.
+        scale: of the vertical axis; a linear one begins at 0 and shows 1.
+    """
+
+    title: str
+    label: str
+    value: Callable[[Record], float | None]
+    scale: str = "linear"
+
+
+def by_type(records: Sequence[Record], places: Places, how: ByType) -> Panel:
+    """Return a value by depth, a line per type (mean over the experts of a layer)."""
     keys = list(dict.fromkeys(depth.key(places[record.name]) for record in records))
     found, number = depth.groups(keys), {key: i for i, key in enumerate(keys)}
     types: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for record in records:
-        place, share = places[record.name], rank_share(record)
-        if share is not None:
-            types[place.kind][number[depth.key(place)]].append(share)
+        place, value = places[record.name], how.value(record)
+        if value is not None:
+            types[place.kind][number[depth.key(place)]].append(value)
     wide = _is_wide(len(types), found)
     axis = depth.lay_out(found, wide)
     lines = {
         label: ([axis.places[i] for i in by_place], list(map(mean, by_place.values())))
         for label, by_place in zip(_labels(list(types), wide), types.values(), strict=True)
     }
-    draw = partial(_draw_ranks, axis=axis, lines=lines)
-    return Panel("Effective rank of the update", len(types), wide, draw, axis)
+    draw = partial(_draw_by_type, axis=axis, lines=lines, how=how)
+    return Panel(how.title, len(types), wide, draw, axis)
 
 
-def _draw_ranks(
-    axes: Axes, axis: depth.Axis, lines: Mapping[str, tuple[list[float], list[float]]]
+def _draw_by_type(
+    axes: Axes, axis: depth.Axis, lines: Mapping[str, tuple[list[float], list[float]]], how: ByType
 ) -> None:
     for (label, (xs, ys)), style in zip(lines.items(), styles(), strict=False):
         axes.plot(xs, ys, label=label, markersize=4, linewidth=1, **style)
     depth.draw_axis(axes, axis, edges=False)
-    axes.set_ylim(0, 1.03)
-    axes.set_ylabel("effective rank / rank")
+    if how.scale == "log":
+        axes.set_yscale("log")
+    else:
+        highest = max((y for _, ys in lines.values() for y in ys), default=1.0)
+        axes.set_ylim(0, 1.03 * max(highest, 1.0))
+    axes.set_ylabel(how.label)
 
 
 def spectra(records: Sequence[Record], places: Places) -> Panel:

@@ -46,7 +46,7 @@ PRINTS = {
     "report monosoup-report.jsonl --card": "the method [MonoSoup](https://arxiv.org/abs/2602.09689)",
     "parameters": "| `min_rel_update` |",
     "inspect": "freevariance: in all matrices",
-    "plot inspect.jsonl --out inspect.png": "inspect.png: 5 panels",
+    "plot inspect.jsonl --out inspect.png": "inspect.png: 8 panels",
     "soup": "mergekit-yaml soup.yml",
 }
 # Lines that are not executed here, and why.
