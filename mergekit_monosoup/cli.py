@@ -313,9 +313,10 @@ def soup(
         decisions = soups.select(models, gram, threshold, order=order, how=how, scores=score_of)
         write_text(out, soups.configuration(base, decisions, threshold, edit=edit))
     console = terminal.console()
-    for part in soups.similarity_tables(models, soups.pairwise(gram, how), console.width):
+    similarities = soups.pairwise(gram, how)
+    for part in soups.similarity_tables(models, similarities, console.width):
         console.print(part)
-    for line in checkpoints.remarks:
+    for line in [*checkpoints.remarks, *soups.twins(models, similarities)]:
         console.print(terminal.plain(line))
     for decision in decisions:
         terminal.echo(terminal.message(soups.describe(decision)))

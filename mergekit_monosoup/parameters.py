@@ -179,7 +179,7 @@ MONOSOUP = Method(
             1.0,
             Number("in [0, 1]", lambda v: 0 <= v <= 1),
             "Wise-FT: interpolates the edited model towards `base_model`, in the same pass "
-            "(0: base, 1: the edit)",
+            "(0: base, 1: the edit); not the `alpha` of svc",
         ),
         Parameter(
             "coefficients",
@@ -224,7 +224,7 @@ SVC = Method(
             0.1,
             Number("> 0 and finite", lambda v: 0 < v < math.inf),
             "lower bound of every projection coefficient, so γ <= 1/alpha: below 1 it can "
-            "amplify, from 1 on never",
+            "amplify, from 1 on never; not the `alpha` of monosoup, which is Wise-FT",
         ),
         Parameter("scaling", 1.0, _NOT_NEGATIVE, "factor of the merged update (task arithmetic)"),
         Parameter(

@@ -39,6 +39,10 @@ if TYPE_CHECKING:
 CANCELLED = 1e-12
 
 
+# Similarity from which on two updates are nearly one: the distance of two unit vectors is 0.14.
+TWINS = 0.99
+
+
 @dataclass(frozen=True)
 class Decision:
     """Whether a candidate joined the soup.
@@ -308,6 +312,17 @@ def similarity_tables(
         for number, name, row in zip(numbers, names, rows, strict=True):
             table.add_row(number, name, *row)
         yield table
+
+
+def twins(models: Sequence[str], values: Sequence[Sequence[float | None]]) -> Iterator[str]:
+    """Yield a line for each two models whose updates are nearly the same, from :func:`pairwise`."""
+    for i, row in enumerate(values):
+        for j, value in enumerate(row[:i]):
+            if value is not None and value >= TWINS:
+                yield (
+                    f"{models[j]} and {models[i]} are nearly the same update ({value:.3f}): two "
+                    "checkpoints of one run? Averaging them changes next to nothing"
+                )
 
 
 def describe(decision: Decision) -> str:

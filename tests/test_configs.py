@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,15 @@ def test_config_runs_and_does_what_it_says(config, hub, tmp_path):
     merged = run(path, tmp_path)
     assert all(torch.isfinite(weight).all() for weight in merged.values())
     EXPECTED[config.stem](merged, hub, tmp_path)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_it_says_which_names_are_to_be_replaced(config):
+    """Where a model of the hub stands first, as base or not."""
+    lines = config.read_text().splitlines()
+    named = [line for line in lines if re.match(r"(base_model| *- model): (\S+/|convnext)", line)]
+    first = {re.split(r": *", line, maxsplit=1)[1].split()[0]: line for line in reversed(named)}
+    assert first and all("  # your " in line for line in first.values())
 
 
 UP = "model.layers.1.mlp.up_proj.weight"

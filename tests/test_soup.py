@@ -33,6 +33,7 @@ from mergekit_monosoup.soup import (
     read_scores,
     select,
     similarity,
+    twins,
 )
 
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -355,3 +356,9 @@ def test_relative_folders_are_written_so_that_they_are_not_hub_names(world, tmp_
     assert "--lora-merge-cache" in configuration(
         "org/base", [Decision("org/base+org/adapter", None, True)], 0.2
     )
+
+
+def test_two_nearly_equal_updates_are_named():
+    values = [[1.0, 0.999, None], [0.999, 1.0, 0.5], [None, 0.5, 1.0]]
+    (line,) = twins(["a", "b", "c"], values)
+    assert line.startswith("a and b are nearly the same update (0.999)")

@@ -94,3 +94,12 @@ def test_inspect_quotes_the_evidence():
     } == advice.OOD_BEYOND_CONTROL
     parameters, seeds = advice.WORLD.removesuffix(" seeds").split(" parameters, ")
     assert f"A model of {parameters} parameters" in page and f"{seeds} seeds (0, 1" in page
+
+
+def test_a_gradient_is_what_the_guide_says():
+    from mergekit.config import evaluate_setting
+
+    guide = " ".join((pages.ROOT / "docs/guide.md").read_text(encoding="utf-8").split())
+    (written,) = re.findall(r"`\[0\.8, 0\.6\]` over five layers is ([\d., ]+)\.", guide)
+    values = [evaluate_setting("w", [0.8, 0.6], i / 4, validate=float) for i in range(5)]
+    assert written == ", ".join(f"{value:.3g}" for value in values)
