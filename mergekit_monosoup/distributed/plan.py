@@ -145,13 +145,18 @@ def divide(
     sharded alike.
     """
     parts: list[list[int]] = []
+    open_part: list[int] = []  # the norms between large matrices share one
     filled = limit
     for i in sorted(range(len(tensors)), key=lambda i: (footprints[i].files, i)):
-        if filled + footprints[i].written > limit:
-            parts.append([])
-            filled = 0
-        parts[-1].append(i)
-        filled += footprints[i].written
+        written = footprints[i].written
+        if written > limit:
+            parts.append([i])
+            continue
+        if filled + written > limit or not open_part:
+            open_part, filled = [], 0
+            parts.append(open_part)
+        open_part.append(i)
+        filled += written
     return [_batch(number, part, tensors, footprints) for number, part in enumerate(parts)]
 
 

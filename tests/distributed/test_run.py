@@ -802,6 +802,12 @@ def test_division_keeps_to_the_limit_and_to_the_files():
     assert batches[0].memory == plan.PROCESS + 6 + 6
 
 
+def test_norms_between_large_matrices_share_a_batch():
+    sizes = footprints(*(("a", size) for size in (1, 90, 1, 90, 1)))
+    batches = plan.divide([Named(str(number)) for number in range(5)], sizes, limit=8)
+    assert [[t.tensor_name for t in b.tensors] for b in batches] == [["0", "2", "4"], ["1"], ["3"]]
+
+
 @pytest.mark.parametrize("shape", [(0, 4), (4, 0), (0, 0), (0,), (2, 0, 3)])
 def test_tensors_without_entries_need_no_memory(shape):
     name = "layers.0.mlp.experts.down_proj"
