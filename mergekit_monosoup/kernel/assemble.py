@@ -57,7 +57,7 @@ def assemble(
     W0 = update.pretrained
     weight = torch.empty(W0.shape, dtype=W0.dtype, device=W0.device)
     products = _round_blocks(update, recombine, alpha, W0.dtype, weight)
-    return weight, products.rounding(update, W0.dtype)
+    return weight, products.rounding(update.dtype, W0.dtype)
 
 
 def predict(update: TaskVector, recombine: Recombine, dtype: torch.dtype) -> Rounding:
@@ -69,7 +69,7 @@ def predict(update: TaskVector, recombine: Recombine, dtype: torch.dtype) -> Rou
     between two numbers of ``dtype``, so a small edit moves few of them but by a whole step, and
     the share stays near 1 on average: nothing is eaten, but noise of that spacing is added.
     """
-    return _round_blocks(update, recombine, 1.0, dtype).rounding(update, dtype)
+    return _round_blocks(update, recombine, 1.0, dtype).rounding(update.dtype, dtype)
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def describe(
 # -- rounding --------------------------------------------------------------------------------------
 
 
-class _Products(NamedTuple):
+class Products(NamedTuple):
     """Inner products over all entries, of the actual edit W − W1, the intended one, and ΔW."""
 
     survived: float  # ⟨actual, intended⟩
@@ -115,13 +115,18 @@ class _Products(NamedTuple):
     def finite(self) -> bool:
         return all(map(math.isfinite, self))
 
-    def rounding(self, update: TaskVector, dtype: torch.dtype) -> Rounding:
+    def rounding(self, arithmetic: torch.dtype, dtype: torch.dtype) -> Rounding:
+        """Return what they mean for an output in ``dtype`` that was computed in ``arithmetic``.
+
+        Raises:
+            OverflowError: they are not finite.
+        """
         if not self.finite:
             name = str(dtype).removeprefix("torch.")
             raise OverflowError(f"its edited entries leave the range of {name}")
         # Rounding of the recombination itself is no edit: `svc` with alpha = 1 multiplies by 1 in
         # a roundabout way.
-        nothing = (NO_EDIT * torch.finfo(update.dtype).eps) ** 2 * self.update
+        nothing = (NO_EDIT * torch.finfo(arithmetic).eps) ** 2 * self.update
         realised = self.survived / self.intended if self.intended > nothing else None
         return Rounding(math.sqrt(self.actual), realised)
 
@@ -132,7 +137,7 @@ def _round_blocks(
     alpha: float,
     dtype: torch.dtype,
     weight: Tensor | None = None,
-) -> _Products:
+) -> Products:
     """Round W block by block, into ``weight`` if there is one.
 
     The products are summed in float64 where float32 cannot hold them.
@@ -154,7 +159,7 @@ def _round_blocks(
             d = flat(block.delta).to(accurate)
             dots = [torch.dot(x, y) for x, y in ((a, i), (i, i), (a, a), (d, d))]
             sums += torch.stack(dots).double()
-        products = _Products(*sums.tolist())
+        products = Products(*sums.tolist())
         if accurate == torch.float64 or (products.update > SMALLEST and products.finite):
             break
     return products

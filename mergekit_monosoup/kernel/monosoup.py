@@ -14,6 +14,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple, get_args
 
 import torch
@@ -310,7 +311,7 @@ def _edit(
         if too_close(cut, update):
             del spectrum, cut  # its buffers are as large as those to come
             cut = Cut.of(_exact_spectrum(update), settings)
-        recombine = Recombination.of(cut, update)
+        recombine = Recombination.of(cut, update.dtype, update.device)
         weight, outcome = _apply(update, settings.alpha, recombine, cut.remark)
         record = cut.record(describe(update, norms, outcome, cut.spectrum.solver))
     return update.sent_back(weight), replace(record, seconds=time.perf_counter() - started)
@@ -340,16 +341,30 @@ def _apply(
     """Assemble the weight; one that stays as fine-tuned is handed back itself."""
     if update.empty:  # nothing to average or to interpolate either
         return update.finetuned[0], Outcome("copied", reason, 0.0)
-    if not recombine.keeps or alpha != 1:
-        weight, rounding = assemble(update, recombine, alpha)
-        if recombine.keeps:
-            reason += f"; interpolated towards the pretrained weight with alpha = {alpha:g}"
-        return weight, Outcome("edited", reason, rounding.edit_norm, rounding.realised)
-    if len(update.finetuned) == 1:
-        return update.finetuned[0], Outcome("copied", reason, 0.0)
+    models = len(update.finetuned)
+    action, reason = action_of(recombine, alpha, models, reason)
+    if action == "copied" and models == 1:
+        return update.finetuned[0], Outcome(action, reason, 0.0)
     weight, rounding = assemble(update, recombine, alpha)
-    reason += f"; average of {len(update.finetuned)} models"
-    return weight, Outcome("copied", reason, rounding.edit_norm)
+    realised = rounding.realised if action == "edited" else None
+    return weight, Outcome(action, reason, rounding.edit_norm, realised)
+
+
+def action_of(recombine: Recombination, alpha: float, models: int, reason: str) -> tuple[str, str]:
+    """Return action and reason of the record of a matrix.
+
+    Args:
+        recombine: what becomes of its update.
+        alpha: of Wise-FT.
+        models: how many were averaged.
+        reason: why it is left as fine-tuned, or what limits the edit.
+    """
+    if not recombine.keeps:
+        return "edited", reason
+    if alpha != 1:
+        towards = f"interpolated towards the pretrained weight with alpha = {alpha:g}"
+        return "edited", f"{reason}; {towards}"
+    return "copied", reason if models == 1 else f"{reason}; average of {models} models"
 
 
 def reason_to_skip(update: TaskVector, norms: Norms, min_rel_update: float) -> str:
@@ -384,8 +399,11 @@ class Recombination:
     leading: bool = True
 
     @classmethod
-    def of(cls, cut: Cut, update: TaskVector) -> Recombination:
-        """Compute the vectors of the smaller side of the cut, if they matter."""
+    def of(cls, cut: Cut, dtype: torch.dtype, device: torch.device) -> Recombination:
+        """Compute the vectors of the smaller side of the cut, if they matter.
+
+        ``dtype``, ``device``: of the arithmetic on ΔW.
+        """
         high, low = cut.coefficients
         if not cut.has_tail or high == low:
             return cls(Coefficients(high, high))
@@ -393,9 +411,10 @@ class Recombination:
         # that shows; float64 then. A user who allowed TF32 (or bf16 on the CPU) for training did
         # not allow errors of 1e-3 here.
         kept = cut.split.norm_kept(cut.coefficients)
-        enough = kept > 2**-4 and _full_precision(update.device)
-        dtype = update.dtype if enough else torch.float64
-        return cls(cut.coefficients, *cut.spectrum.projection(cut.k, dtype))
+        enough = kept > 2**-4 and _full_precision(device)
+        return cls(
+            cut.coefficients, *cut.spectrum.projection(cut.k, dtype if enough else torch.float64)
+        )
 
     @property
     def keeps(self) -> bool:
@@ -466,33 +485,52 @@ def preview(
     started = time.perf_counter()
     norms = update.norms()
     reason = reason_to_skip(update, norms, min_rel_update)
-    spectrum, curve, leading = None, None, None
-    if not reason:
-        spectrum = Spectrum(update.deltas, update.rows, update.width, update.device)
-        if points:
-            sigma = spectrum.sigma[: spectrum.rank]
-            curve, leading = quantile_curve(sigma, points), leading_values(sigma, points - 1)
+    if reason:
+        record = describe(update, norms, Outcome("inspected", reason, 0.0))
+        return of_each_mode(partial(unseen, record), settings, started)
+
+    spectrum = Spectrum(update.deltas, update.rows, update.width, update.device)
+    shape = drawn(spectrum, points)
+
+    def inspected(of_mode: Settings) -> Record:
+        nonlocal spectrum
+        cut = Cut.of(spectrum, of_mode)
+        if too_close(cut, update):
+            spectrum = _exact_spectrum(update)
+            cut = Cut.of(spectrum, of_mode)
+        return replace(_predict(update, cut, norms, dtype), **shape)
+
+    return of_each_mode(inspected, settings, started)
+
+
+def drawn(spectrum: Spectrum, points: int) -> dict[str, list[float]]:
+    """Return the fields of a record that a drawing of the spectrum needs; none for 0 points."""
+    sigma = spectrum.sigma[: spectrum.rank]
+    if not points:
+        return {}
+    return {"spectrum": quantile_curve(sigma, points), "leading": leading_values(sigma, points - 1)}
+
+
+def unseen(record: Record, settings: Settings) -> Record:
+    """Return the record of a matrix that has no spectrum, for one mode."""
+    return replace(record, mode=settings.mode, R=settings.threshold)
+
+
+def of_each_mode(
+    inspected: Callable[[Settings], Record], settings: Settings, started: float
+) -> list[Record]:
+    """Return the record of each mode with its time; the spectrum is on the first one's account."""
     records = []
     for mode in get_args(Mode):
-        of_mode = replace(settings, mode=mode)
-        if spectrum is None:
-            record = describe(update, norms, Outcome("inspected", reason, 0.0))
-            record = replace(record, mode=mode, R=of_mode.threshold)
-        else:
-            cut = Cut.of(spectrum, of_mode)
-            if too_close(cut, update):
-                spectrum = _exact_spectrum(update)
-                cut = Cut.of(spectrum, of_mode)
-            record = _predict(update, cut, norms, dtype)
-        # The spectrum is on the first one's account.
+        record = inspected(replace(settings, mode=mode))
         seconds, started = time.perf_counter() - started, time.perf_counter()
-        records.append(replace(record, spectrum=curve, leading=leading, seconds=seconds))
+        records.append(replace(record, seconds=seconds))
     return records
 
 
 def _predict(update: TaskVector, cut: Cut, norms: Norms, dtype: torch.dtype) -> Record:
     outcome = Outcome("inspected", cut.remark, 0.0)
-    recombine = Recombination.of(cut, update)
+    recombine = Recombination.of(cut, update.dtype, update.device)
     if not recombine.keeps:
         try:
             rounding = predict(update, recombine, dtype)

@@ -210,18 +210,18 @@ def calibrate(
 def _calibrate(updates: TaskVector, tasks: int, alpha: float) -> tuple[Tensor, Record]:
     started = time.perf_counter()
     norms = updates.norms()
-    if reason := _reason_to_skip(updates, norms, tasks):
+    if reason := reason_to_skip(updates, norms, tasks):
         weight, outcome = _merge(updates, tasks, reason)
         record = describe(updates, norms, outcome)
     else:
         # The spectrum's buffers are as large as those to come: it must be gone by then.
-        record, calibrated = _prepare(updates, norms, tasks, alpha)
+        record, calibrated = prepare(updates, norms, tasks, alpha)
         weight, rounding = assemble(updates, calibrated)
         record = replace(record, edit_norm=rounding.edit_norm, realised=rounding.realised)
     return updates.sent_back(weight), replace(record, seconds=time.perf_counter() - started)
 
 
-def _reason_to_skip(updates: TaskVector, norms: Norms, tasks: int) -> str:
+def reason_to_skip(updates: TaskVector, norms: Norms, tasks: int) -> str:
     """Return why the merge is not calibrated; empty when it is."""
     if updates.empty:
         return NO_ENTRIES
@@ -240,11 +240,11 @@ def _merge(updates: TaskVector, tasks: int, reason: str) -> tuple[Tensor, Outcom
     return weight, Outcome("copied", f"{reason}; merge of {tasks} models", rounding.edit_norm)
 
 
-def _prepare(
+def prepare(
     updates: TaskVector, norms: Norms, tasks: int, alpha: float
 ) -> tuple[Record, Calibration]:
     """Return γ of one matrix, ready to be applied, and the record but for what rounding makes."""
-    spectrum = Spectrum(updates.deltas, updates.rows, updates.width, updates.device)
+    spectrum = Spectrum(updates.deltas, updates.order, updates.width, updates.device)
     rank, effective = spectrum.rank, effective_rank(spectrum.sigma)
     basis = spectrum.vectors()
     directions = Directions(spectrum.sigma[:rank].to(basis.device), basis)

@@ -83,6 +83,8 @@ class TaskVector:
         name: of the matrix, for errors and records.
         pretrained, finetuned: W0 and the W1, as given or as moved to the CPU.
         rows, width: of the tall view.
+        order: rows of the matrix that it stands for, which say what rounding leaves of singular
+            values that are 0; ``rows``, unless it is the core of a larger one.
         device: where the arithmetic happens.
         dtype: of the arithmetic on blocks.
     """
@@ -95,6 +97,7 @@ class TaskVector:
         *,
         average: bool = True,
         name: str = "",
+        order: int = 0,
     ):
         """Check and borrow the inputs.
 
@@ -106,6 +109,7 @@ class TaskVector:
             weights: their weights, normalised here; equal when not given.
             average: False takes the weights as they are: ΔW = Σ weight·(W1 − W0).
             name: of the matrix.
+            order: see there; 0 for ``rows``.
 
         Raises:
             TypeError, ValueError: see :func:`check_weights`; or the averaging weights are wrong.
@@ -129,6 +133,7 @@ class TaskVector:
             self._move(pretrained, finetuned, f"no float64 on {pretrained.device}")
         else:
             self._hold(pretrained, finetuned)
+        self.order = order or self.rows
 
     def _hold(self, pretrained: Tensor, finetuned: Sequence[Tensor]) -> None:
         self.pretrained, self.finetuned = pretrained, tuple(finetuned)
