@@ -258,6 +258,7 @@ def _run_merge(
     from mergekit.options import MergeOptions
 
     from mergekit_monosoup.checkpoints import adapters
+    from mergekit_monosoup.checkpoints.storage import Options
     from mergekit_monosoup.distributed import stages
     from mergekit_monosoup.distributed.alone import merge_alone
     from mergekit_monosoup.distributed.driver import MergeError, Request, merge_claimed
@@ -286,7 +287,7 @@ def _run_merge(
         options = MergeOptions(quiet=True, copy_tokenizer=True, lora_merge_cache=cache)
         try:
             for reference in references:
-                adapters.merged(reference, adapters.Options(cache))
+                adapters.merged(reference, Options(cache))
             with hub.explained():
                 stages.merge_all(
                     recipe, request_of, merge_one, lambda _: None, resume=False, force=False

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -23,13 +24,14 @@ from mergekit_monosoup.parameters import (
     Count,
     Mode,
     Order,
+    Rule,
     Similarity,
     parameter_table,
 )
 from mergekit_monosoup.waiting import announced, repeated
 
 if TYPE_CHECKING:
-    from mergekit_monosoup.checkpoints.reader import Storage
+    from mergekit_monosoup.checkpoints.storage import Storage
     from mergekit_monosoup.report import Record
 
 Item = TypeVar("Item")
@@ -155,8 +157,7 @@ def _loading(command: Callable[..., None]) -> Callable[..., None]:
         trust_remote_code: bool,
         **rest: Any,
     ) -> None:
-        with announced("reading mergekit …"):
-            from mergekit_monosoup.checkpoints.reader import Storage
+        from mergekit_monosoup.checkpoints.storage import Storage
 
         storage = Storage(
             transformers_cache=transformers_cache,
@@ -210,9 +211,11 @@ def inspect(
     tensors at a time as there are threads.
     """
     from mergekit_monosoup import report as reports
-    from mergekit_monosoup.checkpoints.reader import Checkpoints
-    from mergekit_monosoup.inspection import inspect_each
     from mergekit_monosoup.report import advice, inspected
+
+    with announced("reading mergekit …"):
+        from mergekit_monosoup.checkpoints.reader import Checkpoints
+        from mergekit_monosoup.inspection import inspect_each
 
     with _errors():
         if out is not None:
@@ -296,9 +299,11 @@ def soup(
     Writes the merge for mergekit-yaml. The first MODEL is the best in distribution, unless
     --scores says which is. No data is needed; one pass over the files.
     """
-    from mergekit_monosoup import soup as soups
-    from mergekit_monosoup.checkpoints.reader import Checkpoints
     from mergekit_monosoup.files import write_text
+
+    with announced("reading mergekit …"):
+        from mergekit_monosoup import soup as soups
+        from mergekit_monosoup.checkpoints.reader import Checkpoints
 
     with _errors():
         _check_new_configuration(out, force)
@@ -363,6 +368,62 @@ def run(context: click.Context, arguments: tuple[str, ...]) -> None:
     command.main(
         list(arguments), prog_name=context.command_path, standalone_mode=False, obj=arguments
     )
+
+
+@main.command()
+@click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER...")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
+@click.option(
+    "--method", type=click.Choice(list(METHODS)), default=MONOSOUP.name, show_default=True
+)
+@click.option("--mode", type=click.Choice(get_args(Mode)), help="monosoup: how to cut.")
+@click.option("--R", "R", type=float, help="monosoup: energy threshold of `variance`.")
+@click.option(
+    "--coefficients", type=click.Choice(get_args(Rule)), help="monosoup: (λ_high, λ_low)."
+)
+@click.option("--alpha", type=float, help="monosoup: Wise-FT. svc: lower bound of coefficients.")
+@click.option("--scaling", type=float, help="svc: factor of the sum.")
+@click.option("--normalize", is_flag=True, default=None, help="svc: average instead of the sum.")
+@click.option("--weight", "weights", type=float, multiple=True, help="Once for each ADAPTER.")
+@click.option("--rank", type=click.IntRange(1), help="Compress the result to this rank.")
+@click.option("--base", help="Their base model: to edit what is stored whole, for `realised`.")
+@click.option("--report", "report_file", type=FILE, help="Write the records, as a merge's report.")
+@click.option("--force", is_flag=True, help="Replace the adapter in --out.")
+@_loading
+def adapter(
+    adapters: tuple[str, ...],
+    out: Path,
+    method: str,
+    weights: tuple[float, ...],
+    rank: int | None,
+    base: str | None,
+    report_file: Path | None,
+    force: bool,
+    storage: Storage,
+    **values: Any,
+) -> None:
+    """Edit a LoRA adapter, or the average of several, as an adapter.
+
+    The same mathematics as the merge methods, on matrices of the adapter's rank: no base model is
+    needed, and it takes seconds. The parameters are those of `mergekit-monosoup parameters`.
+    """
+    with announced("reading torch …"):
+        from mergekit_monosoup.adapters import command, editing
+
+    with _errors():
+        started = time.perf_counter()
+        made = command.method_of(method, len(adapters), weights, values)
+        options: dict[str, Any] = {"rank": rank, "base": base, "force": force}
+        merge = command.prepare(adapters, out, made, report=report_file, storage=storage, **options)
+        pieces = editing.write(
+            merge,
+            out,
+            force=force,
+            report=str(report_file) if report_file else None,
+            progress=lambda pieces, total: _progress(pieces, "editing", total),
+        )
+        for line in command.lines(merge, pieces, out, time.perf_counter() - started):
+            terminal.echo(terminal.message(line))
 
 
 # -- after a merge ---------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from mergekit_monosoup.checkpoints import quantisation
 from mergekit_monosoup.checkpoints.beside import Beside
 from mergekit_monosoup.checkpoints.coverage import Reads
 from mergekit_monosoup.checkpoints.headers import Headers, LackingError, Stored
-from mergekit_monosoup.checkpoints.reader import NotThereError, check_model_path, is_single_file
+from mergekit_monosoup.checkpoints.paths import NotThereError, check_model_path, is_single_file
 from mergekit_monosoup.checkpoints.renaming import Renaming, renaming
 from mergekit_monosoup.checkpoints.sections import Section, entries, mapping, parameter_sections
 

@@ -9,30 +9,21 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 
 from mergekit.common import ModelReference
 from mergekit.io import ShardedTensorIndex
 
 from mergekit_monosoup.checkpoints import hub
 from mergekit_monosoup.checkpoints.headers import Headers, Stored, read_header
+from mergekit_monosoup.checkpoints.lora import PREFIX
+from mergekit_monosoup.checkpoints.storage import Options
 
-PREFIX = "base_model.model."  # of peft's names, before the module's own
 SECOND = {"A.weight": "B.weight", "embedding_A": "embedding_B"}  # the factors of an update
 TOKENS = ("embed", "lm_head", "wte")  # parts of names of tensors with a row for each token
 
 
 class AdapterError(ValueError):
     """An adapter cannot be merged into its base; the message says what to do."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """How adapters are merged; named as mergekit's own options."""
-
-    lora_merge_cache: str | None = None
-    trust_remote_code: bool = False
-    lora_merge_dtype: str | None = None
 
 
 # -- whether it fits -------------------------------------------------------------------------------

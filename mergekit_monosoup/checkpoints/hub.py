@@ -283,11 +283,20 @@ def headers(name: str, revision: str | None = None) -> tuple[Repository, Files]:
 def adapter_headers(name: str, revision: str | None = None) -> tuple[Repository, Files]:
     """Return the same of the repository of an adapter."""
     repository = ask(name, revision)
+    check_holds_adapter(repository)
+    return repository, _headers(name, repository, ADAPTER)
+
+
+def check_holds_adapter(repository: Repository) -> None:
+    """Check that there are configuration and weights of an adapter, as peft names them.
+
+    Raises:
+        RefusedError: there are not.
+    """
     if "adapter_config.json" not in repository.files or not repository.first(ADAPTER):
         raise RefusedError(
             f"is no adapter: peft looks for adapter_config.json and {' or '.join(ADAPTER)}"
         )
-    return repository, _headers(name, repository, ADAPTER)
 
 
 def _headers(name: str, repository: Repository, names: tuple[str, ...]) -> Files:

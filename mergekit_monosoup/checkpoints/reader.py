@@ -12,7 +12,6 @@ import threading
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import reduce
 
 import torch
@@ -24,47 +23,14 @@ from mergekit_monosoup.checkpoints import adapters, hub, quantisation
 from mergekit_monosoup.checkpoints.adapters import AdapterError
 from mergekit_monosoup.checkpoints.headers import Headers, LackingError
 from mergekit_monosoup.checkpoints.names import natural
+from mergekit_monosoup.checkpoints.paths import NotThereError, check_model_path
 from mergekit_monosoup.checkpoints.pickles import named_tensors
 from mergekit_monosoup.checkpoints.renaming import renaming
-from mergekit_monosoup.checkpoints.stored import MODEL_SUFFIXES, Stored
+from mergekit_monosoup.checkpoints.storage import ANYWHERE, Storage
+from mergekit_monosoup.checkpoints.stored import Stored
 from mergekit_monosoup.errors import QUANTISED, NonFiniteError, SolverError
 
 NAMES_IN_MESSAGE = 5  # tensors listed by name in a message; the rest are counted
-
-
-class NotThereError(ValueError):
-    """A path that cannot be a model."""
-
-
-def check_model_path(path: str) -> None:
-    """Check that a model may be at ``path``: it exists, or may be the name of a hub repository.
-
-    Raises:
-        NotThereError: otherwise. Without it the hub client reports a misspelt folder as a
-            repository that needs a login.
-    """
-    local = (
-        path.startswith((".", "/", "~"))
-        or path.count("/") != 1
-        or path.lower().endswith(MODEL_SUFFIXES)
-    )
-    if local and not os.path.exists(path):
-        raise NotThereError(
-            "no such file or folder (and not the name of a hub repository, ORGANISATION/MODEL)"
-        )
-
-
-def is_single_file(path: str) -> bool:
-    """Whether a model is, or is meant to be, one file: what mergekit-pytorch merges."""
-    named = path.lower().endswith(MODEL_SUFFIXES) and not os.path.isdir(path)
-    return named or os.path.isfile(path)
-
-
-@dataclass(frozen=True)
-class Storage(adapters.Options):
-    """Where downloads and merged adapters go; named as mergekit's own options."""
-
-    transformers_cache: str | None = None
 
 
 class Checkpoints:
@@ -78,7 +44,7 @@ class Checkpoints:
             out.
     """
 
-    def __init__(self, models: Sequence[str], storage: Storage = Storage()):
+    def __init__(self, models: Sequence[str], storage: Storage = ANYWHERE):
         """Open the files of ``models``; nothing is read yet but their headers.
 
         Raises:

@@ -13,8 +13,9 @@ from mergekit.options import MergeOptions
 from mergekit_monosoup.checkpoints import adapters, foreign, hub, quantisation
 from mergekit_monosoup.checkpoints.beside import Beside
 from mergekit_monosoup.checkpoints.headers import Headers, LackingError
-from mergekit_monosoup.checkpoints.reader import check_model_path, is_single_file
+from mergekit_monosoup.checkpoints.paths import check_model_path, is_single_file
 from mergekit_monosoup.checkpoints.renaming import renaming
+from mergekit_monosoup.checkpoints.storage import Options
 from mergekit_monosoup.checkpoints.texts import check_new_folder
 from mergekit_monosoup.planner import PlanningError
 
@@ -106,9 +107,7 @@ def prepare_models(references: Iterable[ModelReference], options: MergeOptions) 
     Raises:
         ValueError: one of them cannot be had.
     """
-    storage = adapters.Options(
-        options.lora_merge_cache, options.trust_remote_code, options.lora_merge_dtype
-    )
+    storage = Options(options.lora_merge_cache, options.trust_remote_code, options.lora_merge_dtype)
     for reference in sorted(references, key=str):
         try:
             if reference.lora:

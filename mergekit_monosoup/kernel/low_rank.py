@@ -197,7 +197,7 @@ class Result:
             record = replace(record, reason="; ".join(filter(None, [record.reason, note])))
         seconds = time.perf_counter() - started
         record = replace(self.sum.noted(record), edit_norm=self.edit_norm, seconds=seconds)
-        return Edited(factors, record, dropped)
+        return Edited(factors, self.sum.recombined(None, None, 1.0).factors, record, dropped)
 
 
 @dataclass(frozen=True)
@@ -206,12 +206,14 @@ class Edited:
 
     Attributes:
         factors: B and A in float64, but for those that are the ones that were given.
+        before: the update without the edit, as one.
         record: what happened. ``realised`` is None, for it depends on the base that the update is
             added to; ``edit_norm`` is that of the update before it was compressed.
         dropped: share of ‖ΔW‖² that compressing it dropped.
     """
 
     factors: Factors
+    before: Factors
     record: Record
     dropped: float = 0.0
 
@@ -306,8 +308,8 @@ def calibrate(
         return result.finished(describe(updates, norms, outcome), rank, started)
     record, calibrated = svc.prepare(updates, norms, len(tasks), alpha)
     on_left = updates.transposed != flipped
-    sides = (calibrated, None) if on_left else (None, calibrated)
-    return total.recombined(*sides, 1.0).finished(record, rank, started)
+    left, right = (calibrated, None) if on_left else (None, calibrated)
+    return total.recombined(left, right, 1.0).finished(record, rank, started)
 
 
 # -- the same without the edit ---------------------------------------------------------------------

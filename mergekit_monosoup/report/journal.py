@@ -45,8 +45,9 @@ class Journal:
     several threads.
     """
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
+    def __init__(self, *, warns: bool = True) -> None:
+        """Begin a journal; ``warns``: of edits that rounding eats, where that is the last word."""
+        self._lock, self._warns = threading.Lock(), warns
         self._merges: dict[str | None, _Merge] = defaultdict(_Merge)
         self._diverted = threading.local()  # its `entries`, in a thread that is diverted
 
@@ -98,7 +99,7 @@ class Journal:
             merge.tally.add(records, path, method)
             if key:
                 _write(key, records, anew=anew)
-            if not merge.warned:
+            if self._warns and not merge.warned:
                 merge.warned = _warn(records, method)
 
     def end(self, paths: Iterable[str | None]) -> Tally:
