@@ -171,7 +171,7 @@ def _loading(command: Callable[..., None]) -> Callable[..., None]:
 
 @main.command()
 @click.argument("base")
-@click.argument("tuned")
+@click.argument("tuned", required=False)
 @click.option(
     "--R",
     "R",
@@ -194,7 +194,7 @@ def _loading(command: Callable[..., None]) -> Callable[..., None]:
 @_loading
 def inspect(
     base: str,
-    tuned: str,
+    tuned: str | None,
     R: float,
     others: tuple[str, ...],
     spectra: bool,
@@ -208,25 +208,21 @@ def inspect(
     Beside them, what MonoSoup would make of them in either mode. Nothing is merged.
 
     Models as in mergekit: a folder, a hub name, BASE+ADAPTER. In memory are as many
-    tensors at a time as there are threads.
+    tensors at a time as there are threads. A LoRA adapter may stand in the place of TUNED,
+    or alone, without a base: its spectra take milliseconds.
     """
     from mergekit_monosoup import report as reports
     from mergekit_monosoup.report import advice, inspected
-
-    with announced("reading mergekit …"):
-        from mergekit_monosoup.checkpoints.reader import Checkpoints
-        from mergekit_monosoup.inspection import inspect_each
 
     with _errors():
         if out is not None:
             reports.check_path(str(out))
         elif spectra:
             raise ValueError("--spectra stores curves in the records: add --out FILE")
-        checkpoints, journal = Checkpoints([base, tuned, *others], storage), reports.Journal()
+        inspections, count, remarks = _inspections(base, tuned, others, storage, R, spectra)
         records: list[reports.Record] = []
-        unedited = 0
-        inspections = inspect_each(checkpoints, checkpoints.names, R=R, spectra=spectra)
-        for of_tensor in _progress(inspections, "inspecting", len(checkpoints.names)):
+        unedited, journal = 0, reports.Journal()
+        for of_tensor in _progress(inspections, "inspecting", count):
             if of_tensor and out is not None:
                 journal.add(of_tensor, str(out))
             records += of_tensor
@@ -237,16 +233,41 @@ def inspect(
             )
     console = terminal.console()
     console.print(inspected.table(records, console.width, every_layer=layers, sort=sort))
-    lines = [*checkpoints.remarks]
+    lines = [*remarks]
     if unedited:
         lines.append(
             f"{unedited} tensors hold no matrix of floating point (norms, biases, integers): "
             "they are not edited."
         )
-    reading = inspected.reading(records, partial=bool(checkpoints.remarks))
+    reading = inspected.reading(records, partial=bool(remarks))
     reading += advice.which_mode(records)
     for line in [*lines, *inspected.cosine_lines(records), *reading]:
         console.print(terminal.plain(line))
+
+
+def _inspections(
+    base: str,
+    tuned: str | None,
+    others: Sequence[str],
+    storage: Storage,
+    R: float,
+    spectra: bool,
+) -> tuple[Iterator[list[Record]], int, list[str]]:
+    """Return the records of each tensor as they come, how many tensors there are, and remarks."""
+    from mergekit_monosoup.adapters import command
+
+    adapter = command.adapter_in(base, tuned)
+    if adapter is not None:
+        source = command.inspection(adapter, others, base if tuned else None, storage)
+        remarks = source.comparison.remarks
+        return source.records(R=R, spectra=spectra), len(source.names), remarks
+    with announced("reading mergekit …"):
+        from mergekit_monosoup.checkpoints.reader import Checkpoints
+        from mergekit_monosoup.inspection import inspect_each
+
+    checkpoints = Checkpoints([base, str(tuned), *others], storage)
+    inspections = inspect_each(checkpoints, checkpoints.names, R=R, spectra=spectra)
+    return inspections, len(checkpoints.names), checkpoints.remarks
 
 
 @main.command()

@@ -22,12 +22,10 @@ from mergekit_monosoup.checkpoints.stored import Stored
 from mergekit_monosoup.kernel.batch import buffers_of
 from mergekit_monosoup.kernel.monosoup import DEFAULTS, preview
 from mergekit_monosoup.kernel.similarity import cosine, inner_products
+from mergekit_monosoup.kernel.spectrum import POINTS
 from mergekit_monosoup.kernel.threads import in_order
 from mergekit_monosoup.memory import Budget, available_memory
 from mergekit_monosoup.report import Record
-
-# Places at which a spectrum is stored on request: enough for a smooth curve, 0.3 kB a matrix.
-POINTS = 33
 
 
 def inspect_each(

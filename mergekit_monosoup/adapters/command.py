@@ -12,8 +12,11 @@ from torch import Tensor
 
 from mergekit_monosoup import report as reports
 from mergekit_monosoup.adapters import output
+from mergekit_monosoup.adapters.comparing import Comparison
 from mergekit_monosoup.adapters.editing import Merge, Method, Monosoup, Piece, Svc
 from mergekit_monosoup.adapters.group import Group
+from mergekit_monosoup.adapters.inspecting import Inspection
+from mergekit_monosoup.checkpoints.lora import is_adapter
 from mergekit_monosoup.checkpoints.storage import Storage
 from mergekit_monosoup.kernel.monosoup import Settings
 from mergekit_monosoup.parameters import (
@@ -107,6 +110,30 @@ def weights_of(base: str, storage: Storage) -> Callable[[str], Tensor | None]:
     checkpoints = Checkpoints([base], storage)
     names = set(checkpoints.names)
     return lambda name: checkpoints.load(name)[0] if name in names else None
+
+
+def adapter_in(base: str, tuned: str | None) -> str | None:
+    """Return the adapter that `inspect` was given: TUNED, or what stands alone; None for models.
+
+    Raises:
+        ValueError: one thing was given, and it is no adapter.
+    """
+    if tuned is not None:
+        return tuned if is_adapter(tuned) else None
+    if os.path.exists(base) and not is_adapter(base):
+        raise ValueError(
+            f"{base} is no LoRA adapter: name the fine-tune to compare it with, `inspect "
+            f"{base} TUNED`"
+        )
+    return base
+
+
+def inspection(
+    adapter: str, others: Sequence[str], base: str | None, storage: Storage
+) -> Inspection:
+    """Open what `inspect` looks at; see :class:`Inspection`."""
+    comparison = Comparison([adapter, *others], one_base=base is not None)
+    return Inspection(comparison, None if base is None else weights_of(base, storage))
 
 
 def lines(merge: Merge, pieces: Sequence[Piece], out: Path, seconds: float) -> Iterator[str]:

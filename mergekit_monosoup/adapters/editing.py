@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mergekit_monosoup.adapters import output
-from mergekit_monosoup.adapters.group import Group
+from mergekit_monosoup.adapters.group import Group, base_weight, named_errors
 from mergekit_monosoup.checkpoints.lora import PREFIX, Module
 from mergekit_monosoup.checkpoints.lora_config import CONFIG, LoraError
 from mergekit_monosoup.checkpoints.names import matrices
@@ -223,9 +223,9 @@ class Merge:
     def _module(self, name: str) -> Piece:
         module = self.group.modules[name][0]
         tasks = self.group.factors(name)
-        W0 = None if self.base is None else self._base_weight(module)
+        W0 = None if self.base is None else base_weight(self.base, module, self.group.first)
         norm = None if W0 is None else float(torch.linalg.vector_norm(W0.double()))
-        with self.group.errors_of(name):
+        with named_errors(name, self.group.adapters):
             edited = self.method.of_factors(tasks, rank=self.rank, norm=norm, name=module.weight)
             factors = edited.factors
             if not self.keeps_configuration:
@@ -251,21 +251,6 @@ class Merge:
             tensors[module.bias.name], of_bias = self._bias(name)
             records.append(of_bias)
         return Piece(tensors, records, edited.dropped)
-
-    def _base_weight(self, module: Module) -> Tensor:
-        assert self.base is not None
-        weight = self.base(module.weight)
-        if weight is None:
-            raise LoraError(
-                f"the base has no {module.weight}, which {self.group.first.name} changes: it is "
-                "another model, or its files name tensors otherwise; leave --base out"
-            )
-        if tuple(weight.shape) != module.shape:
-            raise LoraError(
-                f"{module.weight} is {tuple(weight.shape)} in the base, but {module.shape} in "
-                f"{self.group.first.name}: it was trained on another model"
-            )
-        return weight
 
     def _bias(self, name: str) -> tuple[Tensor, Record]:
         """Return the bias of a B (`lora_bias`): an update, but no matrix."""

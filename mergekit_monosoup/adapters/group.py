@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -43,7 +43,7 @@ class Group:
         first, *others = adapters
         for other in others:
             if not one_base:
-                _check_base(first, other)
+                check_base(first, other)
             _check_modules(first, other)
         modules = {name: tuple(a.modules[name] for a in adapters) for name in first.modules}
         return cls(adapters, modules)
@@ -54,44 +54,70 @@ class Group:
 
     def factors(self, name: str) -> list[Factors]:
         """Return the updates of a module, as matrices in the dtype of their files."""
-        parts = zip(self.adapters, self.modules[name], strict=True)
         return [
-            Factors(a.load(m.B).flatten(1), a.load(m.A).flatten(1), m.scale, m.flipped)
-            for a, m in parts
+            factors(adapter, module)
+            for adapter, module in zip(self.adapters, self.modules[name], strict=True)
         ]
 
     def whole(self, name: str) -> list[tuple[Adapter, Tensor]]:
         """Return a tensor that is no update, of each adapter that has it."""
         return [(a, a.load(a.tensors[name])) for a in self.adapters if name in a.tensors]
 
-    @contextmanager
-    def errors_of(self, module: str) -> Iterator[None]:
-        """Turn errors of the kernel into one that names adapter, tensor, and what to do."""
-        try:
-            yield
-        except NonFiniteError as error:
-            parts = zip(self.adapters, self.modules[module], strict=True)
-            counted = [
-                f"{count} entries of {part.name} in {adapter.name}"
-                for adapter, m in parts
-                for part in (m.A, m.B)
-                if (count := _non_finite(adapter, part))
-            ]
-            raise LoraError(
-                f"{module} is not finite: {'; '.join(counted) or error}. Nothing was written. "
-                "Check that adapter: a diverged run or a damaged download is the usual cause"
-            ) from error
-        except SolverError as error:
-            raise LoraError(f"{module}: its spectrum could not be computed ({error})") from error
-        except OverflowError as error:
-            raise LoraError(f"{module}: {error}. Nothing was written") from error
+
+def factors(adapter: Adapter, module: Module) -> Factors:
+    """Return the update of a module, as matrices in the dtype of its file."""
+    B, A = (adapter.load(part).flatten(1) for part in (module.B, module.A))
+    return Factors(B, A, module.scale, module.flipped)
+
+
+def base_weight(base: Callable[[str], Tensor | None], module: Module, adapter: Adapter) -> Tensor:
+    """Return the weight of the base that a module changes.
+
+    Raises:
+        LoraError: the base has none of this name and shape.
+    """
+    weight = base(module.weight)
+    if weight is None:
+        raise LoraError(
+            f"the base has no {module.weight}, which {adapter.name} changes: it is another model, "
+            "or its files name tensors otherwise; leave the base out"
+        )
+    if tuple(weight.shape) != module.shape:
+        raise LoraError(
+            f"{module.weight} is {tuple(weight.shape)} in the base, but {module.shape} in "
+            f"{adapter.name}: it was trained on another model"
+        )
+    return weight
+
+
+@contextmanager
+def named_errors(name: str, adapters: Sequence[Adapter]) -> Iterator[None]:
+    """Turn errors of the kernel about a module into one that names adapter and tensor."""
+    try:
+        yield
+    except NonFiniteError as error:
+        counted = [
+            f"{count} entries of {part.name} in {adapter.name}"
+            for adapter in adapters
+            if (module := adapter.modules.get(name)) is not None
+            for part in (module.A, module.B)
+            if (count := _non_finite(adapter, part))
+        ]
+        raise LoraError(
+            f"{name} is not finite: {'; '.join(counted) or error}. Check that adapter: a diverged "
+            "run or a damaged download is the usual cause"
+        ) from error
+    except SolverError as error:
+        raise LoraError(f"{name}: its spectrum could not be computed ({error})") from error
+    except OverflowError as error:
+        raise LoraError(f"{name}: {error}") from error
 
 
 def _non_finite(adapter: Adapter, part: Stored) -> int:
     return int((~torch.isfinite(adapter.load(part))).sum())
 
 
-def _check_base(first: Adapter, other: Adapter) -> None:
+def check_base(first: Adapter, other: Adapter) -> None:
     """Raise LoraError if two configurations name different bases."""
     ours, theirs = (adapter.config.base.rstrip("/") for adapter in (first, other))
     if ours and theirs and ours != theirs:

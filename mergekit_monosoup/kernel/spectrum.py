@@ -36,6 +36,9 @@ UNRESOLVED = 2e3 * EPS
 # and more of processor time, in the way of whatever comes next.
 THREADED_PRODUCTS = 2**34
 
+# Places at which a spectrum is stored on request: enough for a smooth curve, 0.3 kB a matrix.
+POINTS = 33
+
 Blocks = Callable[[], Iterable[Tensor]]
 
 
