@@ -31,6 +31,8 @@ from mergekit_monosoup.parameters import (
 from mergekit_monosoup.waiting import announced, repeated
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from mergekit_monosoup.checkpoints.storage import Storage
     from mergekit_monosoup.report import Record
 
@@ -318,13 +320,14 @@ def soup(
     """Choose MODELs by the similarity of their updates (paper, §3).
 
     Writes the merge for mergekit-yaml. The first MODEL is the best in distribution, unless
-    --scores says which is. No data is needed; one pass over the files.
+    --scores says which is. No data is needed; one pass over the files. LoRA adapters of the
+    base are compared as such.
     """
+    from mergekit_monosoup.adapters import command
     from mergekit_monosoup.files import write_text
 
     with announced("reading mergekit …"):
         from mergekit_monosoup import soup as soups
-        from mergekit_monosoup.checkpoints.reader import Checkpoints
 
     with _errors():
         _check_new_configuration(out, force)
@@ -332,17 +335,17 @@ def soup(
         soups.check_choice(threshold, order, scores is not None)
         score_of = soups.read_scores(scores, models) if scores else None
         order = order or ("scores" if scores else "given")
-        checkpoints = Checkpoints([base, *models], storage)
-        gram = soups.products(
-            checkpoints, _progress(checkpoints.names, "comparing", len(checkpoints.names)), count
-        )
+        adapters = command.all_adapters(models)
+        products = _products_of_adapters if adapters else _products
+        gram, remarks = products(base, models, storage, count)
         decisions = soups.select(models, gram, threshold, order=order, how=how, scores=score_of)
-        write_text(out, soups.configuration(base, decisions, threshold, edit=edit))
+        merged = command.on_base(base, decisions) if adapters else decisions
+        write_text(out, soups.configuration(base, merged, threshold, edit=edit))
     console = terminal.console()
     similarities = soups.pairwise(gram, how)
     for part in soups.similarity_tables(models, similarities, console.width):
         console.print(part)
-    for line in [*checkpoints.remarks, *soups.twins(models, similarities)]:
+    for line in [*remarks, *soups.twins(models, similarities)]:
         console.print(terminal.plain(line))
     for decision in decisions:
         terminal.echo(terminal.message(soups.describe(decision)))
@@ -351,6 +354,31 @@ def soup(
         f"{place}: {sum(d.taken for d in decisions)} of {len(models)} models; "
         f"merge with `mergekit-yaml {place} DIR`"
     )
+    if adapters:
+        terminal.echo(terminal.message(command.to_merge(decisions, edit)))
+
+
+def _products(
+    base: str, models: Sequence[str], storage: Storage, count: Count
+) -> tuple[Tensor, list[str]]:
+    """Return the inner products of the updates of models, and remarks."""
+    from mergekit_monosoup import soup as soups
+    from mergekit_monosoup.checkpoints.reader import Checkpoints
+
+    checkpoints = Checkpoints([base, *models], storage)
+    names = _progress(checkpoints.names, "comparing", len(checkpoints.names))
+    return soups.products(checkpoints, names, count), checkpoints.remarks
+
+
+def _products_of_adapters(
+    _base: str, adapters: Sequence[str], _storage: Storage, _count: Count
+) -> tuple[Tensor, list[str]]:
+    """Return the inner products of the updates of adapters, and remarks; all are matrices."""
+    from mergekit_monosoup.adapters.comparing import Comparison, products
+
+    comparison = Comparison(adapters, one_base=True)
+    grams = _progress(comparison.grams(), "comparing", len(comparison.names))
+    return products(comparison, grams), comparison.remarks
 
 
 def _check_new_configuration(out: Path, force: bool) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -26,6 +27,9 @@ from mergekit_monosoup.parameters import (
     weight_violations,
 )
 from mergekit_monosoup.waiting import announced
+
+if TYPE_CHECKING:
+    from mergekit_monosoup.soup import Decision
 
 LISTED = 3  # tensors that a line names; the rest are counted
 
@@ -136,6 +140,37 @@ def inspection(
     return Inspection(comparison, None if base is None else weights_of(base, storage))
 
 
+def all_adapters(models: Sequence[str]) -> bool:
+    """Whether `soup` was given adapters.
+
+    Raises:
+        ValueError: some of them are, and some are models.
+    """
+    found = [is_adapter(model) for model in models]
+    if any(found) and not all(found):
+        adapter, model = models[found.index(True)], models[found.index(False)]
+        raise ValueError(
+            f"{adapter} is an adapter, but {model} is not: to compare both, write BASE+{adapter} "
+            "and --lora-merge-cache DIR"
+        )
+    return all(found)
+
+
+def on_base(base: str, decisions: Sequence[Decision]) -> list[Decision]:
+    """Return decisions about adapters as mergekit names the models: BASE+ADAPTER."""
+    return [replace(decision, model=f"{base}+{decision.model}") for decision in decisions]
+
+
+def to_merge(decisions: Sequence[Decision], edit: bool) -> str:
+    """Return how to average the chosen adapters as adapters.
+
+    R = 1 leaves nothing below the cut, so that the average stays as it is.
+    """
+    chosen = [decision.model for decision in decisions if decision.taken]
+    plain = "" if edit else " --mode variance --R 1"
+    return f"as an adapter: `mergekit-monosoup adapter {' '.join(chosen)}{plain} --out DIR`"
+
+
 def lines(merge: Merge, pieces: Sequence[Piece], out: Path, seconds: float) -> Iterator[str]:
     """Yield what is said about an adapter that was written."""
     records = [record for piece in pieces for record in piece.records]
@@ -146,6 +181,11 @@ def lines(merge: Merge, pieces: Sequence[Piece], out: Path, seconds: float) -> I
         f"{out}: an adapter of {size}, {len(edited)} of {len(records)} tensors edited "
         f"({merge.method.name}), in {seconds:.1f} s"
     )
+    if not edited and any(record.k and record.k == record.rank for record in records):
+        yield (
+            "the spectra are so flat that nothing lies below the cut: --mode variance cuts at a "
+            "share of the energy instead"
+        )
     yield from _dropped(merge, pieces)
     yield from _left(records)
     yield from _realised(edited)

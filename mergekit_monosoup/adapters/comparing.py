@@ -44,6 +44,10 @@ class Comparison:
             for a in self.adapters
             if a.whole
         ]
+        if any(len(a.modules) < len(self.names) for a in self.adapters):
+            self.remarks.append(
+                "their target modules differ, and `adapter` merges those with the same ones only"
+            )
 
     def grams(self) -> Iterator[Tensor]:
         """Yield :meth:`gram` of each module."""

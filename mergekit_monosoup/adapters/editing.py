@@ -34,6 +34,7 @@ from mergekit_monosoup.parameters import SVC
 from mergekit_monosoup.report import Journal, Record
 
 NEEDS_BASE = "stored whole, not as factors: an edit needs the base (--base)"
+UNTRAINED = "the base's own weight, saved beside its update"
 NOT_IN_BASE = "not in the base model"
 
 
@@ -157,9 +158,10 @@ class Merge:
     @property
     def parts(self) -> list[tuple[str, bool]]:
         """The names of modules (True), then of tensors that are stored whole (False)."""
+        first = self.group.first
         return [
             *((name, True) for name in self.group.modules),
-            *((name, False) for name in self.group.first.whole),
+            *((name, False) for name in (*first.whole, *first.untrained)),
         ]
 
     def check(self) -> None:
@@ -200,13 +202,15 @@ class Merge:
             entries[B.name] = Entry(self._dtype(B), (B.shape[0], rank, *B.shape[2:]))
             if bias is not None:
                 entries[bias.name] = Entry(self._dtype(bias), bias.shape)
-        for name in self.group.first.whole:
+        for name in (*self.group.first.whole, *self.group.first.untrained):
             stored = self.group.first.tensors[name]
             entries[name] = Entry(self._dtype(stored), stored.shape)
         return entries
 
     def _dtype(self, stored: Stored) -> torch.dtype:
         """Return the smallest dtype that holds a tensor of all adapters exactly."""
+        if stored.name in self.group.first.untrained:
+            return dtype_of(stored)
         held = [a.tensors[stored.name] for a in self.group.adapters if stored.name in a.tensors]
         return reduce(torch.promote_types, map(dtype_of, held))
 
@@ -271,7 +275,9 @@ class Merge:
 
     def _whole(self, name: str) -> Piece:
         tensors = [tensor for _, tensor in self.group.whole(name)]
-        target = name.removeprefix(PREFIX).replace(".base_layer", "")
+        target = name.removeprefix(PREFIX)
+        if name in self.group.first.untrained:
+            return Piece({name: tensors[0]}, [_copied(target, tensors[0], UNTRAINED)])
         base = None if self.base is None else self.base(target)
         reason = NEEDS_BASE if self.base is None else NOT_IN_BASE
         if base is not None and base.shape != tensors[0].shape:

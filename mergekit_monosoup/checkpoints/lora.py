@@ -29,6 +29,7 @@ PREFIX = "base_model.model."  # of peft's names, before the module's own
 # What is downloaded beside the weights: the configuration, and a tokenizer if there is one.
 BESIDE = ["*.json", "*.model", "*.jinja", "*.txt"]
 _KINDS = {"lora_A.weight": "lora_B.weight", "lora_embedding_A": "lora_embedding_B"}
+_UNTRAINED = ".base_layer."  # in names of the base's own weights, which peft saves with embeddings
 _MARK = ".lora_"  # in the names of all tensors that belong to an update
 
 
@@ -97,8 +98,13 @@ class Adapter:
 
     @cached_property
     def whole(self) -> list[str]:
-        """The names of tensors that are no update: `modules_to_save`, and trained biases."""
-        return [name for name in self.tensors if _MARK not in name]
+        """The names of tensors that were trained whole: `modules_to_save`, and biases."""
+        return [n for n in self.tensors if _MARK not in n and _UNTRAINED not in n]
+
+    @cached_property
+    def untrained(self) -> list[str]:
+        """The names of weights of the base that are saved beside their updates."""
+        return [n for n in self.tensors if _MARK not in n and _UNTRAINED in n]
 
     def _module(self, path: str, of_A: str) -> Module:
         A = self.tensors[f"{PREFIX}{path}.{of_A}"]
