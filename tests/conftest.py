@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def hub(tmp_path_factory) -> Path:
     """Stands in for the hub.
 
-    A base, two fine-tunes, a LoRA adapter, a ConvNeXt-like pair of state dicts.
+    A base, two fine-tunes, two LoRA adapters, a ConvNeXt-like pair of state dicts.
     """
     # Here, because pytest-xdist's first process, which only hands out tests, reads this file, too:
     # six seconds of a core that the others need.
@@ -29,10 +29,13 @@ def hub(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("hub")
     checkpoints.pair(folder, tuned=2, dtype=torch.bfloat16)
     torch.manual_seed(7)
-    lora = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
-    peft.get_peft_model(
-        AutoModelForCausalLM.from_pretrained(folder / "base"), lora
-    ).save_pretrained(folder / "adapter")
+    for name, rank in (("adapter", 4), ("other_adapter", 2)):
+        lora = peft.LoraConfig(
+            r=rank, target_modules=["q_proj", "down_proj"], init_lora_weights=False
+        )
+        peft.get_peft_model(
+            AutoModelForCausalLM.from_pretrained(folder / "base"), lora
+        ).save_pretrained(folder / name)
     base = {
         "stages.0.conv.weight": torch.randn(12, 4, 3, 3),
         "stages.0.norm.weight": torch.randn(12),

@@ -48,6 +48,10 @@ PRINTS = {
     "inspect": "freevariance: in all matrices",
     "plot inspect.jsonl --out inspect.png": "inspect.png: 8 panels",
     "soup": "mergekit-yaml soup.yml",
+    "adapter": "an adapter of rank ",
+    "report adapter.jsonl": "layers.*.mlp.down_proj",
+    "inspect my-org/Qwen3-0.6B-lora-adapter": "freevariance: ",
+    "inspect Qwen/Qwen3-0.6B my-org/Qwen3-0.6B-lora-adapter": "freevariance: ",
 }
 # Lines that are not executed here, and why.
 NOT_RUN = {

@@ -19,6 +19,7 @@ HUB = {
     "suayptalha/Qwen3-0.6B-Math-Expert": "tuned0",
     "suayptalha/Qwen3-0.6B-Code-Expert": "tuned1",
     "my-org/Qwen3-0.6B-lora-adapter": "adapter",
+    "my-org/Qwen3-0.6B-other-adapter": "other_adapter",
 }
 
 
