@@ -42,7 +42,11 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=3, help="of which the fastest counts")
     parser.add_argument("--shapes", nargs="*", default=["1024x4096", "4096x4096"])
     parser.add_argument("--layers", type=int, default=LAYERS)
+    parser.add_argument("--write", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.write:
+        write(options.write, options.ranks[0], options.layers)
+        return
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[name] = str(options.threads)
     rows = [command(rank, options) for rank in options.ranks]
@@ -57,7 +61,10 @@ def command(rank: int, options: argparse.Namespace) -> dict:
     """Time the command on an adapter, and its start alone; the fastest of some runs."""
     with tempfile.TemporaryDirectory() as folder:
         adapter = Path(folder, "adapter")
-        size = write(adapter, rank, options.layers)
+        # In a process of its own: a child's peak begins with its parent's.
+        words = [__file__, "--write", adapter, "--ranks", rank, "--layers", options.layers]
+        subprocess.run([sys.executable, *map(str, words)], check=True)
+        size = (adapter / "adapter_model.safetensors").stat().st_size
         edit = ["-m", "mergekit_monosoup.cli", "adapter", adapter, "--force", "--out"]
         runs = []
         for _ in range(options.repeat):
@@ -74,7 +81,7 @@ def command(rank: int, options: argparse.Namespace) -> dict:
     return row
 
 
-def write(folder: Path, rank: int, layers: int) -> int:
+def write(folder: Path, rank: int, layers: int) -> None:
     """Write an adapter as peft does, float32, with a spectrum that falls by a power law."""
     import torch
     from safetensors.torch import save_file
@@ -91,7 +98,6 @@ def write(folder: Path, rank: int, layers: int) -> int:
     save_file(state, folder / "adapter_model.safetensors", {"format": "pt"})
     config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank}
     (folder / "adapter_config.json").write_text(json.dumps(config))
-    return sum(tensor.nbytes for tensor in state.values())
 
 
 def process(arguments: list) -> dict:

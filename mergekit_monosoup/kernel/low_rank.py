@@ -84,8 +84,8 @@ class Sum:
         """
         self.tasks, self._name = tuple(tasks), name
         self.order = max(tasks[0].shape)
-        self._B = torch.cat([task.B.double() for task in tasks], dim=1)
-        self._A = torch.cat([task.A.double() for task in tasks])
+        self._B = _side_by_side([task.B.double() for task in tasks], 1)
+        self._A = _side_by_side([task.A.double() for task in tasks], 0)
         self._left, self._lower = torch.linalg.qr(self._B)
         self._upper = torch.linalg.qr(self._A.T, mode="r").R  # Q_a is seldom needed
         self._diagonal = torch.cat(
@@ -118,10 +118,15 @@ class Sum:
         """Return ‖ΔW‖_F, and ‖W0‖_F if it is known."""
         return Norms(update.norms().update, pretrained or 0.0)
 
+    @property
+    def edits_left(self) -> bool:
+        """Whether MonoSoup edits B: always, but where A has fewer columns than rows."""
+        return self.core.shape[0] <= self.core.shape[1]
+
     def spectrum(self) -> Spectrum:
-        """Return the spectrum of ΔW, with the left singular vectors of the core."""
-        x = self.core.T
-        return Spectrum(lambda: [x], self.order, x.shape[1], x.device)
+        """Return the spectrum of ΔW, with the singular vectors of the side that is edited."""
+        tall = self.core.T if self.edits_left else self.core
+        return Spectrum(lambda: [tall], self.order, tall.shape[1], tall.device)
 
     def noted(self, record: Record) -> Record:
         """Return the record of a core as that of the matrix."""
@@ -132,25 +137,33 @@ class Sum:
         """Q_a, (in, min(r, in))."""
         return torch.linalg.qr(self._A.T).Q
 
-    def recombined(self, left: Recombine | None, right: Recombine | None, alpha: float) -> Result:
+    def recombined(self, recombine: Recombine | None, alpha: float, *, on_left: bool) -> Result:
         """Return alpha times the sum with one of its sides recombined, the other as it is.
 
         Args:
-            left: takes R_bᵀ and returns a new one; None leaves B as it is.
-            right: takes R_aᵀ; None leaves A as it is.
+            recombine: takes R_bᵀ or R_aᵀ and returns a new one; None leaves both as they are.
             alpha: a factor.
+            on_left: it is R_bᵀ.
         """
+        left = recombine if on_left else None
+        right = None if on_left else recombine
         lower = self._lower if left is None else left(self._lower.T).T
         upper = self._upper if right is None else right(self._upper.T).T
         core = alpha * self._between(lower, upper)
-        B = self._B if left is None else self._left @ lower
+        several = len(self.tasks) > 1
+        factor = alpha * self._diagonal if several else alpha
+        # Into the small matrix where there is a choice: a pass over B takes a tenth of its QR.
+        B = self._B * factor if left is None else self._left @ (lower * factor)
         A = self._A if right is None else (self._right() @ upper).T
         first = self.tasks[0]
-        if len(self.tasks) == 1:
-            return Result(
-                self, replace(first, B=alpha * B, A=first.A if right is None else A), core
-            )
-        return Result(self, replace(first, B=alpha * B * self._diagonal, A=A, scale=1.0), core)
+        if several:
+            return Result(self, replace(first, B=B, A=A, scale=1.0), core)
+        return Result(self, replace(first, B=B, A=first.A if right is None else A), core)
+
+    def plain(self) -> Factors:
+        """Return the sum itself; a single update as it was given."""
+        first, *others = self.tasks
+        return self.recombined(None, 1.0, on_left=True).factors if others else first
 
     def compressed(self, core: Tensor, rank: int) -> tuple[Factors, float]:
         """Return the best approximation of Q_b·core·Q_aᵀ of a rank, and the energy that it drops.
@@ -165,6 +178,10 @@ class Sum:
         total = float(energy.sum())
         dropped = float(energy[kept.stop :].sum()) / total if total else 0.0
         return replace(self.tasks[0], B=B, A=A, scale=1.0), dropped
+
+
+def _side_by_side(parts: Sequence[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
 
 
 @dataclass(frozen=True)
@@ -197,7 +214,7 @@ class Result:
             record = replace(record, reason="; ".join(filter(None, [record.reason, note])))
         seconds = time.perf_counter() - started
         record = replace(self.sum.noted(record), edit_norm=self.edit_norm, seconds=seconds)
-        return Edited(factors, self.sum.recombined(None, None, 1.0).factors, record, dropped)
+        return Edited(factors, self.sum.plain(), record, dropped)
 
 
 @dataclass(frozen=True)
@@ -242,8 +259,8 @@ def edit(
         name: for the record.
 
     Returns:
-        One update: B edited, A and scale as given, B itself if nothing was to be edited. Several:
-        their B's and A's side by side, of the sum of their ranks, and scale 1.
+        One update: B edited, A and scale as given (A edited, not B, if r > in < out); B itself if
+        nothing was to be edited. Several: their B's and A's side by side, of the sum of their ranks, and scale 1.
 
     Raises:
         ValueError: the weights are wrong.
@@ -264,8 +281,9 @@ def edit(
     solver = cut.spectrum.solver if cut else None
     record = describe(update, norms, Outcome(action, reason, None), solver)
     record = cut.record(record) if cut else record
-    side = None if recombine.keeps else recombine
-    return total.recombined(side, None, settings.alpha).finished(record, rank, started)
+    change = None if recombine.keeps else recombine
+    result = total.recombined(change, settings.alpha, on_left=total.edits_left)
+    return result.finished(record, rank, started)
 
 
 @torch.no_grad()
@@ -304,12 +322,11 @@ def calibrate(
     norms = total.norms(updates, pretrained_norm)
     if reason := svc.reason_to_skip(updates, norms, len(tasks)):
         outcome = Outcome("copied", f"{reason}; merge of {len(tasks)} models", None)
-        result = total.recombined(None, None, 1.0)
+        result = total.recombined(None, 1.0, on_left=True)
         return result.finished(describe(updates, norms, outcome), rank, started)
     record, calibrated = svc.prepare(updates, norms, len(tasks), alpha)
-    on_left = updates.transposed != flipped
-    left, right = (calibrated, None) if on_left else (None, calibrated)
-    return total.recombined(left, right, 1.0).finished(record, rank, started)
+    result = total.recombined(calibrated, 1.0, on_left=updates.transposed != flipped)
+    return result.finished(record, rank, started)
 
 
 # -- the same without the edit ---------------------------------------------------------------------
@@ -351,7 +368,8 @@ def preview(
     def inspected(of_mode: Settings) -> Record:
         cut = Cut.of(spectrum, of_mode)
         recombine = Recombination.of(cut, torch.float64, total.core.device)
-        result = total.recombined(None if recombine.keeps else recombine, None, 1.0)
+        change = None if recombine.keeps else recombine
+        result = total.recombined(change, 1.0, on_left=total.edits_left)
         outcome = Outcome("inspected", cut.remark, result.edit_norm)
         if pretrained is not None and not recombine.keeps:
             try:

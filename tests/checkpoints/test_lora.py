@@ -115,7 +115,7 @@ REFUSED = [
     ({"rank_pattern": {"q": True}}, None, "`rank_pattern`: 'q' must be a whole number"),
     ({"rank_pattern": {"q(": 2}}, None, r"'q\(' is no regular expression"),
     ({"alpha_pattern": [1]}, None, "`alpha_pattern` must map modules"),
-    ({"r": 5}, None, r"lora_A.weight is \(2, 6\) and its B \(4, 2\), but .* the rank 5"),
+    ({"r": 5}, None, r"and its B \(4, 2\), but .* the rank 5"),
     ({}, changed(f"{Q}.lora_B.weight", None), "no lora_B.weight beside it"),
     ({}, changed(f"{Q}.lora_A.weight", None), f"has {PREFIX}{Q}.lora_B.weight, but no A"),
     ({}, changed(f"{Q}.lora_magnitude_vector", torch.ones(4)), "no part of a LoRA"),
@@ -161,7 +161,7 @@ def test_a_damaged_file_is_named(kind, tmp_path):
     folder = write(tmp_path / "a", kind=kind)
     file = folder / f"adapter_model.{kind}"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(LoraError, match=f"{file} is"):
+    with pytest.raises(LoraError, match=f"{file} (is|cannot be read)"):
         open_adapter(str(folder))
 
 

@@ -22,7 +22,7 @@ from mergekit_monosoup.kernel.monosoup import Settings
 from mergekit_monosoup.parameters import MONOSOUP
 
 TOLERANCE = 1e-9
-QUICK = settings(max_examples=60, deadline=None, derandomize=True)
+QUICK = settings(max_examples=40, deadline=None, derandomize=True)
 
 
 @st.composite
@@ -79,7 +79,10 @@ def test_edit_is_that_of_the_whole_matrix(tasks, mode, R, alpha, rule, data):
     assert record.shape == update.shape
     assert record.realised is None and record.rel_update is None
     if len(tasks) == 1:
-        assert done.factors.A is tasks[0].A and done.factors.scale == tasks[0].scale
+        task = tasks[0]
+        kept = task.rank <= task.A.shape[1] or len(task.B) <= task.A.shape[1]
+        assert (done.factors.A is task.A) or not kept
+        assert done.factors.scale == task.scale
     else:
         assert done.factors.rank == sum(task.rank for task in tasks)
 
@@ -108,8 +111,8 @@ def test_compressing_is_the_best_approximation_and_says_what_it_drops(tasks, ran
     sigma = np.linalg.svd(exact, compute_uv=False)
     rest = (sigma[rank:] ** 2).sum() / (sigma**2).sum()
     error = np.linalg.norm(done.factors.dense().numpy() - exact) ** 2 / (sigma**2).sum()
-    assert done.factors.rank <= max(rank, *([0] if rank < sum(t.rank for t in tasks) else [99]))
     if rank < sum(task.rank for task in tasks):
+        assert done.factors.rank == min(rank, *exact.shape)
         assert done.dropped == pytest.approx(rest, abs=1e-12)
         assert error == pytest.approx(rest, abs=1e-12)
         assert f"compressed to {done.factors.rank}" in done.record.reason
@@ -142,13 +145,15 @@ def test_preview_is_that_of_the_merged_weight(task, flipped, dtype):
     for got, expected in zip(ours, monosoup.preview(W0.float(), W1, points=9), strict=True):
         assert (got.mode, got.R, got.k) == (expected.mode, expected.R, expected.k)
         assert got.rel_update == pytest.approx(expected.rel_update, rel=1e-5)
-        assert got.realised == pytest.approx(expected.realised, abs=1e-3) and got.realised > 0
+        assert got.realised == pytest.approx(expected.realised, abs=1e-3)
+        assert got.realised > 0.5
         assert got.edit_norm == pytest.approx(expected.edit_norm, rel=1e-3)
         assert got.spectrum[::8] == pytest.approx([1, float(sigma[5] / sigma[0])], rel=1e-3)
     alone = low_rank.preview(task)
     assert [r.realised for r in alone] == [r.rel_update for r in alone] == [None, None]
     edited = low_rank.edit([task])
-    assert alone[0].edit_norm == pytest.approx(edited.record.edit_norm, rel=1e-12) > 0
+    assert alone[0].edit_norm == pytest.approx(edited.record.edit_norm, rel=1e-12)
+    assert edited.record.edit_norm > 0
 
 
 def test_an_adapter_that_was_never_trained_is_kept(task):
