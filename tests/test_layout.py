@@ -24,6 +24,17 @@ ALLOWED = {
     "mergekit_monosoup/checkpoints": {"errors"},
     "mergekit_monosoup/report": {"checkpoints", "files", "terminal"},
     "mergekit_monosoup/kernel": {"errors", "parameters", "report"},
+    "mergekit_monosoup/adapters": {
+        "checkpoints",
+        "distributed",  # which files belong to a model
+        "errors",
+        "files",
+        "kernel",
+        "parameters",
+        "report",
+        "soup",  # its decisions
+        "waiting",
+    },
     "mergekit_monosoup/check": {"checkpoints", "parameters", "report"},
     "mergekit_monosoup/pages": {"__version__", "checkpoints", "files", "report", "terminal"},
 }

@@ -260,7 +260,8 @@ def edit(
 
     Returns:
         One update: B edited, A and scale as given (A edited, not B, if r > in < out); B itself if
-        nothing was to be edited. Several: their B's and A's side by side, of the sum of their ranks, and scale 1.
+        nothing was to be edited. Several: their B's and A's side by side, of the sum of their
+        ranks, and scale 1.
 
     Raises:
         ValueError: the weights are wrong.

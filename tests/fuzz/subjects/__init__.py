@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fuzz.subjects import (
+    adapters,
     beside,
     configurations,
     names,
@@ -30,6 +31,7 @@ SUBJECTS = {
         names,
         places,
         texts,
+        adapters,
     )
 }
 """By name: writes the files of a case into a place and returns the commands that read them."""

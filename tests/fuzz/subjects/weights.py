@@ -31,7 +31,7 @@ def commands(rng: random.Random, place: Place) -> list[Command]:
     mutation.copied(models.good(), place.work)
     files = sorted(p for p in place.work.glob("*/*") if _holds_tensors(p))
     path = rng.choice(files)
-    _damage(rng, path, place)
+    damage(rng, path, place)
     names = (path.name, path.parent.name)
     if path.parent.name == "adapter":
         place.write("m.yml", models.WITH_ADAPTER)
@@ -48,7 +48,8 @@ def _holds_tensors(path: Path) -> bool:
     return path.suffix in (".safetensors", ".bin") or path.name.endswith(".index.json")
 
 
-def _damage(rng: random.Random, path: Path, place: Place) -> None:
+def damage(rng: random.Random, path: Path, place: Place) -> None:
+    """Change a file of weights, or put something else in its place."""
     if rng.random() < 0.07:
         mutation.place_taken(rng, path)
         return
