@@ -177,6 +177,12 @@ class Merge:
                     f"{odd[0]} is only in one of {first.name} and {other.name}: it was trained "
                     "whole there, and an average needs it in both"
                 )
+            for name in first.whole:
+                if first.tensors[name].shape != other.tensors[name].shape:
+                    raise LoraError(
+                        f"{name} is {first.tensors[name].shape} in {first.name}, but "
+                        f"{other.tensors[name].shape} in {other.name}: it cannot be averaged"
+                    )
         matrix = next((n for n in first.whole if len(first.tensors[n].shape) > 1), None)
         if matrix and self.method.name == SVC.name and self.base is None:
             raise LoraError(f"{first.name} holds {matrix} whole: svc of it needs --base BASE")
@@ -238,14 +244,7 @@ class Merge:
             B = _rounded(factors.B, self._dtype(module.B))
             record = replace(edited.record, shape=module.shape)
             if W0 is not None and record.action == "edited":
-                stored = replace(factors, A=A, B=B)
-                rounding = survival(W0, edited.before, stored, W0.dtype)
-                record = replace(
-                    record,
-                    dtype=str(W0.dtype).removeprefix("torch."),
-                    edit_norm=rounding.edit_norm,
-                    realised=rounding.realised,
-                )
+                record = _on_base(record, W0, edited.before, replace(factors, A=A, B=B))
         tensors = {
             module.A.name: A.reshape(len(A), *module.A.shape[1:]),
             module.B.name: B.reshape(*B.shape, *module.B.shape[2:]),
@@ -288,8 +287,10 @@ class Merge:
         if base is None or not base.is_floating_point():
             merged, records = self._average(target, tensors, reason)
         else:
-            merged, records = self._edited(target, base, tensors)
-        return Piece({name: _rounded(merged, dtype)}, records)
+            with named_errors(target, ()):
+                merged, records = self._edited(target, base, tensors)
+                merged = _rounded(merged, dtype)
+        return Piece({name: merged.to(dtype)}, records)
 
     def _average(
         self, name: str, tensors: Sequence[Tensor], reason: str
@@ -329,6 +330,13 @@ def _rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
         name = str(dtype).removeprefix("torch.")
         raise OverflowError(f"its edited entries leave the range of {name}")
     return rounded
+
+
+def _on_base(record: Record, W0: Tensor, before: Factors, after: Factors) -> Record:
+    """Return a record with what would be left of an edit in the base's dtype."""
+    rounding = survival(W0, before, after, W0.dtype)
+    dtype = str(W0.dtype).removeprefix("torch.")
+    return replace(record, dtype=dtype, edit_norm=rounding.edit_norm, realised=rounding.realised)
 
 
 def _copied(name: str, tensor: Tensor, reason: str) -> Record:
