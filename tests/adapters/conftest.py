@@ -2,31 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from helpers import checkpoints
+from helpers.lora import fallen
 from safetensors.torch import load_file, save_file
 
 Make = Callable[..., Path]
-
-
-def fallen(state: dict[str, torch.Tensor], seed: int, last: float) -> dict[str, torch.Tensor]:
-    """Random factors in the place of those of a state dict, with σ from about 1 to ``last``."""
-    torch.manual_seed(seed)
-    new = {}
-    for name, tensor in state.items():
-        new[name] = tensor
-        if ".lora_" in name:
-            new[name] = torch.randn(tensor.shape) / tensor.shape[-1] ** 0.5
-            if "_B" in name and tensor.ndim > 1:
-                falls = torch.logspace(0, math.log10(last), tensor.shape[1])
-                new[name] = new[name] * falls.view(1, -1, *[1] * (tensor.ndim - 2))
-    return new
 
 
 @pytest.fixture(scope="session")
@@ -63,7 +47,3 @@ def plain(make) -> Path:
 @pytest.fixture(scope="session")
 def other(make) -> Path:
     return make("other", 1, r=3, lora_alpha=5)
-
-
-def configured(folder: Path) -> dict:
-    return json.loads((folder / "adapter_config.json").read_text())
