@@ -18,9 +18,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from mergekit_monosoup.checkpoints import hub
-from mergekit_monosoup.checkpoints.headers import read_header
 from mergekit_monosoup.checkpoints.index import INDEX, read_index
 from mergekit_monosoup.checkpoints.lora_config import CONFIG, WAY_OUT, LoraConfig, LoraError
+from mergekit_monosoup.checkpoints.one_file import read_header
 from mergekit_monosoup.checkpoints.paths import NotThereError, check_model_path
 from mergekit_monosoup.checkpoints.pickles import named_tensors
 from mergekit_monosoup.checkpoints.stored import LackingError, Stored

@@ -152,8 +152,9 @@ class Sum:
         core = alpha * self._between(lower, upper)
         several = len(self.tasks) > 1
         factor = alpha * self._diagonal if several else alpha
-        # Into the small matrix where there is a choice: a pass over B takes a tenth of its QR.
-        B = self._B * factor if left is None else self._left @ (lower * factor)
+        # Q_b and the small matrix are column-major: written as Q_b @ …, 12288 x 64 took 15 ms
+        # instead of 4.
+        B = self._B * factor if left is None else ((lower * factor).T @ self._left.T).T
         A = self._A if right is None else (self._right() @ upper).T
         first = self.tasks[0]
         if several:
