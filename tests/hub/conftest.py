@@ -15,7 +15,7 @@ from helpers.hub import HUB
 from helpers.hub_server import Hub
 from safetensors.torch import save_file
 
-BASE, TUNED, OTHER, ADAPTER = HUB
+BASE, TUNED, OTHER, ADAPTER, *_ = HUB
 
 
 @pytest.fixture(scope="session")

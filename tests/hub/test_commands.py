@@ -17,7 +17,7 @@ from mergekit_monosoup.check import Finding, check
 from mergekit_monosoup.checkpoints import hub as hub_module
 from mergekit_monosoup.cli import main
 
-BASE, TUNED, OTHER, ADAPTER = HUB
+BASE, TUNED, OTHER, ADAPTER, *_ = HUB
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 SIGN_IN = Fault(f"/{TUNED}/resolve", 401, "GatedRepo", "Access to model X is restricted.")
 

@@ -24,7 +24,7 @@ from evaluation import fingerprint, run, sources, suite
 from evaluation.engines import EvaluationError, language
 from evaluation.sources import SourceError
 
-BASE, TUNED, OTHER, ADAPTER = HUB
+BASE, TUNED, OTHER, ADAPTER, *_ = HUB
 QUESTION = {"question": "What is 1 + {}?", "answer": "It is so.\n#### {}"}
 CHOICES = {"question": "What is 1 + {}?", "choices": ["1", "2", "3", "4"], "answer": 1}
 MGSM = QUESTION | {"answer_number": 2, "equation_solution": "1 + {}"}
