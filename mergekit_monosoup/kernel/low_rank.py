@@ -1,7 +1,7 @@
 """MonoSoup and SVC for updates of low rank, as LoRA stores them, in matrices of that rank.
 
     ΔW = Σ_i c_i s_i B_i A_i = B D A      B = [B_1 … B_K] (out, r),  A (r, in),  D diagonal
-    B = Q_b R_b,  Aᵀ = Q_a R_a            thin QR, float64
+    B = Q_b R_b,  Aᵀ = Q_a R_a            thin QR, float64: :class:`ThinQR`
     ΔW = Q_b C Q_aᵀ,  C = R_b D R_aᵀ      the core, r x r
 
 Q_b and Q_a have orthonormal columns, so singular values, norms and inner products of cores are
@@ -31,6 +31,10 @@ from mergekit_monosoup.kernel.task_vector import (
 )
 from mergekit_monosoup.parameters import SVC
 from mergekit_monosoup.report.record import Record
+
+# σ_1/σ_r of a factor up to which XᵀX is decomposed instead of X: that errs by the square of it
+# times eps, 2e-10 of the update.
+WELL_CONDITIONED = 1e3
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,34 @@ class Factors:
         return update.T if self.flipped else update
 
 
+class ThinQR:
+    """X = Q·R of a tall X, (rows, r) float64, with Q only as a factor.
+
+    R is the Cholesky factor of XᵀX where that is accurate, and Householder's otherwise: at
+    12288 x 64 the edit of an adapter takes half the time.
+
+    Attributes:
+        R: (min(rows, r), r), upper triangular.
+    """
+
+    def __init__(self, X: Tensor):
+        self._X = X
+        self._Q: Tensor | None = None
+        self.R, info = torch.linalg.cholesky_ex(X.T @ X, upper=True)
+        accurate = int(info) == 0
+        if accurate:
+            sigma = torch.linalg.svdvals(self.R)
+            accurate = bool(sigma[0] < WELL_CONDITIONED * sigma[-1])
+        if not accurate:  # columns that depend on each other, as those of an adapter given twice
+            self._Q, self.R = torch.linalg.qr(X)
+
+    def times(self, M: Tensor) -> Tensor:
+        """Return Q·M."""
+        if self._Q is None:
+            return self._X @ torch.linalg.solve_triangular(self.R, M, upper=True)
+        return self._Q @ M
+
+
 class Sum:
     """ΔW = Σ c_i ΔW_i of several low-rank updates of one matrix, factored into its core.
 
@@ -86,8 +118,8 @@ class Sum:
         self.order = max(tasks[0].shape)
         self._B = _side_by_side([task.B.double() for task in tasks], 1)
         self._A = _side_by_side([task.A.double() for task in tasks], 0)
-        self._left, self._lower = torch.linalg.qr(self._B)
-        self._upper = torch.linalg.qr(self._A.T, mode="r").R  # Q_a is seldom needed
+        self._left, self._right = ThinQR(self._B), ThinQR(self._A.T)
+        self._lower, self._upper = self._left.R, self._right.R
         self._diagonal = torch.cat(
             [
                 self._A.new_full((task.rank,), c * task.scale)
@@ -133,10 +165,6 @@ class Sum:
         first = self.tasks[0]
         return replace(record, shape=first.shape, dtype=str(first.B.dtype).removeprefix("torch."))
 
-    def _right(self) -> Tensor:
-        """Q_a, (in, min(r, in))."""
-        return torch.linalg.qr(self._A.T).Q
-
     def recombined(self, recombine: Recombine | None, alpha: float, *, on_left: bool) -> Result:
         """Return alpha times the sum with one of its sides recombined, the other as it is.
 
@@ -152,10 +180,8 @@ class Sum:
         core = alpha * self._between(lower, upper)
         several = len(self.tasks) > 1
         factor = alpha * self._diagonal if several else alpha
-        # Q_b and the small matrix are column-major: written as Q_b @ …, 12288 x 64 took 15 ms
-        # instead of 4.
-        B = self._B * factor if left is None else ((lower * factor).T @ self._left.T).T
-        A = self._A if right is None else (self._right() @ upper).T
+        B = self._B * factor if left is None else self._left.times(lower * factor)
+        A = self._A if right is None else self._right.times(upper).T
         first = self.tasks[0]
         if several:
             return Result(self, replace(first, B=B, A=A, scale=1.0), core)
@@ -174,7 +200,7 @@ class Sum:
         U, sigma, Vt = torch.linalg.svd(core, full_matrices=False)
         kept = slice(0, min(rank, len(sigma)))
         root = sigma[kept].sqrt()
-        B, A = (self._left @ U[:, kept]) * root, root[:, None] * (Vt[kept] @ self._right().T)
+        B, A = self._left.times(U[:, kept] * root), self._right.times(Vt[kept].T * root).T
         energy = sigma.square()
         total = float(energy.sum())
         dropped = float(energy[kept.stop :].sum()) / total if total else 0.0
