@@ -22,7 +22,7 @@ from torch import Tensor
 from mergekit_monosoup.kernel import monosoup, svc
 from mergekit_monosoup.kernel.assemble import Outcome, Products, Recombine, Rounding, describe
 from mergekit_monosoup.kernel.monosoup import KEEP, Cut, Recombination, Settings, action_of
-from mergekit_monosoup.kernel.spectrum import Spectrum, quantile_curve
+from mergekit_monosoup.kernel.spectrum import Spectrum
 from mergekit_monosoup.kernel.task_vector import (
     Norms,
     TaskVector,
@@ -391,7 +391,7 @@ def preview(
             lambda of_mode: monosoup.unseen(record, of_mode), settings, started
         )
     spectrum = total.spectrum()
-    curve = quantile_curve(spectrum.sigma[: spectrum.rank], points) if points else None
+    shape = monosoup.drawn(spectrum, points)
 
     def inspected(of_mode: Settings) -> Record:
         cut = Cut.of(spectrum, of_mode)
@@ -406,7 +406,7 @@ def preview(
             except OverflowError:  # merging would say so; the rest of the inspection holds
                 outcome = replace(outcome, edit_norm=None)
         record = cut.record(describe(update, norms, outcome, spectrum.solver))
-        return replace(total.noted(record), spectrum=curve)
+        return replace(total.noted(record), **shape)
 
     return monosoup.of_each_mode(inspected, settings, started)
 

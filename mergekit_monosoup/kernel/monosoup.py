@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -503,7 +503,7 @@ def preview(
     return of_each_mode(inspected, settings, started)
 
 
-def drawn(spectrum: Spectrum, points: int) -> dict[str, list[float]]:
+def drawn(spectrum: Spectrum, points: int) -> dict[str, Any]:
     """Return the fields of a record that a drawing of the spectrum needs; none for 0 points."""
     sigma = spectrum.sigma[: spectrum.rank]
     if not points:
