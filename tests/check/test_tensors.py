@@ -19,6 +19,7 @@ from mergekit.io import ShardedTensorIndex
 from mergekit.io.tasks import LoaderCache
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
+from mergekit.scripts.merge_raw_pytorch import RawPyTorchMergeConfig, plan_flat_merge
 from safetensors.torch import load_file, save_file
 
 from mergekit_monosoup import report
@@ -101,6 +102,28 @@ def test_tensors_that_a_model_lacks_and_damaged_files(write, models, tmp_path):
     (folder / "model.safetensors").write_bytes(b"\x10")
     (damaged,) = messages(write(models=[{"model": str(folder)}]))
     assert "cannot be read" in damaged and "cut off in its header" in damaged
+
+
+@pytest.mark.parametrize("lacking", ["base", "tuned"])
+def test_files_of_which_one_has_no_head(write, tmp_path, lacking):
+    """mergekit-pytorch drops in silence what only the base has, and stops at the contrary."""
+    body = {"body.weight": torch.randn(4, 4)}
+    files = {}
+    for name in ("base", "tuned"):
+        head = {} if name == lacking else {"head.weight": torch.randn(3, 4)}
+        files[name] = str(tmp_path / f"{name}.safetensors")
+        save_file({**body, **head}, files[name])
+    path = write(base_model=files["base"], models=[{"model": files["tuned"]}])
+    (said,) = messages(path, "warning")
+    assert said.startswith(f"{files[lacking]}: lacks 1 tensor(s)") and "head.weight" in said
+    config = RawPyTorchMergeConfig.model_validate(yaml.safe_load(path.read_text()))
+    if lacking == "tuned":
+        assert "leaves out what only the base has" in said
+        assert len(plan_flat_merge(config, "out", False, False, MergeOptions())) == 2  # body, end
+        return
+    assert "stops at them, but for --tensor-union" in said
+    with pytest.raises(RuntimeError, match="Missing tensors"):
+        plan_flat_merge(config, "out", False, False, MergeOptions())
 
 
 @finds("TEN508")
