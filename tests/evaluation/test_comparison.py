@@ -94,7 +94,7 @@ def test_settings_compared_on_a_public_test_set(folder):
 def test_other_settings_and_another_w0_are_warned_of(folder):
     evaluations.write(folder, "soup", SOUP, weights="e" * 64, limit=4)
     warnings = " ".join(compare([folder])[0].warnings)
-    assert "different W0" in warnings and "first 4 items" in warnings
+    assert "different W0" in warnings and "Only 4 items" in warnings
     assert "different limit: 4, None" in warnings
     merge = merge_of("monosoup", inputs={"base": "0" * 64})
     evaluations.write(folder, "soup", SOUP, merge=merge)
