@@ -140,7 +140,6 @@ REFUSED = [
         None,
         r"has model-q4\.gguf: GGUF, which mergekit does not read",
     ),
-    (ADAPTER, None, r"is an adapter: write BASE\+ADAPTER"),
     (f"{BASE}+{OTHER}", None, "is no adapter: peft looks for adapter_config.json"),
     ("bad name/x", None, "the hub takes no such name: ORGANISATION/MODEL"),
 ]
@@ -165,6 +164,17 @@ def test_refusals_are_one_line_everywhere(models, variants, write, tmp_path, nam
         assert said.startswith(f"{name}: ") and re.search(message, said), said
     assert not (tmp_path / "out").exists() and not (tmp_path / "s.yml").exists()
     assert not [p for p in (tmp_path / "cache").glob("*")], "what poisons the next command"
+
+
+def test_an_adapter_is_no_model_but_inspected_and_edited(models, write, hub, tmp_path):
+    message = r"is an adapter: write BASE\+ADAPTER"
+    assert re.search(message, only(check(write(ADAPTER))).message)
+    assert re.search(message, error("run", write(ADAPTER), tmp_path / "out", "--quiet"))
+    local = call("inspect", hub / "base", hub / "adapter").stdout
+    assert call("inspect", BASE, ADAPTER).stdout == local and "freevariance: " in local
+    soup = ["soup", "--base", BASE, ADAPTER, OTHER, "--threshold", 0, "--out", tmp_path / "s.yml"]
+    assert f"{ADAPTER} is an adapter, but {OTHER} is not" in error(*soup)
+    assert call("adapter", ADAPTER, "--out", tmp_path / "edited").exit_code == 0
 
 
 def test_a_renamed_repository_works_and_is_named(models, write):
