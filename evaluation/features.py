@@ -1,18 +1,20 @@
-"""Hidden states of models on the same texts, and their similarity as linear CKA.
+"""Hidden states of models on the same items, and their similarity as linear CKA.
 
-Hidden states are averaged over the tokens of a text. Models are loaded one at a time; their
-features go to a temporary folder and are read back in pieces, so memory grows with the square of
-the hidden size, not with the number of texts.
+Of texts they are averaged over tokens; `image_features` reads those of images. Models are loaded
+one at a time; their features go to a temporary folder and are read back in pieces, so memory grows
+with the square of the hidden size, not with the number of items.
 """
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -23,23 +25,30 @@ from evaluation.sources import PRETRAINED, Source, SourceError
 from mergekit_monosoup.plots.text import figure_labels, figure_text
 
 Matrix = NDArray[np.float64]
-CHUNK = 4096  # texts read back at once
-NAME_LIMIT = 36  # characters of a model or text set in a figure
+CHUNK = 4096  # items read back at once
+NAME_LIMIT = 36  # characters of a model or set of items in a figure
 
 Similarities = dict[str, dict[str, list[float | None]]]
-"""CKA with the pretrained model: by text set and model, block by block; block 0 is the embedding.
+"""CKA with the pretrained model: by set of items and model, block by block; block 0 is the embedding.
 
 None where it is not defined.
 """
 
+Pooled = Iterator[Sequence[torch.Tensor]]
+"""Features of a set, batch by batch: for each block (items, its width), of the embedding first."""
+
+Reader = Callable[[Source], Callable[[str], Pooled]]
+"""Loads a model and returns what reads a set, by its name, with it."""
+
 
 @dataclass(frozen=True)
 class Reading:
-    """How texts are read by the models."""
+    """How texts or images are read by the models."""
 
     device: str
     batch_size: int = 32
     max_tokens: int = 512  # of a text, the rest is cut off
+    architecture: str | None = None  # of files of images that do not say it
 
 
 @dataclass
@@ -98,38 +107,78 @@ def linear_cka(xs: Iterable[Matrix], ys: Iterable[Matrix]) -> float | None:
 def similarities(
     models: Iterable[Source], texts: Mapping[str, Sequence[str]], folder: Path, reading: Reading
 ) -> Similarities:
-    """Return how similar the features of every model are to those of the one named pretrained.
+    """Return how similar the features of texts are to those of the model named pretrained.
 
     Args:
-        models: one of them named pretrained.
+        models: folders of transformers, one of them named pretrained.
         texts: sets of texts by name; CKA needs two texts at least.
-        folder: where features lie for a while, (blocks + 1)·(hidden size)·4 bytes per text and
-            model, of two models at a time.
+        folder: see :func:`compare`.
 
     Raises:
         SourceError: a model has another number of blocks, a text has no tokens.
     """
+    return compare(models, list(texts), folder, partial(_text_reader, texts, reading))
+
+
+def compare(
+    models: Iterable[Source], sets: Sequence[str], folder: Path, reader: Reader
+) -> Similarities:
+    """Return how similar every model's features are to those of the one named pretrained.
+
+    Args:
+        models: one of them named pretrained.
+        sets: the names of sets of items.
+        folder: where features lie for a while, (widths of all blocks)·4 bytes per item and model,
+            of two models at a time.
+        reader: gives the features.
+
+    Raises:
+        SourceError: a model has another number of blocks.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     ordered = sorted(models, key=lambda source: source.name != PRETRAINED)
-    values: Similarities = {name: {} for name in texts}
+    values: Similarities = {name: {} for name in sets}
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         for number, source in enumerate(ordered, 1):
             print(f"[{number}/{len(ordered)}] {source.name}: {source.folder}", flush=True)
             own = Path(temporary, file_name(source.name))
-            _write_features(source, texts, own, reading)
-            for name in texts:
-                reference = Path(temporary, PRETRAINED, f"{file_name(name)}.npy")
-                values[name][source.name] = _by_block(
-                    reference, own / f"{file_name(name)}.npy", source.name
-                )
+            read = reader(source)
+            for name in sets:
+                _write_features(read(name), own / file_name(name))
+            for name in sets:
+                reference = Path(temporary, PRETRAINED, file_name(name))
+                values[name][source.name] = _by_block(reference, own / file_name(name), source.name)
             if source.name != PRETRAINED:
                 shutil.rmtree(own)
     return values
 
 
+def _write_features(batches: Pooled, folder: Path) -> None:
+    """Write features, one file per block: (items, its width), float32, batch after batch."""
+    folder.mkdir(parents=True)
+    with contextlib.ExitStack() as stack:
+        files: list[BinaryIO] = []
+        for batch in batches:
+            if not files:
+                for block, features in enumerate(batch):
+                    file = stack.enter_context((folder / f"{block}-{features.shape[1]}").open("wb"))
+                    files.append(file)
+            for file, features in zip(files, batch, strict=True):
+                file.write(features.float().cpu().numpy().tobytes())
+
+
+def _read_features(folder: Path) -> list[NDArray[np.float32]]:
+    """Return the features of each block, mapped from the files."""
+    files = sorted(folder.iterdir(), key=lambda file: int(file.name.split("-")[0]))
+    return [
+        np.memmap(file, dtype=np.float32, mode="r").reshape(-1, int(file.name.split("-")[1]))
+        for file in files
+    ]
+
+
 def _by_block(reference: Path, own: Path, model: str) -> list[float | None]:
-    expected, features = (np.load(file, mmap_mode="r") for file in (reference, own))
-    if expected.shape[:2] != features.shape[:2]:
+    expected, features = _read_features(reference), _read_features(own)
+    if len(expected) != len(features):
         raise SourceError(
             f"{model} has {len(features) - 1} blocks, {PRETRAINED} has {len(expected) - 1}"
         )
@@ -141,11 +190,12 @@ def _pieces(features: NDArray[np.float32]) -> Iterator[Matrix]:
         yield np.asarray(features[start : start + CHUNK], dtype=np.float64)
 
 
-@torch.inference_mode()
-def _write_features(
-    source: Source, texts: Mapping[str, Sequence[str]], folder: Path, reading: Reading
-) -> None:
-    """Write features, one file per text set: (blocks + 1, texts, hidden size), float32."""
+# -- texts -----------------------------------------------------------------------------------------
+
+
+def _text_reader(
+    texts: Mapping[str, Sequence[str]], reading: Reading, source: Source
+) -> Callable[[str], Pooled]:
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
@@ -156,25 +206,21 @@ def _write_features(
     # model.
     model = transformers.AutoModel.from_pretrained(source.folder, dtype="auto")
     model = model.to(reading.device).eval()
-    folder.mkdir()
-    for name, lines in texts.items():
-        out: Any = None
+
+    def read(name: str) -> Pooled:
+        lines = texts[name]
         for start in range(0, len(lines), reading.batch_size):
             encoded = tokenizer(
                 list(lines[start : start + reading.batch_size]),
                 truncation=True,
                 max_length=reading.max_tokens,
             )["input_ids"]
-            pooled = _pooled(model, encoded, reading.device)
-            if out is None:
-                shape = (len(pooled), len(lines), pooled.shape[-1])
-                out = np.lib.format.open_memmap(
-                    folder / f"{file_name(name)}.npy", mode="w+", dtype=np.float32, shape=shape
-                )
-            out[:, start : start + pooled.shape[1]] = pooled.numpy()
-        out.flush()
+            yield list(_pooled(model, encoded, reading.device))
+
+    return read
 
 
+@torch.inference_mode()
 def _pooled(model: Any, encoded: list[list[int]], device: str) -> torch.Tensor:
     """Return hidden states averaged over tokens: (blocks + 1, texts, hidden size), float32."""
     tokens, mask = (part.to(device) for part in _padded(encoded))

@@ -1,6 +1,6 @@
-"""Say which claims of the paper hold in a tiny world, over seeds: `python -m evaluation.evidence`.
+"""Say which claims of the paper hold in tiny worlds, over seeds: `python -m evaluation.evidence`.
 
-Offline, resumable: what is finished in --out is not done again. Half an hour on two idle cores.
+Offline, resumable: what is finished in --out is not done again. Under an hour on two idle cores.
 """
 
 from __future__ import annotations
@@ -13,13 +13,32 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 from evaluation.engines import EvaluationError
-from evaluation.evidence import experiment, models
+from evaluation.evidence import digits, experiment, models
 from evaluation.options import exit_code, positive
 from mergekit_monosoup import terminal
 
 DOCS = Path("docs")
+
+
+class World(NamedTuple):
+    """What is run of one world; a seed has a folder and a JSON file of its own."""
+
+    stem: str  # of their names
+    seeds: int  # by default 0, 1, … so many
+    models: int  # that a seed asks
+    suites: tuple[str, ...]
+    run_seed: Callable[[int, Path, Path, int | None], None]
+
+
+WORLDS = {
+    "sums": World(
+        "seed", 8, experiment.model_count(), (models.SUITE, models.TWO_TASKS), experiment.run_seed
+    ),
+    "digits": World("digits", 6, digits.model_count(), (digits.SUITE,), digits.run_seed),
+}
 
 
 @terminal.output()
@@ -28,28 +47,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     options.docs = options.docs or (options.out if options.limit is not None else DOCS)
     if options.only is not None:
-        folder, results = options.out / f"seed-{options.only}", options.docs / "evidence"
-        return exit_code(lambda: experiment.run_seed(options.only, folder, results, options.limit))
+        world, results = WORLDS[options.world[0]], options.docs / "evidence"
+        folder = options.out / f"{world.stem}-{options.only}"
+        return exit_code(lambda: world.run_seed(options.only, folder, results, options.limit))
     return exit_code(lambda: _run(options))
 
 
 def _run(options: argparse.Namespace) -> None:
     failed = {} if options.tables else _run_all(options)
     if failed:
-        ends = [
-            f"seed {seed} failed; the end of {log}:\n{_tail(log)}" for seed, log in failed.items()
-        ]
+        ends = [f"{what} failed; the end of {log}:\n{_tail(log)}" for what, log in failed.items()]
         again = "Run the same command again: what is finished is not done again."
         raise EvaluationError("\n".join([*ends, again]))
-    from evaluation.evidence import page  # matplotlib, which the seeds' processes do without
+    # matplotlib, which the seeds' processes do without
+    from evaluation.evidence import digits_page, page
 
-    page.write(options.docs)
+    for world in options.world:
+        {"sums": page, "digits": digits_page}[world].write(options.docs)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m evaluation.evidence", description=__doc__)
     parser.add_argument(
-        "--seeds", type=int, nargs="+", default=list(range(8)), help="default: 0 1 2 3 4 5 6 7"
+        "--world", choices=tuple(WORLDS), nargs="+", default=list(WORLDS), help="default: both"
+    )
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        nargs="+",
+        help="default: "
+        + ", ".join(f"0 to {world.seeds - 1} of {name}" for name, world in WORLDS.items()),
     )
     parser.add_argument(
         "--processes",
@@ -81,44 +108,51 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run_all(options: argparse.Namespace) -> dict[int, Path]:
+def _run_all(options: argparse.Namespace) -> dict[str, Path]:
     """Run every seed in a process of its own; return the logs of those that failed."""
     from tqdm import tqdm
 
     options.out.mkdir(parents=True, exist_ok=True)
-    failed: dict[int, Path] = {}
+    failed: dict[str, Path] = {}
     lock = threading.Lock()
-    total = len(options.seeds) * experiment.model_count()
+    jobs = [
+        (name, seed)
+        for name in options.world
+        for seed in (range(WORLDS[name].seeds) if options.seeds is None else options.seeds)
+    ]
+    total = sum(WORLDS[name].models for name, _ in jobs)
     with tqdm(total=total, unit="model", smoothing=0.05) as bar:
 
-        def run(seed: int) -> None:
+        def run(job: tuple[str, int]) -> None:
+            name, seed = job
+
             def advance(model: str) -> None:
                 with lock:
                     bar.update()
-                    bar.set_postfix_str(f"seed {seed}: {model}")
+                    bar.set_postfix_str(f"{name}, seed {seed}: {model}")
 
-            log = options.out / f"seed-{seed}.log"
-            if _run_one(seed, options, log, advance) != 0:
-                failed[seed] = log
+            log = options.out / f"{WORLDS[name].stem}-{seed}.log"
+            if _run_one(name, seed, options, log, advance) != 0:
+                failed[f"{name}, seed {seed}"] = log
 
         with ThreadPoolExecutor(options.processes) as pool:
-            list(pool.map(run, options.seeds))
+            list(pool.map(run, jobs))
     return failed
 
 
 def _run_one(
-    seed: int, options: argparse.Namespace, log: Path, advance: Callable[[str], None]
+    world: str, seed: int, options: argparse.Namespace, log: Path, advance: Callable[[str], None]
 ) -> int:
     """Run one seed in a process of its own and return its exit code.
 
     `advance` is called with the name of each model that is done.
     """
-    command = [sys.executable, "-m", "evaluation.evidence", "--only", str(seed)]
+    command = [sys.executable, "-m", "evaluation.evidence", "--world", world, "--only", str(seed)]
     command += ["--out", str(options.out), "--docs", str(options.docs)]
     if options.limit is not None:
         command += ["--limit", str(options.limit)]
     threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    endings = tuple(f".{suite}.json" for suite in (models.SUITE, models.TWO_TASKS))
+    endings = tuple(f".{suite}.json" for suite in WORLDS[world].suites)
     with (
         log.open("w") as file,
         subprocess.Popen(

@@ -56,7 +56,10 @@ def run_seed(seed: int, folder: Path, results: Path, limit: int | None = None) -
         trained=trained,
         suites={suite: collect.suite_results(folder / "results", suite, folder) for suite in paths},
         cka=_similarities(folder, paths[models.SUITE]),
-        records={name: _records(folder, name) for name in tunes},
+        records={
+            name: matrix_records(str(folder / models.PRETRAINED), str(folder / name))
+            for name in tunes
+        },
         git=fingerprint.git_hash(),
         minutes=round((time.perf_counter() - started) / 60, 1),
     )
@@ -71,41 +74,42 @@ def _models(folder: Path) -> dict[str, str]:
     folder = folder.resolve()
     cache = folder / "merged"
     paths = {name: str(folder / name) for name in models.TRAINED}
-    paths |= _written(folder, dict(models.merges(folder)))
+    paths |= written(folder, dict(models.merges(folder)))
     pretrained, finetuned = folder / models.PRETRAINED, folder / models.FINETUNED
     for label in models.CONTROLLED:
         merged = sources.find(label, paths[f"monosoup_{label}"], cache)
         weight = same_norm_weight(merged.folder, finetuned, pretrained)
         control = wise_ft(str(pretrained), str(finetuned), weight)
-        paths |= _written(folder, {f"same_norm_{label}": control})
+        paths |= written(folder, {f"same_norm_{label}": control})
     pair = {f"bf16_{name}": models.in_bfloat16(paths[name]) for name in models.IN_BFLOAT16}
-    narrow = _written(folder, pair)
+    narrow = written(folder, pair)
     base, tuned = (
         str(sources.find(name, path, cache).folder.resolve())
         for name, path in zip(models.IN_BFLOAT16, narrow.values(), strict=True)
     )
-    return paths | narrow | _written(folder, dict(models.rounded(base, tuned)))
+    return paths | narrow | written(folder, dict(models.rounded(base, tuned)))
 
 
 def _two_task_models(folder: Path) -> dict[str, str]:
     folder = folder.resolve()
     paths = {name: str(folder / name) for name in models.TWO_TASKS_TRAINED}
-    return paths | _written(folder, dict(models.two_task_merges(folder)))
+    return paths | written(folder, dict(models.two_task_merges(folder)))
 
 
-def _written(folder: Path, configs: Mapping[str, Config]) -> dict[str, str]:
+def written(folder: Path, configs: Mapping[str, Config]) -> dict[str, str]:
+    """Return the paths of configurations, which it writes into `folder`/configs."""
     return {
         name: str(write_config(folder / "configs" / f"{name}.yml", config))
         for name, config in configs.items()
     }
 
 
-def _records(folder: Path, tuned: str) -> list[collect.MatrixRecord]:
+def matrix_records(pretrained: str, finetuned: str) -> list[collect.MatrixRecord]:
     """Return what both modes do to each matrix of a fine-tune, and what would survive bfloat16."""
     from mergekit_monosoup.checkpoints.reader import Checkpoints
     from mergekit_monosoup.inspection import inspect_tensor
 
-    checkpoints = Checkpoints([str(folder / models.PRETRAINED), str(folder / tuned)])
+    checkpoints = Checkpoints([pretrained, finetuned])
     fields = collect.MatrixRecord.model_fields
     return [
         collect.MatrixRecord(**{field: _short(getattr(record, field)) for field in fields})
@@ -133,7 +137,11 @@ def _similarities(folder: Path, paths: Mapping[str, str]) -> features.Similariti
         names += [f"{kind}_{label}" for kind in ("monosoup", "scalar", "high", "low")]
     compared = [sources.find(name, paths[name], folder / "merged") for name in names]
     reading = features.Reading(device="cpu", batch_size=256)
-    values = features.similarities(compared, texts, folder / "cka", reading)
+    return shortened(features.similarities(compared, texts, folder / "cka", reading))
+
+
+def shortened(values: features.Similarities) -> features.Similarities:
+    """Return similarities with as many digits as are worth storing."""
     return {
         group: {model: [_short(value) for value in blocks] for model, blocks in by_model.items()}
         for group, by_model in values.items()

@@ -5,7 +5,6 @@ import hashlib
 import json
 import math
 import random
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +16,10 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 
+from evaluation.worlds import finished
 from evaluation.worlds.sums import OTHER_SKILLS, TUNED_SKILL, Item, World, build_tokenizer
 
 IGNORED = -100  # cross_entropy's ignore_index
-RECIPE_FILE = "recipe.json"
 PRETRAINED, FINETUNED = "pretrained", "finetuned"  # folder names
 
 
@@ -72,7 +71,7 @@ def train_pair(recipe: Recipe, world: World, folder: Path, *, fresh: bool = Fals
     """
     pretrained, finetuned = folder / PRETRAINED, folder / FINETUNED
     mark = fingerprint(recipe, world)
-    if not fresh and _finished(pretrained, mark) and _finished(finetuned, mark):
+    if not fresh and all(finished.is_finished(place, mark) for place in (pretrained, finetuned)):
         return False
 
     tokenizer = build_tokenizer(
@@ -120,7 +119,7 @@ def fine_tune(
     Returns:
         True if it was trained, False if `target` was there, made with the same settings.
     """
-    parent = json.loads((source / RECIPE_FILE).read_text(encoding="utf-8"))
+    parent = json.loads((source / finished.RECIPE_FILE).read_text(encoding="utf-8"))
     questions = [(item.prompt, item.answer) for item in items]
     settings = {
         "source": parent["fingerprint"],
@@ -129,7 +128,7 @@ def fine_tune(
         "rank": rank,
     }
     mark = hashlib.sha256(json.dumps([settings, questions], sort_keys=True).encode()).hexdigest()
-    if _finished(target, mark):
+    if finished.is_finished(target, mark):
         return False
     tokenizer = AutoTokenizer.from_pretrained(source)
     model = Qwen3ForCausalLM.from_pretrained(source, dtype=torch.float32)
@@ -228,24 +227,8 @@ def _save(
     recipe: dict[str, Any],
     mark: str,
 ) -> None:
-    """Write the checkpoint under another name and rename it last.
+    def save(folder: Path) -> None:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
 
-    An interrupted run must not leave something that looks finished.
-    """
-    unfinished = checkpoint.with_name(f"{checkpoint.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    model.save_pretrained(unfinished)
-    tokenizer.save_pretrained(unfinished)
-    written = {"fingerprint": mark, "recipe": recipe}
-    (unfinished / RECIPE_FILE).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
-    if checkpoint.exists():
-        shutil.rmtree(checkpoint)
-    unfinished.rename(checkpoint)
-
-
-def _finished(checkpoint: Path, mark: str) -> bool:
-    try:
-        written = json.loads((checkpoint / RECIPE_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(written, dict) and written.get("fingerprint") == mark
+    finished.write(checkpoint, save, recipe, mark)

@@ -10,7 +10,7 @@ from helpers.tiny import SMALL_WORLD, UNTRAINED, WORLD
 from safetensors.torch import load_file
 from transformers import Qwen3ForCausalLM
 
-from evaluation.worlds import training
+from evaluation.worlds import finished, training
 from evaluation.worlds.sums import TUNED_SKILL, italian
 
 FASTER = replace(UNTRAINED.finetuning, learning_rate=2e-3)
@@ -86,7 +86,7 @@ def test_an_interrupted_run_leaves_nothing_that_looks_finished(tmp_path, monkeyp
     assert training.train_pair(UNTRAINED, SMALL_WORLD, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {training.PRETRAINED, training.FINETUNED}
     assert not training.train_pair(UNTRAINED, SMALL_WORLD, tmp_path)
-    (tmp_path / training.FINETUNED / training.RECIPE_FILE).write_text("{")
+    (tmp_path / training.FINETUNED / finished.RECIPE_FILE).write_text("{")
     assert training.train_pair(UNTRAINED, SMALL_WORLD, tmp_path)
 
 
