@@ -29,9 +29,9 @@ CHUNK = 4096  # items read back at once
 NAME_LIMIT = 36  # characters of a model or set of items in a figure
 
 Similarities = dict[str, dict[str, list[float | None]]]
-"""CKA with the pretrained model: by set of items and model, block by block; block 0 is the embedding.
+"""CKA with the pretrained model: by set of items and model, block by block.
 
-None where it is not defined.
+Block 0 is the embedding. None where it is not defined.
 """
 
 Pooled = Iterator[Sequence[torch.Tensor]]

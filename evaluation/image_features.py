@@ -22,7 +22,7 @@ from evaluation.features import Pooled, Reading, Similarities
 from evaluation.sources import Source, SourceError
 
 BLOCK = re.compile(r"(?:.+\.)?(?:(?:res)?blocks|layers?)\.[0-9]+")
-"""Names of residual blocks: blocks.3 (timm), resblocks.3 (CLIP), stages.0.layers.1 (transformers)."""
+"""Names of residual blocks: blocks.3 of timm, resblocks.3 of CLIP, layers.1 of transformers."""
 
 
 def similarities(

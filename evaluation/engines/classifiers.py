@@ -57,12 +57,12 @@ class Classifier:
     remarks: tuple[str, ...] = ()  # of what was done to the names of its tensors
 
 
-def load(place: Path, classes: int, architecture: str | None = None) -> Classifier:
+def load(place: Path, classes: int | None, architecture: str | None = None) -> Classifier:
     """Return the classifier at `place`, in float32, on the CPU.
 
     Args:
         place: a file or folder, see above.
-        classes: how many it has to have.
+        classes: how many it has to have; None: as many as it has.
         architecture: of timm, or open_clip for a CLIP, for files that do not say it.
 
     Raises:
@@ -171,7 +171,9 @@ class ClipClassifier(nn.Module):
         return logits
 
 
-def _of_clip(place: Path, state: State, classes: int, architecture: str | None) -> Classifier:
+def _of_clip(
+    place: Path, state: State, classes: int | None, architecture: str | None
+) -> Classifier:
     head = {name.removeprefix(HEAD): t for name, t in state.items() if name.startswith(HEAD)}
     if head.keys() != {"weight", "bias"}:
         raise CheckpointError(
@@ -184,7 +186,7 @@ def _of_clip(place: Path, state: State, classes: int, architecture: str | None) 
     name = architecture or _clip_size(place, tower)
     visual = _tower(name)
     _fill(place, visual, tower, name)
-    linear = nn.Linear(head["weight"].shape[1], classes)
+    linear = nn.Linear(head["weight"].shape[1], len(head["weight"]))
     linear.load_state_dict(head)
     features = int(visual.output_dim)
     if features != head["weight"].shape[1]:
@@ -238,13 +240,19 @@ def _clip_size(place: Path, tower: State) -> str:
 
 
 def _of_timm(
-    place: Path, state: State, classes: int, config: Mapping[str, Any], architecture: str | None
+    place: Path,
+    state: State,
+    classes: int | None,
+    config: Mapping[str, Any],
+    architecture: str | None,
 ) -> Classifier:
     name = architecture or str(config["architecture"])
     arguments = {} if architecture else dict(config.get("model_args") or {})
     described = {} if architecture else dict(config.get("pretrained_cfg") or config)
     arguments.pop("num_classes", None)
     try:
+        if classes is None:
+            classes = _own_classes(state, name, arguments)
         module = timm.create_model(name, pretrained=False, num_classes=classes, **arguments)
     except (RuntimeError, ValueError, TypeError) as error:
         raise CheckpointError(f"{place}: timm cannot make {name}: {error}") from error
@@ -261,6 +269,14 @@ def _of_timm(
         name,
         tuple(map(str, config.get("label_names") or ())),
     )
+
+
+def _own_classes(state: State, name: str, arguments: Mapping[str, Any]) -> int:
+    """Return how many classes the head of a state dict has; the model's default without a head."""
+    with torch.device("meta"):
+        module = timm.create_model(name, pretrained=False, **arguments)
+    head = f"{module.pretrained_cfg.get('classifier')}.weight"
+    return len(state[head]) if head in state else int(module.num_classes)
 
 
 def _check_head(place: Path, module: Any, state: State, classes: int) -> None:
@@ -281,7 +297,7 @@ def _check_head(place: Path, module: Any, state: State, classes: int) -> None:
 # -- transformers --------------------------------------------------------------------------------
 
 
-def _of_transformers(folder: Path, classes: int) -> Classifier:
+def _of_transformers(folder: Path, classes: int | None) -> Classifier:
     import transformers
 
     transformers.utils.logging.set_verbosity_error()  # it reports a head without weights
@@ -338,8 +354,8 @@ def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
 # -- what all have in common ---------------------------------------------------------------------
 
 
-def _check_classes(place: Path, found: int, wanted: int) -> None:
-    if found != wanted:
+def _check_classes(place: Path, found: int, wanted: int | None) -> None:
+    if wanted is not None and found != wanted:
         raise CheckpointError(
             f"{place}: its head has {found} classes, the suite asks for {wanted}"
             + (
