@@ -1,6 +1,7 @@
 """Print how similar hidden states are to the pretrained model's: `python -m evaluation.cka …`.
 
-Linear CKA, block by block, on texts in distribution and out of it; `features` computes it.
+Linear CKA, block by block, on texts or images in distribution and out of it; `features` computes
+it, and `image_features` reads what image classifiers make of images.
 """
 
 from __future__ import annotations
@@ -8,14 +9,22 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from evaluation import configs, features, file_merges, fingerprint, options, sources
+from evaluation import (
+    configs,
+    features,
+    file_merges,
+    fingerprint,
+    image_features,
+    options,
+    sources,
+)
 from evaluation.sources import FINETUNED, PRETRAINED, Source, SourceError
 from mergekit_monosoup import terminal
 from mergekit_monosoup.checkpoints.texts import UnreadableError, read_text
@@ -45,10 +54,18 @@ def _parser() -> argparse.ArgumentParser:
         help="add high_only and low_only, MonoSoup's two parts alone, made from the models named "
         "pretrained and finetuned",
     )
-    parser.add_argument(
+    sets = parser.add_mutually_exclusive_group(required=True)
+    sets.add_argument(
+        "--images",
+        action="append",
+        type=options.named_path,
+        metavar="NAME=FOLDER",
+        help="images, in the folder or in folders in it; models are image classifiers then, as "
+        "suites of images take them",
+    )
+    sets.add_argument(
         "--text",
         action="append",
-        required=True,
         type=options.named_path,
         metavar="NAME=FILE",
         help="texts, one per line; JSON lines with a field `text` or `prompt` if the file ends in "
@@ -57,7 +74,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--batches",
         type=options.positive,
-        help="only the first N batches of each text set (default: all)",
+        help="only N batches of each set (default: all): of texts the first, of images spread "
+        "over all",
     )
     parser.add_argument(
         "--batch-size", type=options.positive, default=32, help="default: %(default)s"
@@ -67,6 +85,9 @@ def _parser() -> argparse.ArgumentParser:
         type=options.positive,
         default=512,
         help="of a text, the rest is cut off (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--architecture", help="of files of weights that do not say it, as for evaluation.run"
     )
     parser.add_argument(
         "--out", type=Path, default=Path("results", "cka"), help="folder (default: %(default)s)"
@@ -84,19 +105,23 @@ def _run(given: argparse.Namespace, command: str) -> None:
     models = _models(given)
     given.out.mkdir(parents=True, exist_ok=True)
     used = given.batches * given.batch_size if given.batches else None
-    texts = {name: read_texts(Path(file))[:used] for name, file in given.text}
-    reading = features.Reading(given.device, given.batch_size, given.max_tokens)
-    values = features.similarities(models, texts, given.out, reading)
+    reading = features.Reading(given.device, given.batch_size, given.max_tokens, given.architecture)
+    if given.images:
+        images = {
+            name: image_features.image_files(Path(place), used) for name, place in given.images
+        }
+        values = image_features.similarities(models, images, given.out, reading)
+        described = {"images": _described(given.images, image_features.digests(images))}
+    else:
+        texts = {name: read_texts(Path(file))[:used] for name, file in given.text}
+        values = features.similarities(models, texts, given.out, reading)
+        described = {"texts": _described(given.text, texts), "max_tokens": given.max_tokens}
     result = {
         "command": command,
         "models": {source.name: asdict(source.origin) for source in models},
-        "texts": {
-            name: {"file": file, "items": len(lines), "sha256": fingerprint.digest(lines)}
-            for (name, file), lines in zip(given.text, texts.values(), strict=True)
-        },
+        **described,
         "versions": fingerprint.versions(),
         "git": fingerprint.git_hash(),
-        "max_tokens": given.max_tokens,
         "cka": values,
     }
     file = given.out / "cka.json"
@@ -109,11 +134,26 @@ def _run(given: argparse.Namespace, command: str) -> None:
     print(file)
 
 
+def _described(
+    sets: Sequence[tuple[str, str]], items: Mapping[str, Sequence[str]]
+) -> dict[str, dict[str, Any]]:
+    """Return where each set of items came from, how many they are, and their digest."""
+    return {
+        name: {
+            "file": place,
+            "items": len(items[name]),
+            "sha256": fingerprint.digest(list(items[name])),
+        }
+        for name, place in sets
+    }
+
+
 def _models(given: argparse.Namespace) -> list[Source]:
     """Return the models, the pretrained one first."""
     named = dict(given.model)
-    if len(named) < len(given.model) or len(dict(given.text)) < len(given.text):
-        raise SourceError("two models, or two text sets, have the same name")
+    sets = given.images or given.text
+    if len(named) < len(given.model) or len(dict(sets)) < len(sets):
+        raise SourceError("two models, or two sets of items, have the same name")
     if PRETRAINED not in named or len(named) + given.variants < 2:
         raise SourceError(f"name one model {PRETRAINED} and at least one other")
     if given.variants:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evaluation import features
+from evaluation import features, fingerprint
 from evaluation.engines import EvaluationError
 from evaluation.features import Pooled, Reading, Similarities
 from evaluation.sources import Source, SourceError
@@ -42,8 +42,10 @@ def similarities(
     return features.compare(models, list(images), folder, partial(_reader, images, reading))
 
 
-def image_files(folder: Path) -> list[Path]:
+def image_files(folder: Path, limit: int | None = None) -> list[Path]:
     """Return the images in a folder and the folders in it, in the order of their names.
+
+    With a limit so many of them, spread evenly: the first would be of one class.
 
     Raises:
         SourceError: there are fewer than two.
@@ -52,9 +54,16 @@ def image_files(folder: Path) -> list[Path]:
 
     known = set(Image.registered_extensions())
     found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in known)
-    if len(found) < 2:
-        raise SourceError(f"{folder}: CKA needs two images at least, and finds {len(found)}")
-    return found
+    count = min(limit or len(found), len(found))
+    chosen = [found[number * len(found) // count] for number in range(count)]
+    if len(chosen) < 2:
+        raise SourceError(f"{folder}: CKA needs two images at least, and finds {len(chosen)}")
+    return chosen
+
+
+def digests(images: Mapping[str, Sequence[Path]]) -> dict[str, list[str]]:
+    """Return the digest of each image's file, by set."""
+    return {name: [fingerprint.of_file(file) for file in files] for name, files in images.items()}
 
 
 def _reader(

@@ -164,10 +164,12 @@ CURVES: dict[str, list[str]] = {
 }
 
 
+def _points(seed: Seed, models: Iterable[str], suite: str) -> list[tuple[float, float]]:
+    return [(seed.score(suite, model, "ID"), seed.score(suite, model, "OOD")) for model in models]
+
+
 def _curve(seed: Seed, curve: str) -> list[tuple[float, float]]:
-    return [
-        (seed.score(SUITE, model, "ID"), seed.score(SUITE, model, "OOD")) for model in CURVES[curve]
-    ]
+    return _points(seed, CURVES[curve], SUITE)
 
 
 def over_curve(seed: Seed, model: str, curve: str) -> float:
@@ -175,8 +177,13 @@ def over_curve(seed: Seed, model: str, curve: str) -> float:
 
     The number of the curve is chosen with hindsight.
     """
-    id_, ood = seed.score(SUITE, model, "ID"), seed.score(SUITE, model, "OOD")
-    return ood - max((y for x, y in _curve(seed, curve) if x >= id_), default=0.0)
+    return over_best(seed, model, CURVES[curve], SUITE)
+
+
+def over_best(seed: Seed, model: str, others: Iterable[str], suite: str) -> float:
+    """Return OOD of a model minus the best OOD among others with no less ID."""
+    id_, ood = seed.score(suite, model, "ID"), seed.score(suite, model, "OOD")
+    return ood - max((y for x, y in _points(seed, others, suite) if x >= id_), default=0.0)
 
 
 def wider_front(seed: Seed, curve: str) -> float:
@@ -211,16 +218,16 @@ def extra_lift(seed: Seed, tuned: str, other: str, setting: str) -> float:
     return lift(tuned) - lift(other)
 
 
-def closer(seed: Seed, model: str, reference: str) -> float:
-    """Return the difference of two models' CKA with the pretrained one: last block, OOD texts."""
-    values = [seed.content.cka["OOD"][name][-1] for name in (model, reference)]
+def closer(seed: Seed, model: str, reference: str, items: str = "OOD") -> float:
+    """Return the difference of two models' CKA with the pretrained one: last block, OOD items."""
+    values = [seed.content.cka[items][name][-1] for name in (model, reference)]
     own, theirs = (float("nan") if value is None else value for value in values)
     return own - theirs
 
 
-def dominant(seed: Seed, mode: str) -> float:
+def dominant(seed: Seed, mode: str, tuned: str = "finetuned") -> float:
     """Return the share of edited matrices with λ_high above λ_low."""
-    pairs = [(record.lambda_high, record.lambda_low) for record in _edited(seed, mode)]
+    pairs = [(record.lambda_high, record.lambda_low) for record in _edited(seed, mode, tuned)]
     return float(
         np.mean([high > low for high, low in pairs if high is not None and low is not None])
     )
@@ -231,8 +238,8 @@ def realised(seed: Seed, mode: str) -> float:
     return float(np.mean([record.realised for record in _edited(seed, mode)]))
 
 
-def _edited(seed: Seed, mode: str) -> Iterable[MatrixRecord]:
-    records = seed.content.records["finetuned"]
+def _edited(seed: Seed, mode: str, tuned: str = "finetuned") -> Iterable[MatrixRecord]:
+    records = seed.content.records[tuned]
     return [r for r in records if r.mode == mode and r.lambda_high is not None]
 
 

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from evaluation import statistics
 from evaluation.evidence import panels
-from evaluation.evidence.claims import CURVES, claims
+from evaluation.evidence.claims import CURVES, Claim, claims
 from evaluation.evidence.collect import GROUPS, Seed, effect
 from evaluation.evidence.models import ENERGIES, SUITE, TWO_TASKS
 from evaluation.formatting import with_error, with_interval
 from evaluation.sources import SourceError
 
 PAGE = "evidence.md"
+Blocks = Mapping[str, Callable[[Sequence[Seed]], str]]  # what makes each generated block
 BLOCK = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 SHOWN = {
@@ -73,24 +74,32 @@ def write(docs: Path) -> None:
         SourceError: fewer than two seeds, a page without blocks.
     """
     seeds = read(docs / "evidence")
-    page = docs / PAGE
-    text = "".join(f"<!-- generated: {name} -->\n<!-- end -->\n" for name in BLOCKS)
-    if page.is_file():
-        text = page.read_text(encoding="utf-8")
-    page.write_text(filled(text, seeds), encoding="utf-8")
-    print(page)
+    fill(docs / PAGE, seeds, BLOCKS)
     for path in panels.draw(seeds, docs / "evidence"):
         print(path)
 
 
-def read(folder: Path) -> list[Seed]:
-    """Return the seeds of a folder.
+def fill(page: Path, seeds: Sequence[Seed], blocks: Blocks) -> None:
+    """Replace every block of a page by what the seeds say; a page that is not there has no more.
+
+    Raises:
+        SourceError: the page lacks a block.
+    """
+    text = "".join(f"<!-- generated: {name} -->\n<!-- end -->\n" for name in blocks)
+    if page.is_file():
+        text = page.read_text(encoding="utf-8")
+    page.write_text(filled(text, seeds, blocks, page.name), encoding="utf-8")
+    print(page)
+
+
+def read(folder: Path, stem: str = "seed") -> list[Seed]:
+    """Return the seeds of a folder, whose files begin with `stem`.
 
     Raises:
         SourceError: fewer than two, or seeds that were made with different --limit.
     """
     seeds = sorted(
-        (Seed.read(path) for path in folder.glob("seed-*.json")), key=lambda seed: seed.seed
+        (Seed.read(path) for path in folder.glob(f"{stem}-*.json")), key=lambda seed: seed.seed
     )
     if len(seeds) < 2:
         raise SourceError(
@@ -103,31 +112,41 @@ def read(folder: Path) -> list[Seed]:
     return seeds
 
 
-def filled(page: str, seeds: Sequence[Seed]) -> str:
+def filled(page: str, seeds: Sequence[Seed], blocks: Blocks | None = None, name: str = PAGE) -> str:
     """Return the page with every block replaced by what the seeds say now.
 
     Raises:
         SourceError: the page lacks a block, or has one that nothing fills.
     """
-    if unknown := {name for _, name, _ in BLOCK.findall(page)} ^ BLOCKS.keys():
-        raise SourceError(f"{PAGE}: blocks missing or unknown: {', '.join(sorted(unknown))}")
-    return BLOCK.sub(lambda block: f"{block[1]}{BLOCKS[block[2]](seeds)}\n{block[3]}", page)
+    blocks = BLOCKS if blocks is None else blocks
+    if unknown := {found for _, found, _ in BLOCK.findall(page)} ^ blocks.keys():
+        raise SourceError(f"{name}: blocks missing or unknown: {', '.join(sorted(unknown))}")
+    return BLOCK.sub(lambda block: f"{block[1]}{blocks[block[2]](seeds)}\n{block[3]}", page)
 
 
-def _claims(seeds: Sequence[Seed]) -> str:
+def claims_table(found: Sequence[Claim]) -> str:
+    """Return a table of claims, a row for each number."""
     rows = []
-    for claim in claims(seeds):
+    for claim in found:
         heads = [(f"{claim.text} ({claim.source})", f"**{claim.verdict}**")]
         heads += [("", "")] * (len(claim.measurements) - 1)
         for (head, verdict), measurement in zip(heads, claim.measurements, strict=True):
             shown = [measurement.label, measurement.text(), measurement.verdict or ""]
             rows.append([head, *shown, verdict])
-    return _table(
+    return table(
         ["claim (source)", "measured", "mean [95 % interval]", "of this number", "claim"], rows
     )
 
 
-def _scores(seeds: Sequence[Seed], suite: str, shown: dict[str, str], reference: str | None) -> str:
+def mean_score(seeds: Sequence[Seed], suite: str, model: str, task: str) -> str:
+    """Return a model's accuracy in one task in per cent, mean over seeds with standard error."""
+    group = seeds[0].content.suites[suite].tasks[task].group
+    values = [float(seed.outcomes(suite, model, group)[task].mean()) for seed in seeds]
+    return with_error(statistics.over_runs(values, 0.0)[0])
+
+
+def scores(seeds: Sequence[Seed], suite: str, shown: dict[str, str], reference: str | None) -> str:
+    """Return a table of models with their scores, and differences from `reference`."""
     header = ["model", "ID, %", "OOD, %"] + (
         ["ID − fine-tuned", "OOD − fine-tuned"] if reference else []
     )
@@ -135,8 +154,8 @@ def _scores(seeds: Sequence[Seed], suite: str, shown: dict[str, str], reference:
     for model, title in shown.items():
         row = [title]
         for group in GROUPS:
-            scores = [seed.score(suite, model, group) for seed in seeds]
-            row.append(with_error(statistics.over_runs(scores, 0.0)[0]))
+            values = [seed.score(suite, model, group) for seed in seeds]
+            row.append(with_error(statistics.over_runs(values, 0.0)[0]))
         if reference:
             for group in GROUPS:
                 gain = effect(seeds, suite, model, reference, group)
@@ -144,7 +163,7 @@ def _scores(seeds: Sequence[Seed], suite: str, shown: dict[str, str], reference:
                     "" if model == reference else with_interval(gain.mean, gain.low, gain.high)
                 )
         rows.append(row)
-    return _table(header, rows)
+    return table(header, rows)
 
 
 def _energies(seeds: Sequence[Seed]) -> str:
@@ -156,7 +175,7 @@ def _energies(seeds: Sequence[Seed]) -> str:
                 gain = effect(seeds, SUITE, f"monosoup_R{energy:g}", reference, group)
                 row.append(with_interval(gain.mean, gain.low, gain.high))
         rows.append(row)
-    return _table(
+    return table(
         ["R", "ID − fine-tuned", "OOD − fine-tuned", "ID − its scalar", "OOD − its scalar"], rows
     )
 
@@ -176,7 +195,8 @@ def _setting(seeds: Sequence[Seed]) -> str:
     )
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table in Markdown."""
     return "\n".join(
         "| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows)
     )
@@ -184,9 +204,9 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 BLOCKS = {
     "setting": _setting,
-    "claims": _claims,
-    "scores": lambda seeds: _scores(seeds, SUITE, SHOWN, "finetuned"),
+    "claims": lambda seeds: claims_table(claims(seeds)),
+    "scores": lambda seeds: scores(seeds, SUITE, SHOWN, "finetuned"),
     "energies": _energies,
-    "ablations": lambda seeds: _scores(seeds, SUITE, ABLATED, "finetuned"),
-    "two": lambda seeds: _scores(seeds, TWO_TASKS, TWO, None),
+    "ablations": lambda seeds: scores(seeds, SUITE, ABLATED, "finetuned"),
+    "two": lambda seeds: scores(seeds, TWO_TASKS, TWO, None),
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,13 @@ COMPARED = {
 def draw(seeds: Sequence[Seed], folder: Path) -> Iterator[Path]:
     """Write the figures into `folder` and yield their paths."""
     made = {"plane": plane, "effects": effects, "energy": energy, "cka": similarities}
+    yield from save(made, seeds, folder)
+
+
+def save(
+    made: Mapping[str, Callable[[Sequence[Seed]], Any]], seeds: Sequence[Seed], folder: Path
+) -> Iterator[Path]:
+    """Write figures by their names into `folder` and yield their paths."""
     for name, figure in made.items():
         path = folder / f"{name}.png"
         # Without the version of matplotlib in it, equal figures are equal files.
@@ -55,15 +62,25 @@ def plane(seeds: Sequence[Seed]) -> Any:
 
     The three curves, MonoSoup over R, and the models that need no number.
     """
-    figure, axes = _panels(1, (7.2, 4.6))
+    figure, axes = grid(1, (7.2, 4.6))
     lines = {
         **CURVES,
         "MonoSoup, R": [f"monosoup_R{e:g}" for e in ENERGIES],
         "its scalar, R": [f"scalar_R{e:g}" for e in ENERGIES],
     }
+    draw_plane(axes[0], seeds, SUITE, lines)
+    axes[0].set(title=f"means over {len(seeds)} seeds")
+    axes[0].legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    return figure
+
+
+def draw_plane(
+    panel: Any, seeds: Sequence[Seed], suite: str, lines: Mapping[str, Sequence[str]]
+) -> None:
+    """Draw ID against OOD: a line through each list of models, a marker for each of NAMED."""
     for number, (name, models) in enumerate(lines.items()):
-        x, y = ([100 * _mean(seeds, model, group) for model in models] for group in GROUPS)
-        axes[0].plot(
+        x, y = ([100 * _mean(seeds, model, group, suite) for model in models] for group in GROUPS)
+        panel.plot(
             x,
             y,
             ".--" if "scalar" in name else ".-",
@@ -73,23 +90,21 @@ def plane(seeds: Sequence[Seed]) -> Any:
             zorder=1,
         )
     for (model, title), marker in zip(NAMED.items(), "osD^vP", strict=True):
-        axes[0].plot(
-            100 * _mean(seeds, model, "ID"),
-            100 * _mean(seeds, model, "OOD"),
+        panel.plot(
+            100 * _mean(seeds, model, "ID", suite),
+            100 * _mean(seeds, model, "OOD", suite),
             marker,
             color="black",
             label=title,
             fillstyle="none" if "scalar" in title else "full",
             zorder=2,
         )
-    axes[0].set(xlabel="ID, %", ylabel="OOD, %", title=f"means over {len(seeds)} seeds")
-    axes[0].legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
-    return figure
+    panel.set(xlabel="ID, %", ylabel="OOD, %")
 
 
 def effects(seeds: Sequence[Seed]) -> Any:
     """Return differences from fine-tuned: every seed a dot, the mean with its 95 % interval."""
-    figure, axes = _panels(2, (9.6, 4.6), sharey=True)
+    figure, axes = grid(2, (9.6, 4.6), sharey=True)
     for panel, group in zip(axes, GROUPS, strict=True):
         for place, model in enumerate(COMPARED):
             gain = effect(seeds, SUITE, model, "finetuned", group)
@@ -117,18 +132,12 @@ def energy(seeds: Sequence[Seed]) -> Any:
 
     MonoSoup and its scalar control from fine-tuned, and the one from the other.
     """
-    figure, axes = _panels(3, (12.6, 3.4))
+    figure, axes = grid(3, (12.6, 3.4))
 
     def line(
         panel: Any, prefix: str, reference: str, group: GroupName, label: str, color: str
     ) -> None:
-        gains = [
-            effect(seeds, SUITE, f"{prefix}_R{e:g}", reference.format(R=f"{e:g}"), group)
-            for e in ENERGIES
-        ]
-        low, high = [100 * g.low for g in gains], [100 * g.high for g in gains]
-        panel.plot(ENERGIES, [100 * g.mean for g in gains], ".-", color=color, label=label)
-        panel.fill_between(ENERGIES, low, high, color=color, alpha=0.15)
+        band(panel, seeds, SUITE, group, ENERGIES, prefix, reference, label, color)
 
     for panel, group in zip(axes, GROUPS, strict=False):
         line(panel, "monosoup", "finetuned", group, "MonoSoup", "C0")
@@ -145,6 +154,27 @@ def energy(seeds: Sequence[Seed]) -> Any:
     return figure
 
 
+def band(
+    panel: Any,
+    seeds: Sequence[Seed],
+    suite: str,
+    group: GroupName,
+    energies: Sequence[float],
+    prefix: str,
+    reference: str,
+    label: str,
+    color: str,
+) -> None:
+    """Draw differences from a reference (with `{R}` for its R) against R, with a 95 % band."""
+    gains = [
+        effect(seeds, suite, f"{prefix}_R{e:g}", reference.format(R=f"{e:g}"), group)
+        for e in energies
+    ]
+    low, high = [100 * g.low for g in gains], [100 * g.high for g in gains]
+    panel.plot(energies, [100 * g.mean for g in gains], ".-", color=color, label=label)
+    panel.fill_between(energies, low, high, color=color, alpha=0.15)
+
+
 def similarities(seeds: Sequence[Seed]) -> Any:
     """Return CKA with the pretrained model by block, mean over seeds (paper, Figure 9)."""
 
@@ -158,11 +188,11 @@ def similarities(seeds: Sequence[Seed]) -> Any:
     )
 
 
-def _mean(seeds: Sequence[Seed], model: str, group: GroupName) -> float:
-    return float(np.mean([seed.score(SUITE, model, group) for seed in seeds]))
+def _mean(seeds: Sequence[Seed], model: str, group: GroupName, suite: str) -> float:
+    return float(np.mean([seed.score(suite, model, group) for seed in seeds]))
 
 
-def _panels(columns: int, size: tuple[float, float], sharey: bool = False) -> tuple[Any, list[Any]]:
+def grid(columns: int, size: tuple[float, float], sharey: bool = False) -> tuple[Any, list[Any]]:
     from matplotlib.figure import Figure  # not pyplot: no display, no global state
 
     figure = Figure(figsize=size, layout="constrained")

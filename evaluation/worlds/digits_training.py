@@ -15,20 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
+from timm.models import save_for_hf
 from torch import nn
 from torch.nn import functional
 from tqdm import tqdm
 
-from evaluation.engines.torchvision_import import make_importable
 from evaluation.sources import FINETUNED, PRETRAINED
 from evaluation.worlds import digits, finished
 from evaluation.worlds.digits import Images, Style, World
-
-make_importable()
-
-import timm  # noqa: E402
-from timm.models import save_for_hf  # noqa: E402
 
 WEIGHTS = "model.safetensors"
 
@@ -67,7 +63,7 @@ VIT = Architecture(
         "mlp_ratio": 3.0,
         "global_pool": "avg",
     },
-    pretraining=Phase(steps=1800, batch=48, learning_rate=2e-3),
+    pretraining=Phase(steps=900, batch=64, learning_rate=2e-3),
     finetuning=Phase(steps=150, batch=64, learning_rate=2e-3),
 )
 CONVNEXT = Architecture(
@@ -79,7 +75,7 @@ CONVNEXT = Architecture(
         "kernel_sizes": 5,
         "ls_init_value": None,
     },
-    pretraining=Phase(steps=800, batch=64, learning_rate=4e-3),
+    pretraining=Phase(steps=400, batch=64, learning_rate=4e-3),
     finetuning=Phase(steps=150, batch=64, learning_rate=3e-3),
 )
 ARCHITECTURES = {"vit": VIT, "convnext": CONVNEXT}
