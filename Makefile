@@ -4,12 +4,18 @@
 .NOTPARALLEL: # two targets at once would set up one environment twice
 .PHONY: fast test fuzz lint demo evidence docs clean
 
-VENV := .venv
+# Images need torchvision, beside which the tests' environment would not stay as it is.
+IMAGES := $(filter evidence,$(MAKECMDGOALS))
+ifneq ($(filter demo,$(MAKECMDGOALS)),)
+IMAGES += $(findstring digits,$(ARGS))
+endif
+VENV := $(if $(strip $(IMAGES)),.venv-vision,.venv)
 NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 10))'
 CANDIDATES := python3 python3.14 python3.13 python3.12 python3.11 python3.10
 # Each is run, not looked up: a shim on the PATH may stand for a version that is not installed.
 PYTHON ?= $(shell for p in $(CANDIDATES); do \
 	if $$p $(NEW_ENOUGH) 2>/dev/null; then echo $$p; break; fi; done)
+comma := ,
 NAME_ONE := name one: make PYTHON=/path/to/python3
 
 # Processes that run tests; each has torch and mergekit in memory, about 1 GiB.
@@ -57,10 +63,10 @@ lint: $(VENV)/ready-lint
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-demo: $(VENV)/ready-plots
+demo: $(VENV)/ready-$(if $(strip $(IMAGES)),images,plots)
 	$(VENV)/bin/python -m demo $(ARGS)
 
-evidence: $(VENV)/ready-eval,plots
+evidence: $(VENV)/ready-images
 	$(VENV)/bin/python -m evaluation.evidence $(ARGS)
 
 # The pages as a site, in build/site; Python >= 3.11.
@@ -72,6 +78,8 @@ docs: $(VENV)/ready-docs
 # (Python >= 3.12).
 # ready-X: the extra X is installed. `unfinished` lies in the environment while pip works, so that
 # one interrupted half-way is thrown away instead of being trusted.
+# ready-images: all that images need.
+$(VENV)/ready-%: EXTRAS = $(if $(filter images,$*),eval$(comma)plots$(comma)vision,$*)
 $(VENV)/ready-%: $(COPIED)
 	@test -n "$(PYTHON)" || { echo "make: no Python >= 3.10 found; $(NAME_ONE)" >&2; exit 1; }
 	@$(PYTHON) $(NEW_ENOUGH) \
@@ -81,10 +89,10 @@ $(VENV)/ready-%: $(COPIED)
 	$(PYTHON) -m venv $(VENV)
 	@touch $(VENV)/unfinished
 	$(INSTALL) hatchling setuptools
-	$(INSTALL) --no-build-isolation --editable '.[$*]'
+	$(INSTALL) --no-build-isolation --editable '.[$(EXTRAS)]'
 	@rm $(VENV)/unfinished
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist demo-out evidence-out fuzz-out .hypothesis .mypy_cache .pytest_cache .ruff_cache .cache
+	rm -rf .venv .venv-vision build dist demo-out evidence-out fuzz-out .hypothesis .mypy_cache .pytest_cache .ruff_cache .cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

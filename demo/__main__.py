@@ -8,7 +8,7 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from transformers import AutoTokenizer, Qwen3ForCausalLM
 
 from demo import merge, summary
 from demo.score import Items, grade, mean_over_skills
+from evaluation.engines import EvaluationError
+from evaluation.sources import SourceError
 from evaluation.statistics import Estimate, Values, paired
 from evaluation.worlds import training
 from evaluation.worlds.sums import OTHER_SKILLS, SKILLS, TUNED_SKILL, World, build_world
@@ -48,6 +50,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--out", type=Path, default=Path("demo-out"), help="output folder (default: %(default)s)"
     )
     parser.add_argument(
+        "--world",
+        choices=("sums", "digits"),
+        default="sums",
+        help="sums: a small Qwen3; digits: a small ViT and a small ConvNeXt (extra vision)",
+    )
+    parser.add_argument(
         "--seed", type=int, default=0, help="of world and training (default: %(default)s)"
     )
     parser.add_argument(
@@ -58,11 +66,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # looks like markup.
     console = Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 120)
     try:
-        run(options.out, options.seed, options.fresh, console)
-    except merge.CommandError as error:
+        if options.world == "digits":
+            _claim(options.out, f" --world digits --seed {options.seed}")
+            _digits()(options.out, options.seed, options.fresh, console)
+        else:
+            run(options.out, options.seed, options.fresh, console)
+    except (merge.CommandError, EvaluationError, SourceError) as error:
         console.print(str(error), style="red")
         return 1
     return 0
+
+
+def _digits() -> Callable[[Path, int, bool, Console], None]:
+    try:
+        from demo import digits  # timm and torchvision, which sums do without
+    except ImportError as error:
+        raise EvaluationError(
+            f"--world digits needs {error.name}: pip install --constraint constraints.txt "
+            '--editable ".[eval,plots,vision]"'
+        ) from error
+    return digits.run
 
 
 def run(folder: Path, seed: int, fresh: bool, console: Console) -> None:
@@ -149,16 +172,23 @@ def _write(folder: Path, results: dict[str, Any], world: World) -> None:
     (folder / "test-items.jsonl").write_text(lines, encoding="utf-8")
 
 
-def _claim(folder: Path) -> None:
-    """Refuse a folder with other people's files: this program deletes what is in its own."""
-    if folder.exists() and any(folder.iterdir()) and not (folder / MARK).exists():
-        raise merge.CommandError(
-            f"{folder} holds files that are not from this demo; name another folder with --out"
-        )
+def _claim(folder: Path, world: str = "") -> None:
+    """Refuse a folder with other people's files: this program deletes what is in its own.
+
+    `world` is what a folder must be of; another one's images or results would pass for its own.
+    """
+    mark, own = folder / MARK, f"Written by `python -m demo{world}`, which may delete and rewrite "
+    if folder.exists() and any(folder.iterdir()):
+        if not mark.exists():
+            raise merge.CommandError(
+                f"{folder} holds files that are not from this demo; name another folder with --out"
+            )
+        if not mark.read_text().startswith(own):
+            raise merge.CommandError(
+                f"{folder} is of another world or seed of this demo; name another folder with --out"
+            )
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / MARK).write_text(
-        "Written by `python -m demo`, which may delete and rewrite everything here.\n"
-    )
+    mark.write_text(f"{own}everything here.\n")
 
 
 def grade_checkpoint(checkpoint: Path, items: Items) -> Values:

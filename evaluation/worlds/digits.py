@@ -145,7 +145,9 @@ def draw(style: Style, count: int, generator: torch.Generator) -> Images:
         return Images(torch.cat([pixels, 1 - pixels]), digits.repeat(2))
     glyphs = torch.stack([_glyphs(font) for font in style.fonts])
     font = torch.randint(len(style.fonts), (count,), generator=generator)
-    digits = torch.randint(CLASSES, (count,), generator=generator)
+    # As many of each digit, whichever comes first: a test set lacks none.
+    first = torch.randint(CLASSES, (1,), generator=generator)
+    digits = (torch.arange(count) + first) % CLASSES
     ink = _blurred(_placed(glyphs[font, digits], style, generator), style.blur, generator)
     if style.scraps:
         ink = torch.maximum(ink, style.scraps * _scraps(glyphs[font], digits, generator))
@@ -242,8 +244,8 @@ def handwritten() -> Images:
 # -- files -----------------------------------------------------------------------------------------
 
 
-def write_sets(sets: Mapping[str, Images], folder: Path) -> None:
-    """Write images as `folder`/SET/DIGIT/NUMBER.png; a set that is there stays as it is.
+def write_sets(sets: Mapping[str, Images], folder: Path, *, fresh: bool = False) -> None:
+    """Write images as `folder`/SET/DIGIT/NUMBER.png; a set that is there stays, unless `fresh`.
 
     The folder of a set gets its name last, so that an interrupted run leaves no half of one.
     """
@@ -253,7 +255,9 @@ def write_sets(sets: Mapping[str, Images], folder: Path) -> None:
 
     for name, (pixels, digits) in sets.items():
         if (folder / name).is_dir():
-            continue
+            if not fresh:
+                continue
+            shutil.rmtree(folder / name)
         unfinished = folder / f"{name}.unfinished"
         shutil.rmtree(unfinished, ignore_errors=True)
         for digit in range(CLASSES):

@@ -63,7 +63,7 @@ VIT = Architecture(
         "mlp_ratio": 3.0,
         "global_pool": "avg",
     },
-    pretraining=Phase(steps=900, batch=64, learning_rate=2e-3),
+    pretraining=Phase(steps=1800, batch=48, learning_rate=2e-3),
     finetuning=Phase(steps=150, batch=64, learning_rate=2e-3),
 )
 CONVNEXT = Architecture(
@@ -75,7 +75,7 @@ CONVNEXT = Architecture(
         "kernel_sizes": 5,
         "ls_init_value": None,
     },
-    pretraining=Phase(steps=400, batch=64, learning_rate=4e-3),
+    pretraining=Phase(steps=300, batch=64, learning_rate=4e-3),
     finetuning=Phase(steps=150, batch=64, learning_rate=3e-3),
 )
 ARCHITECTURES = {"vit": VIT, "convnext": CONVNEXT}
