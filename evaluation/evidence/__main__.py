@@ -63,6 +63,9 @@ def _run(options: argparse.Namespace) -> None:
     from evaluation.evidence import digits_page, page
 
     for world in options.world:
+        if options.tables and not any((options.docs / "evidence").glob(f"{WORLDS[world].stem}-*")):
+            print(f"{world}: no seed has been run yet")
+            continue
         {"sums": page, "digits": digits_page}[world].write(options.docs)
 
 

@@ -134,7 +134,7 @@ def projection(name: str) -> str:
 
 def type_of(rest: str) -> str:
     """Return one type for all experts of a layer, and for all hashes; fc1 and fc2 stay two."""
-    starred = re.sub(r"\bexperts\.[0-9]+\b", "experts.*", rest.removesuffix(".weight"))
+    starred = re.sub(r"\bexperts\.[0-9]+\b", "experts.*", re.sub(r"[._]weight$", "", rest))
     return re.sub(r"\[[0-9]+\]", "[*]", re.sub(r"\b[0-9]{10,}\b", "*", starred)) or "(unnamed)"
 
 

@@ -1,23 +1,26 @@
-"""One seed of the world of digits, from training to JSON and tables, with models that know nothing."""
+"""A seed of digits, from training to JSON and tables, with models that know nothing."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("timm", reason="needs the extra vision")
-
 from evaluation.evidence import collect, digits, digits_page, page
+from evaluation.formatting import with_interval
+from evaluation.suite import load
 from evaluation.worlds import digits as world_of_digits
-from evaluation.worlds import digits_training
 
 
 @pytest.fixture
 def hasty(monkeypatch):
-    """Two steps of each training, ten images of each drawn set."""
+    """Two steps of each training, 40 images of each drawn set, the merges that CKA needs."""
+    pytest.importorskip("timm", reason="needs the extra vision")
+    from evaluation.worlds import digits_training
+
     phase = digits_training.Phase(steps=2, batch=4, learning_rate=1e-3)
     hasty = {
         name: replace(architecture, pretraining=phase, finetuning=phase)
@@ -25,6 +28,12 @@ def hasty(monkeypatch):
     }
     monkeypatch.setattr(digits_training, "ARCHITECTURES", hasty)
     monkeypatch.setattr(world_of_digits, "TEST_IMAGES", 40)
+    all_merges = digits.merges
+
+    def few(base, tuned):
+        yield from (m for m in all_merges(base, tuned) if m[0] in digits.COMPARED)
+
+    monkeypatch.setattr(digits, "merges", few)
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
@@ -38,19 +47,18 @@ def test_what_claims_tables_and_figures_name_is_made():
 
 
 @pytest.mark.slow
-def test_a_seed_from_training_to_tables_and_again(tmp_path, hasty, monkeypatch, capsys):
-    monkeypatch.setattr(digits, "ENERGIES", (0.8,))
-    monkeypatch.setattr(digits_page, "ENERGIES", (0.8,))
-    for seed in (0, 1):
-        digits.run_seed(seed, tmp_path / f"digits-{seed}", tmp_path / "evidence", limit=20)
+def test_a_seed_from_training_to_json_and_again(tmp_path, hasty, capsys):
+    digits.run_seed(0, tmp_path / "digits-0", tmp_path / "evidence", limit=20)
+    file = tmp_path / "evidence" / "digits-0.json"
+    text = file.read_text()
+    (tmp_path / "evidence" / "digits-1.json").write_text(text.replace('"seed": 0', '"seed": 1'))
     found = page.read(tmp_path / "evidence", digits_page.STEM)
-    text = found[0].path.read_text()
     assert str(tmp_path) not in text
     capsys.readouterr()
     digits.run_seed(0, tmp_path / "digits-0", tmp_path / "evidence", limit=20)
     printed = capsys.readouterr().out
     assert "loading" not in printed and "merging" not in printed
-    again = json.loads(found[0].path.read_text())
+    again = json.loads(file.read_text())
     assert {**again, "minutes": 0} == {**json.loads(text), "minutes": 0}
 
     assert set(found[0].content.suites) == {"vit", "convnext"}
@@ -60,10 +68,57 @@ def test_a_seed_from_training_to_tables_and_again(tmp_path, hasty, monkeypatch, 
         "freevariance",
         "variance",
     }
+    assert set(found[0].models("vit")) == {*digits.COMPARED, "same_norm_free", "same_norm_R0.8"}
+
+
+def test_the_page_of_made_answers(tmp_path):
+    """Every claim, table and figure, of models that answer at random."""
+    for seed in (0, 1, 2):
+        made(seed).write(tmp_path / "evidence" / f"digits-{seed}.json")
     digits_page.write(tmp_path)
     written = (tmp_path / digits_page.PAGE).read_text()
-    assert "ViT: freevariance − fine-tuned, OOD" in written and "nan" not in written
+    found = page.read(tmp_path / "evidence", digits_page.STEM)
+    for suite, title in digits.ARCHITECTURES.items():
+        gain = collect.effect(found, suite, "monosoup_free", "finetuned", "OOD")
+        shown = with_interval(gain.mean, gain.low, gain.high)
+        assert f"| {title}: freevariance − fine-tuned, OOD | {shown} |" in written
     pictures = {path.name for path in (tmp_path / "evidence").glob("*.png")}
     assert pictures == {"digits.png", "digits-energy.png", "digits-cka.png"}
-    expected = collect.effect(found, "vit", "monosoup_free", "finetuned", "OOD")
-    assert digits_page.page.with_interval(expected.mean, expected.low, expected.high) in written
+
+
+def made(seed: int) -> collect.SeedFile:
+    """Return a seed of which every answer is a coin's."""
+    random = np.random.default_rng(seed)
+    names = ["pretrained", "finetuned", *(name for name, _ in digits.merges("", ""))]
+    names += [f"same_norm_{label}" for label in digits.CONTROLLED]
+    tasks = {
+        task.task: collect.TaskItems(group=group, label=task.header, clusters=list(range(9)))
+        for group, of_group in load(digits.SUITE).grouped()
+        for task in of_group
+    }
+
+    def answers() -> collect.ModelAnswers:
+        right = {task: collect._packed(random.integers(0, 2, 9).astype(float)) for task in tasks}
+        return collect.ModelAnswers(weights="", config=None, right=right)
+
+    versions = dict.fromkeys(("timm", "torchvision", "torch", "mergekit"), "1")
+    record = {"k": 1, "rank": 2, "lambda_high": 0.6, "lambda_low": 0.4}
+    fields = dict.fromkeys(collect.MatrixRecord.model_fields) | record | {"name": "w"}
+    return collect.SeedFile(
+        seed=seed,
+        suites={
+            suite: collect.SuiteAnswers(
+                versions=versions, tasks=tasks, models={name: answers() for name in names}
+            )
+            for suite in digits.ARCHITECTURES
+        },
+        cka={
+            f"{suite} {group}": {name: [1.0, float(random.random())] for name in digits.COMPARED}
+            for suite in digits.ARCHITECTURES
+            for group in ("ID", "OOD")
+        },
+        records={
+            suite: [collect.MatrixRecord(**{**fields, "mode": mode}) for mode in digits_page.MODES]
+            for suite in digits.ARCHITECTURES
+        },
+    )
