@@ -73,7 +73,6 @@ CONVNEXT = Architecture(
         "dims": [16, 32, 64, 64],
         "patch_size": 2,
         "kernel_sizes": 5,
-        "ls_init_value": None,
     },
     pretraining=Phase(steps=300, batch=64, learning_rate=4e-3),
     finetuning=Phase(steps=150, batch=64, learning_rate=3e-3),

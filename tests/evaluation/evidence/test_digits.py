@@ -28,6 +28,10 @@ def hasty(monkeypatch):
     }
     monkeypatch.setattr(digits_training, "ARCHITECTURES", hasty)
     monkeypatch.setattr(world_of_digits, "TEST_IMAGES", 40)
+    few_by_hand = digits_of(world_of_digits.handwritten(), 40)
+    monkeypatch.setattr(world_of_digits, "handwritten", lambda: few_by_hand)
+    named = ("pretrained", "finetuned", "monosoup_free", "monosoup_R0.8")
+    monkeypatch.setattr(digits, "COMPARED", named)
     all_merges = digits.merges
 
     def few(base, tuned):
@@ -37,6 +41,10 @@ def hasty(monkeypatch):
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+def digits_of(images, count):
+    return type(images)(images.pixels[:count], images.digits[:count])
 
 
 def test_what_claims_tables_and_figures_name_is_made():
@@ -71,6 +79,7 @@ def test_a_seed_from_training_to_json_and_again(tmp_path, hasty, capsys):
     assert set(found[0].models("vit")) == {*digits.COMPARED, "same_norm_free", "same_norm_R0.8"}
 
 
+@pytest.mark.slow
 def test_the_page_of_made_answers(tmp_path):
     """Every claim, table and figure, of models that answer at random."""
     for seed in (0, 1, 2):
