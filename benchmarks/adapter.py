@@ -204,7 +204,7 @@ def timed(call: Callable[[], object], repeat: int) -> dict:
 
 
 def ratio(slow: dict, fast: dict) -> float:
-    """Return how often one fits into the other by the processor, which other programs disturb less."""
+    """Return how often one fits into the other, by processor time, which is disturbed less."""
     return round(slow["processor"] / fast["processor"], 1)
 
 
