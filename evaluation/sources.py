@@ -284,7 +284,10 @@ def _run_merge(
     # adapter under that path. Its readers of files are forgotten before each stage, for the same.
     suffix = f".unfinished-{os.getpid()}"
     with tempfile.TemporaryDirectory(dir=folder.parent, suffix=suffix) as cache:
-        options = MergeOptions(quiet=True, copy_tokenizer=True, lora_merge_cache=cache)
+        # A card would ask the hub whether folder/name, a relative path, is a model there.
+        options = MergeOptions(
+            quiet=True, copy_tokenizer=True, lora_merge_cache=cache, write_model_card=False
+        )
         try:
             for reference in references:
                 adapters.merged(reference, Options(cache))

@@ -127,6 +127,11 @@ ENGINES = {
         packages=("timm", "open-clip-torch", "torchvision", "pillow", "transformers", "torch"),
         options=frozenset({"data", "batch_size", "workers", "architecture"}),
     ),
+    "text_classifier": Library(
+        extra="eval",
+        packages=("transformers", "torch"),
+        options=frozenset({"data", "batch_size"}),
+    ),
 }
 """Every engine by the name that suites give it, which is its module's."""
 

@@ -108,7 +108,8 @@ def test_a_field_that_came_later_leaves_older_results_valid(make_suite):
 
 def test_all_suites_are_shipped():
     papers = ["convnext", "imagenet-shifts", "qwen-general", "qwen-lora", "qwen-math", "qwen-mgsm"]
-    assert suite.shipped() == sorted([*papers, "digits", "example", "tiny", "tiny-two"])
+    offline = ["digits", "example", "tiny", "tiny-two", "tweets"]
+    assert suite.shipped() == sorted([*papers, *offline])
 
 
 def test_the_papers_settings():
