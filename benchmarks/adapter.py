@@ -131,6 +131,7 @@ def matrix(out: int, rest: int, options: argparse.Namespace) -> dict:
     peer, tasks = peft_model(out, rest)
     average = Settings(mode="variance", R=1.0)  # no edit, as peft
     with restored_threads():
+        torch.set_num_threads(1)  # as in the command, where each core has a matrix of its own
         ours = timed(lambda: low_rank.edit(tasks, average, rank=16), options.repeat)
         one = timed(lambda: low_rank.edit(tasks[:1]), options.repeat)
     theirs = timed(peer, 1)
@@ -204,7 +205,7 @@ def timed(call: Callable[[], object], repeat: int) -> dict:
 
 
 def ratio(slow: dict, fast: dict) -> float:
-    """Return how often one fits into the other, by processor time, which is disturbed less."""
+    """Return the ratio of the processor's times, which other programs disturb less."""
     return round(slow["processor"] / fast["processor"], 1)
 
 
