@@ -2,20 +2,20 @@
 # Another interpreter: make PYTHON=python3.12 test
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # two targets at once would set up one environment twice
-.PHONY: fast test fuzz lint demo evidence docs clean
+.PHONY: fast test test-images fuzz lint demo evidence docs clean
 
 # Images need torchvision, beside which the tests' environment would not stay as it is.
-IMAGES := $(filter evidence,$(MAKECMDGOALS))
+IMAGES := $(filter evidence test-images,$(MAKECMDGOALS))
 ifneq ($(filter demo,$(MAKECMDGOALS)),)
 IMAGES += $(findstring digits,$(ARGS))
 endif
 VENV := $(if $(strip $(IMAGES)),.venv-vision,.venv)
+FOR_IMAGES := eval,plots,vision
 NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 10))'
 CANDIDATES := python3 python3.14 python3.13 python3.12 python3.11 python3.10
 # Each is run, not looked up: a shim on the PATH may stand for a version that is not installed.
 PYTHON ?= $(shell for p in $(CANDIDATES); do \
 	if $$p $(NEW_ENOUGH) 2>/dev/null; then echo $$p; break; fi; done)
-comma := ,
 NAME_ONE := name one: make PYTHON=/path/to/python3
 
 # Processes that run tests; each has torch and mergekit in memory, about 1 GiB.
@@ -36,21 +36,21 @@ PYTEST := $(VENV)/bin/python -m pytest
 TOGETHER := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1 \
 	$(PYTEST) --numprocesses $(WORKERS) --dist loadfile
 
-# Of pyproject.toml, what tests need; `vision` adds those of image classifiers, and a torchvision that
-# has to fit torch (docs/vision.md).
-EXTRAS ?= test
-
 # While working; after each change.
-fast: $(VENV)/ready-$(EXTRAS)
+fast: $(VENV)/ready-test
 	$(TOGETHER) -m "not slow and not alone" $(ARGS)
 
 # Everything: first what may run together, then what needs the machine to itself, whatever became
 # of the first. ARGS may select tests of one part only: pytest exits with 5 where there are none.
-test: $(VENV)/ready-$(EXTRAS)
+test: $(VENV)/ready-test
 	@together=0; alone=0; \
 	$(TOGETHER) -m "not alone" $(ARGS) || together=$$?; \
 	$(PYTEST) -m alone $(ARGS) || alone=$$?; \
 	case $$together,$$alone in 0,0|0,5|5,0) ;; *) exit 1 ;; esac
+
+# Those that need timm and torchvision; `make test` skips them.
+test-images: $(VENV)/ready-vision-test
+	$(TOGETHER) $$(grep --recursive --files-with-matches 'importorskip("timm"' tests) $(ARGS)
 
 # Damaged and hostile input for every command, new each time; CASE=SUBJECT-NUMBER repeats one.
 MINUTES ?= 10
@@ -63,10 +63,10 @@ lint: $(VENV)/ready-lint
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-demo: $(VENV)/ready-$(if $(strip $(IMAGES)),images,plots)
+demo: $(VENV)/ready-$(if $(strip $(IMAGES)),$(FOR_IMAGES),plots)
 	$(VENV)/bin/python -m demo $(ARGS)
 
-evidence: $(VENV)/ready-images
+evidence: $(VENV)/ready-$(FOR_IMAGES)
 	$(VENV)/bin/python -m evaluation.evidence $(ARGS)
 
 # The pages as a site, in build/site; Python >= 3.11.
@@ -78,8 +78,6 @@ docs: $(VENV)/ready-docs
 # (Python >= 3.12).
 # ready-X: the extra X is installed. `unfinished` lies in the environment while pip works, so that
 # one interrupted half-way is thrown away instead of being trusted.
-# ready-images: all that images need.
-$(VENV)/ready-%: EXTRAS = $(if $(filter images,$*),eval$(comma)plots$(comma)vision,$*)
 $(VENV)/ready-%: $(COPIED)
 	@test -n "$(PYTHON)" || { echo "make: no Python >= 3.10 found; $(NAME_ONE)" >&2; exit 1; }
 	@$(PYTHON) $(NEW_ENOUGH) \
@@ -89,7 +87,7 @@ $(VENV)/ready-%: $(COPIED)
 	$(PYTHON) -m venv $(VENV)
 	@touch $(VENV)/unfinished
 	$(INSTALL) hatchling setuptools
-	$(INSTALL) --no-build-isolation --editable '.[$(EXTRAS)]'
+	$(INSTALL) --no-build-isolation --editable '.[$*]'
 	@rm $(VENV)/unfinished
 	@touch $@
 
