@@ -161,8 +161,8 @@ def _write_features(batches: Pooled, folder: Path) -> None:
         for batch in batches:
             if not files:
                 for block, features in enumerate(batch):
-                    file = stack.enter_context((folder / f"{block}-{features.shape[1]}").open("wb"))
-                    files.append(file)
+                    place = folder / f"{block}-{features.shape[1]}"
+                    files.append(stack.enter_context(place.open("wb")))
             for file, features in zip(files, batch, strict=True):
                 file.write(features.float().cpu().numpy().tobytes())
 

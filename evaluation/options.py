@@ -166,7 +166,7 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backend", choices=("hf", "vllm"), help="what runs language models (default: hf)"
     )
-    images = parser.add_argument_group("suites of images")
+    images = parser.add_argument_group("suites of classifiers")
     images.add_argument("--data", type=Path, help="folder that the data sets lie in")
     images.add_argument("--batch-size", type=positive, help="default: the suite's")
     images.add_argument(

@@ -25,6 +25,7 @@ from mergekit_monosoup.checkpoints.yaml import PlainLoader, read_documents
 
 PRETRAINED, FINETUNED = "pretrained", "finetuned"  # models of these names are W0 and W1
 MERGE_CACHE = Path("results", "merged")
+CONFIGURATION = "mergekit_config.yml"  # as mergekit writes it beside a model
 # Of a hub repository: configuration, tokenizer and chat template.
 BESIDE_WEIGHTS = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
 
@@ -107,7 +108,7 @@ def local(given: str, weights: tuple[str, ...] = hub.WEIGHTS) -> Path:
 
 def _recorded_merge(folder: Path) -> Merge | None:
     """Return the merge that mergekit says made this folder; it leaves its configuration there."""
-    file = folder / "mergekit_config.yml"  # beside the weights; none for a file
+    file = folder / CONFIGURATION  # beside the weights; none for a file
     try:
         documents = read_documents(file, PlainLoader) if file.exists() else []
     except UnreadableError as error:
@@ -284,7 +285,8 @@ def _run_merge(
     # adapter under that path. Its readers of files are forgotten before each stage, for the same.
     suffix = f".unfinished-{os.getpid()}"
     with tempfile.TemporaryDirectory(dir=folder.parent, suffix=suffix) as cache:
-        # A card would ask the hub whether folder/name, a relative path, is a model there.
+        # A card would ask the hub whether folder/name, a relative path, is a model there. What is
+        # written beside it tells `_recorded_merge` how the folder was made.
         options = MergeOptions(
             quiet=True, copy_tokenizer=True, lora_merge_cache=cache, write_model_card=False
         )
@@ -297,6 +299,8 @@ def _run_merge(
                 )
         except (adapters.AdapterError, hub.HubError, FolderError, MergeError) as error:
             raise SourceError(f"the merge failed: {error}") from error
+    text = yaml.safe_dump_all(documents, sort_keys=False)
+    (folder / CONFIGURATION).write_text(text, encoding="utf-8")
 
 
 def _abandoned(unfinished: Path) -> bool:

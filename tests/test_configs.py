@@ -34,7 +34,7 @@ def test_config_runs_and_does_what_it_says(config, hub, tmp_path):
 def test_it_says_which_names_are_to_be_replaced(config):
     """Where a model of the hub stands first, as base or not."""
     lines = config.read_text().splitlines()
-    named = [line for line in lines if re.match(r"(base_model| *- model): (\S+/|convnext)", line)]
+    named = [line for line in lines if re.match(r"(base_model| *- model): (\S+/|\S+\.)", line)]
     first = {re.split(r": *", line, maxsplit=1)[1].split()[0]: line for line in reversed(named)}
     assert first and all("  # your " in line for line in first.values())
 

@@ -105,7 +105,7 @@ def _similarities(place: Path, paths: dict[str, str], images: Path) -> features.
     from evaluation import image_features
 
     compared = [sources.find(name, paths[name], place / "merged") for name in COMPARED]
-    sets = {
+    sets: dict[str, list[Path]] = {
         group: [
             file
             for task in tasks

@@ -21,7 +21,7 @@ from evaluation.evidence.claims import (
     number,
     over_best,
 )
-from evaluation.evidence.collect import Seed, effect
+from evaluation.evidence.collect import GROUPS, Seed, effect
 from evaluation.evidence.digits import ALPHAS, ARCHITECTURES, ENERGIES, SUITE
 from evaluation.formatting import with_interval
 
@@ -163,7 +163,7 @@ def _energies(seeds: Sequence[Seed]) -> str:
         for e in ENERGIES:
             row = [title, f"{e:g}"]
             for reference in ("finetuned", f"scalar_R{e:g}"):
-                for group in page.GROUPS:
+                for group in GROUPS:
                     found = effect(seeds, suite, f"monosoup_R{e:g}", reference, group)
                     row.append(with_interval(found.mean, found.low, found.high))
             rows.append(row)
@@ -216,7 +216,7 @@ def plane(seeds: Sequence[Seed]) -> Any:
 def energy(seeds: Sequence[Seed]) -> Any:
     """Return differences against R for each architecture, with 95 % bands over seeds."""
     figure, axes = panels.grid(4, (14, 3.2))
-    places = [(suite, group) for suite in ARCHITECTURES for group in page.GROUPS]
+    places = [(suite, group) for suite in ARCHITECTURES for group in GROUPS]
     for panel, (suite, group) in zip(axes, places, strict=True):
         for kind, label, colour in (("monosoup", "MonoSoup", "C0"), ("scalar", "scalar", "C1")):
             panels.band(panel, seeds, suite, group, ENERGIES, kind, "finetuned", label, colour)

@@ -467,7 +467,7 @@ def _resume_hint(out_path: str) -> str:
     if not work.resumable:
         return ""
     kept = [f"{work.finished_stages} finished stage(s)"] if work.finished_stages else []
-    records = work.records()
+    records = [record for stage in (work, *work.stages()) for record in stage.records()]
     if records or not kept:
         size = size_in_words(sum(record.bytes for record in records))
         kept.append(f"{len(records)} finished batch(es), {size},")

@@ -162,7 +162,7 @@ def test_a_full_disk_keeps_what_is_done(world, tmp_path, monkeypatch):
         patch.setattr(safetensors.torch, "save_file", full)
         output = run(path, out, *MANY, code=1)
     assert "No space left on device: '" in output and str(out) in output
-    assert "finished batch(es) kept" in output and "--resume" in output
+    assert "are kept in" in output and "--resume" in output
     assert [p.name for p in out.iterdir()] == [NAME] and "Traceback" not in output
     run(path, out, *MANY, "--resume")
     assert_same(out, mergekit(path, tmp_path / "a" / "out"))
