@@ -69,10 +69,10 @@ def digests(images: Mapping[str, Sequence[Path]]) -> dict[str, list[str]]:
 def _reader(
     images: Mapping[str, Sequence[Path]], reading: Reading, source: Source
 ) -> Callable[[str], Pooled]:
-    from evaluation.engines import classifiers
+    from evaluation.engines import image_classifiers
 
     try:
-        classifier = classifiers.load(source.folder, None, reading.architecture)
+        classifier = image_classifiers.load(source.folder, None, reading.architecture)
     except EvaluationError as error:
         raise SourceError(str(error)) from error
     module = classifier.module.to(reading.device)

@@ -80,9 +80,9 @@ def test_evaluation_and_the_package_import_no_program_that_uses_them():
 
 LIBRARIES = {
     "lm_eval": ["evaluation/engines/language.py"],
-    "open_clip": ["evaluation/engines/classifiers.py"],
+    "open_clip": ["evaluation/engines/image_classifiers.py"],
     "timm": [
-        "evaluation/engines/classifiers.py",
+        "evaluation/engines/image_classifiers.py",
         "evaluation/engines/image_sets.py",
         "evaluation/worlds/digits_training.py",
     ],

@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from evaluation import fingerprint, local_tasks
 from evaluation.engines import EvaluationError, Options, Settings, included_tasks
+from evaluation.engines.machine import check_device, check_dtype, default_device
 from evaluation.sources import Source
 from evaluation.store import Sample, TaskResult
 from evaluation.suite import Suite, Task
@@ -109,11 +110,6 @@ def quiet() -> None:
     lm_eval.evaluator.add_env_info = lambda _results: None
 
 
-def default_device() -> str:
-    """Return cuda if there is one, else cpu."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def check_settings(settings: Settings) -> None:
     """Check that this machine has what the settings name, before any model is loaded.
 
@@ -122,24 +118,14 @@ def check_settings(settings: Settings) -> None:
     Raises:
         EvaluationError: there is no such device or dtype, or vLLM is not installed.
     """
-    if settings.dtype != "auto" and not isinstance(
-        getattr(torch, settings.dtype, None), torch.dtype
-    ):
-        raise EvaluationError(
-            f"--dtype {settings.dtype}: not one of torch's; take float32, bfloat16, float16 or auto"
-        )
+    check_dtype(settings.dtype, auto=True)
     if settings.backend == "vllm":
         if importlib.util.find_spec("vllm") is None:
             raise EvaluationError(
                 "--backend vllm: vLLM is not installed here, and no extra of this package brings it"
             )
         return
-    try:
-        torch.empty(0, device=settings.device)
-    except (RuntimeError, AssertionError) as error:
-        raise EvaluationError(
-            f"--device {settings.device}: {str(error).partition(chr(10))[0]}"
-        ) from error
+    check_device(settings.device)
     if torch.device(settings.device).type not in ("cpu", "cuda", "mps", "xpu", "npu", "hpu"):
         raise EvaluationError(
             f"--device {settings.device}: lm-eval's hf models run on "

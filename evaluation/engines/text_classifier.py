@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from evaluation import fingerprint
 from evaluation.engines import EvaluationError, Options, Settings
+from evaluation.engines.machine import check_device, check_dtype, default_device
 from evaluation.sources import Source
 from evaluation.store import Sample, TaskResult
 from evaluation.suite import Suite, Task
@@ -64,9 +65,10 @@ class Engine:
                 )
         self._folder = options.data
         self._batch_size = options.batch_size or suite.batch_size
-        device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = options.device or default_device()
         self.settings = Settings("hf", device, options.dtype or "auto", options.limit)
-        _check_device(self.settings)
+        check_dtype(self.settings.dtype, auto=True)
+        check_device(self.settings.device)
         _ = self._items
 
     @cached_property
@@ -135,21 +137,6 @@ def _labels(folder: Path) -> dict[str, int]:
     """Return the number of each class by its name, as config.json has them."""
     config = transformers.AutoConfig.from_pretrained(folder)
     return {str(label): int(number) for number, label in config.id2label.items()}
-
-
-def _check_device(settings: Settings) -> None:
-    if settings.dtype != "auto" and not isinstance(
-        getattr(torch, settings.dtype, None), torch.dtype
-    ):
-        raise EvaluationError(
-            f"--dtype {settings.dtype}: not one of torch's; take float32, bfloat16, float16 or auto"
-        )
-    try:
-        torch.empty(0, device=settings.device)
-    except (RuntimeError, AssertionError) as error:
-        raise EvaluationError(
-            f"--device {settings.device}: {str(error).partition(chr(10))[0]}"
-        ) from error
 
 
 class Model:

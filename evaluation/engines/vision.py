@@ -21,8 +21,9 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from evaluation import fingerprint
-from evaluation.engines import EvaluationError, Options, Settings, classifiers, image_sets
+from evaluation.engines import EvaluationError, Options, Settings, image_classifiers, image_sets
 from evaluation.engines.image_sets import ImageFolders, ImagesError, Item
+from evaluation.engines.machine import check_device, check_dtype, default_device
 from evaluation.sources import Source
 from evaluation.store import Sample, TaskResult
 from evaluation.suite import Suite, Task
@@ -44,7 +45,8 @@ class Engine:
         )
         if self.settings.dtype == "auto":
             self.settings = Settings("torch", self.settings.device, "float32", options.limit)
-        _check_settings(self.settings)
+        check_dtype(self.settings.dtype, auto=False)
+        check_device(self.settings.device)
         self.columns = image_sets.listed_classes(suite.classes or ())
         self.sets = _open_all(suite, options.data, self.columns)
         self._prepared: dict[str, str] = {}  # how the first model prepares images, by its name
@@ -78,11 +80,6 @@ class Engine:
         return model
 
 
-def default_device() -> str:
-    """Return cuda if there is one, else cpu."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def _check_suite(suite: Suite) -> None:
     """Check that every task is images with one of our metrics, and nothing of other engines."""
     wrong = []
@@ -99,18 +96,6 @@ def _check_suite(suite: Suite) -> None:
             wrong.append(f"{task.task}: num_fewshot, generation and cluster are not for images")
     if wrong:
         raise EvaluationError("\n".join(f"suite {suite.name}: {line}" for line in wrong))
-
-
-def _check_settings(settings: Settings) -> None:
-    dtype = getattr(torch, settings.dtype, None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise EvaluationError(f"--dtype {settings.dtype}: take float32, bfloat16 or float16")
-    try:
-        torch.empty(0, device=settings.device)
-    except (RuntimeError, AssertionError) as error:
-        raise EvaluationError(
-            f"--device {settings.device}: {str(error).partition(chr(10))[0]}"
-        ) from error
 
 
 def _open_all(suite: Suite, data: Path | None, columns: Sequence[str]) -> dict[str, ImageFolders]:
@@ -142,7 +127,9 @@ class Model:
 
     def __init__(self, place: Path, engine: Engine) -> None:
         self._engine = engine
-        self.classifier = classifiers.load(place, len(engine.columns), engine.options.architecture)
+        self.classifier = image_classifiers.load(
+            place, len(engine.columns), engine.options.architecture
+        )
         for remark in self.classifier.remarks:
             print(f"{place}: {remark}", flush=True)
         self.order = _order(place, self.classifier.labels, engine.columns)

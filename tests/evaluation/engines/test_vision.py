@@ -254,7 +254,7 @@ class TestErrors:
         [
             (["--data=/no/such"], "2 of the 2 data sets of colours are not there:\n  plain: my"),
             (["--backend=vllm"], "--backend is for suites of the engine language; colours is one"),
-            (["--dtype=int8"], "--dtype int8: take float32"),
+            (["--dtype=int8"], "--dtype int8: not one of torch"),
             (["--device=gpu"], "--device gpu"),
             (["--model=x=/no/such.pt"], "/no/such.pt: no such folder"),
         ],

@@ -15,8 +15,8 @@ timm = pytest.importorskip("timm", reason="needs the extra vision")
 open_clip = pytest.importorskip("open_clip", reason="needs the extra vision")
 import transformers  # noqa: E402
 
-from evaluation.engines import classifiers  # noqa: E402
-from evaluation.engines.classifiers import CheckpointError  # noqa: E402
+from evaluation.engines import image_classifiers  # noqa: E402
+from evaluation.engines.image_classifiers import CheckpointError  # noqa: E402
 
 SMALL_VIT = {
     "hidden_size": 16,
@@ -51,7 +51,7 @@ def small_clip(tmp_path_factory):
 @pytest.fixture
 def soup(small_clip, monkeypatch):
     """A state dict as model-soups saves it, of three classes."""
-    monkeypatch.setattr(classifiers, "CLIP_SIZES", (small_clip,))
+    monkeypatch.setattr(image_classifiers, "CLIP_SIZES", (small_clip,))
     torch.manual_seed(0)
     clip = open_clip.create_model(small_clip)
     # The text tower is gone, what it was embedded by is not.
@@ -85,7 +85,7 @@ class TestClip:
     @torch.no_grad()
     def test_its_logits_are_of_normalised_features(self, soup, small_clip, tmp_path, images):
         torch.save(soup, tmp_path / "model_0.pt")
-        loaded = classifiers.load(tmp_path / "model_0.pt", 3)
+        loaded = image_classifiers.load(tmp_path / "model_0.pt", 3)
         clip = open_clip.create_model(small_clip)
         start = "model.visual."
         tower = {n.removeprefix(start): t for n, t in soup.items() if n.startswith(start)}
@@ -103,16 +103,16 @@ class TestClip:
         torch.save(soup, plain)
         inside = {f"module.{name}": tensor for name, tensor in soup.items()}
         torch.save({"state_dict": inside, "epoch": 3}, wrapped)
-        first, second = (classifiers.load(place, 3) for place in (plain, wrapped))
+        first, second = (image_classifiers.load(place, 3) for place in (plain, wrapped))
         assert torch.equal(_logits(first, images), _logits(second, images))
         assert "in a dictionary" in second.remarks[0] and "module." in second.remarks[1]
 
-    @pytest.mark.parametrize("size", classifiers.CLIP_SIZES)
+    @pytest.mark.parametrize("size", image_classifiers.CLIP_SIZES)
     def test_every_size_of_openai_is_known_by_its_shapes(self, size, tmp_path):
         """Without numbers: the largest has two gigabytes."""
-        assert len(classifiers.CLIP_SIZES) == 9
-        tower = classifiers._tower(size).state_dict()
-        assert classifiers._clip_size(tmp_path, tower) == size
+        assert len(image_classifiers.CLIP_SIZES) == 9
+        tower = image_classifiers._tower(size).state_dict()
+        assert image_classifiers._clip_size(tmp_path, tower) == size
 
     @pytest.mark.parametrize(
         ("change", "message"),
@@ -139,13 +139,13 @@ class TestClip:
         change(soup)
         torch.save(soup, tmp_path / "m.pt")
         with pytest.raises(CheckpointError, match=f"m.pt.*{message}"):
-            classifiers.load(tmp_path / "m.pt", 3)
+            image_classifiers.load(tmp_path / "m.pt", 3)
 
     def test_a_clip_alone_has_no_head(self, soup, tmp_path):
         clip = {n.removeprefix("model."): t for n, t in soup.items() if n.startswith("model.")}
         torch.save(clip, tmp_path / "clip.pt")
         with pytest.raises(CheckpointError, match="a CLIP without a classification head"):
-            classifiers.load(tmp_path / "clip.pt", 3)
+            image_classifiers.load(tmp_path / "clip.pt", 3)
 
 
 class _Harmful:
@@ -159,7 +159,7 @@ class _Harmful:
 def test_a_pickle_runs_no_code(tmp_path):
     torch.save({"w": torch.zeros(2), "x": _Harmful(tmp_path / "harm")}, tmp_path / "m.pt")
     with pytest.raises(CheckpointError, match="could run code"):
-        classifiers.load(tmp_path / "m.pt", 3)
+        image_classifiers.load(tmp_path / "m.pt", 3)
     assert not (tmp_path / "harm").exists()
 
 
@@ -167,9 +167,9 @@ class TestTimm:
     def test_folder_and_file_are_the_same_model(self, vit, tmp_path, images):
         alone = tmp_path / "alone.pt"
         torch.save(load_file(vit / "model.safetensors"), alone)
-        named = classifiers.load(vit / "model.safetensors", 3)
+        named = image_classifiers.load(vit / "model.safetensors", 3)
         assert torch.equal(
-            _logits(classifiers.load(vit, 3), images), expected := _logits(named, images)
+            _logits(image_classifiers.load(vit, 3), images), expected := _logits(named, images)
         )
         model = timm.create_model("vit_tiny_patch16_224", num_classes=3, **TINY).eval()
         model.load_state_dict(load_file(vit / "model.safetensors"))
@@ -177,29 +177,29 @@ class TestTimm:
             assert torch.equal(model(images).double(), expected)
         assert named.transform(Image.new("RGB", (50, 40))).shape == (3, 32, 32)
         with pytest.raises(CheckpointError, match=r"alone.pt: does not say .* --architecture NAME"):
-            classifiers.load(alone, 3)
+            image_classifiers.load(alone, 3)
 
     def test_an_architecture_may_be_named(self, tmp_path):
         torch.manual_seed(0)
         model = timm.create_model("test_convnext", num_classes=3).eval()
         save_file(model.state_dict(), tmp_path / "m.safetensors")
-        loaded = classifiers.load(tmp_path / "m.safetensors", 3, "test_convnext")
+        loaded = image_classifiers.load(tmp_path / "m.safetensors", 3, "test_convnext")
         images = torch.randn(2, 3, *model.pretrained_cfg["input_size"][1:])
         with torch.no_grad():
             assert torch.equal(_logits(loaded, images), model(images).double())
         with pytest.raises(CheckpointError, match="timm cannot make no_such_model"):
-            classifiers.load(tmp_path / "m.safetensors", 3, "no_such_model")
+            image_classifiers.load(tmp_path / "m.safetensors", 3, "no_such_model")
 
     def test_what_is_wrong_is_said(self, vit, tmp_path):
         with pytest.raises(CheckpointError, match="its head has 3 classes, the suite asks for 7"):
-            classifiers.load(vit, 7)
+            image_classifiers.load(vit, 7)
         with pytest.raises(CheckpointError, match=r"has 5 .* asks for 3\. `python -m evaluation"):
-            classifiers.load(_save(tmp_path / "five", num_classes=5), 3)
+            image_classifiers.load(_save(tmp_path / "five", num_classes=5), 3)
         with pytest.raises(CheckpointError, match=r"no classification head: it lacks head.weight"):
-            classifiers.load(_save(tmp_path / "body", num_classes=0), 3)
+            image_classifiers.load(_save(tmp_path / "body", num_classes=0), 3)
         (vit / "config.json").write_text(json.dumps({"architecture": "vit_tiny_patch16_224"}))
         with pytest.raises(CheckpointError) as caught:
-            classifiers.load(vit, 3)
+            image_classifiers.load(vit, 3)
         said = str(caught.value)
         assert "is not of the architecture vit_tiny_patch16_224; it lacks: blocks.1" in said
         assert "other shapes: blocks.0" in said and "instead of" in said and "\n" not in said
@@ -207,7 +207,7 @@ class TestTimm:
     def test_two_files_of_weights_are_one_too_many(self, vit):
         save_file({"x": torch.zeros(1)}, vit / "other.safetensors")
         with pytest.raises(CheckpointError, match=r"2 files of weights .* name one of them"):
-            classifiers.load(vit, 3)
+            image_classifiers.load(vit, 3)
 
 
 class TestTransformers:
@@ -222,7 +222,7 @@ class TestTransformers:
         return tmp_path / "hf"
 
     def test_logits_and_preprocessing_are_its_own(self, folder, images):
-        loaded = classifiers.load(folder, 3)
+        loaded = image_classifiers.load(folder, 3)
         model = transformers.ViTForImageClassification.from_pretrained(folder).eval()
         with torch.no_grad():
             assert torch.equal(_logits(loaded, images), model(images).logits.double())
@@ -231,7 +231,7 @@ class TestTransformers:
         assert loaded.labels == pictures.COLOURS
         # What mergekit-pytorch writes is a file without the library's mark.
         save_file(load_file(folder / "model.safetensors"), folder / "model.safetensors")
-        merged = classifiers.load(folder / "model.safetensors", 3)
+        merged = image_classifiers.load(folder / "model.safetensors", 3)
         assert torch.equal(_logits(merged, images), _logits(loaded, images))
 
     def test_a_missing_head_is_not_drawn_at_random(self, folder):
@@ -239,12 +239,12 @@ class TestTransformers:
         body = {name: tensor for name, tensor in state.items() if "classifier" not in name}
         save_file(body, folder / "model.safetensors", {"format": "pt"})
         with pytest.raises(CheckpointError, match=r"no classification head: it lacks classifier"):
-            classifiers.load(folder, 3)
+            image_classifiers.load(folder, 3)
 
     def test_other_faults_are_one_line(self, folder):
         with pytest.raises(CheckpointError, match="its head has 3 classes, the suite asks for 9"):
-            classifiers.load(folder, 9)
+            image_classifiers.load(folder, 9)
         (folder / "preprocessor_config.json").unlink()
         with pytest.raises(CheckpointError, match="cannot be loaded as an image classifier") as e:
-            classifiers.load(folder, 3)
+            image_classifiers.load(folder, 3)
         assert "\n" not in str(e.value)
