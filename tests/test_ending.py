@@ -98,11 +98,14 @@ def test_mergekit_pytorch(hub, tmp_path, caplog):
     assert "parameters.min_rel_update: filter 'stem' is part of no tensor's name" in caplog.text
 
 
-def test_quiet_and_other_methods_say_nothing(hub, tmp_path):
+def test_quiet_and_other_methods_say_nothing(hub, tmp_path, caplog):
     assert said(merge(configuration(hub, tmp_path), tmp_path / "a", "--quiet")) == []
     linear = configuration(hub, tmp_path, "task_arithmetic")
     (tmp_path / "merge.yml").write_text(Path(linear).read_text() + "parameters: {weight: 0.5}\n")
     assert said(merge(linear, tmp_path / "b")) == []
+    result = CliRunner().invoke(main, ["run", linear, str(tmp_path / "c"), "--workers", "2"])
+    assert result.exit_code == 0 and said(result) == []
+    assert "nothing was edited" not in caplog.text + result.output
 
 
 def as_library(config: str, out: Path) -> None:

@@ -100,8 +100,8 @@ class Tally:
         return f"{', '.join(parts)}; {place}"
 
     def warnings(self) -> Iterator[str]:
-        """Yield what nobody wanted who merged by this method."""
-        if self.edited:
+        """Yield what nobody wanted who merged by this method; nothing of other methods."""
+        if self.edited or not self.method:
             return
         if not self.matrices:
             yield f"{self.method}: nothing was edited, for there was no matrix to edit"
