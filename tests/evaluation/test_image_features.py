@@ -114,9 +114,9 @@ def test_the_program_gives_the_definition(place, tmp_path):
 
 def _states(model, images):
     """Features of all images, one image at a time."""
-    from evaluation.engines import classifiers
+    from evaluation.engines import image_classifiers
 
-    loaded = classifiers.load(model, 3)
+    loaded = image_classifiers.load(model, 3)
     from PIL import Image
 
     rows = []
