@@ -7,3 +7,5 @@ import os
 # fork threads.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import evaluation  # noqa: F401 - first: it makes torchvision importable beside a torch for the CPU

@@ -181,7 +181,7 @@ def _sets(seeds: Sequence[Seed]) -> str:
         for suite, title in ARCHITECTURES.items()
         for model in models
     ]
-    return page.table(["accuracy, %", *(task.label for task in tasks.values())], rows)
+    return page.table(["accuracy, %", *(task.label or name for name, task in tasks.items())], rows)
 
 
 BLOCKS = {
