@@ -1,4 +1,4 @@
-"""docs/evidence.md says what docs/evidence/*.json say, and nothing else."""
+"""docs/evidence*.md say what docs/evidence/*.json say, and nothing else."""
 
 from __future__ import annotations
 
@@ -10,17 +10,25 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from evaluation.evidence import page
+from evaluation.evidence import digits_page, page
 from evaluation.sources import SourceError
 
 DOCS = Path(__file__).parents[3] / "docs"
 
 
-def test_the_page_is_what_the_seeds_give():
-    seeds = page.read(DOCS / "evidence")
-    text = (DOCS / page.PAGE).read_text(encoding="utf-8")
+@pytest.mark.parametrize(
+    ("name", "stem", "blocks"),
+    [
+        (page.PAGE, "seed", page.BLOCKS),
+        (digits_page.PAGE, digits_page.STEM, digits_page.BLOCKS),
+    ],
+)
+def test_the_page_is_what_the_seeds_give(name, stem, blocks):
+    seeds = page.read(DOCS / "evidence", stem)
+    text = (DOCS / name).read_text(encoding="utf-8")
     assert len(seeds) >= 5
-    assert page.filled(text, seeds) == text, "run `python -m evaluation.evidence --tables`"
+    filled = page.filled(text, seeds, blocks, name)
+    assert filled == text, "run `python -m evaluation.evidence --tables`"
 
 
 def test_intervals_and_scores_of_the_page_by_another_route():
