@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from evaluation.engines import EvaluationError
-from evaluation.evidence import digits, experiment, models
+from evaluation.evidence import digits, experiment, models, tweets
 from evaluation.options import exit_code, positive
 from mergekit_monosoup import terminal
 
@@ -38,6 +38,7 @@ WORLDS = {
         "seed", 8, experiment.model_count(), (models.SUITE, models.TWO_TASKS), experiment.run_seed
     ),
     "digits": World("digits", 6, digits.model_count(), (digits.SUITE,), digits.run_seed),
+    "tweets": World("tweets", 5, tweets.model_count(), (tweets.SUITE,), tweets.run_seed),
 }
 
 

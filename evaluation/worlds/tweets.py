@@ -36,9 +36,9 @@ TUNED_TOPIC = "airlines"
 
 OTHER_TOPICS = tuple(topic for topic in TOPICS if topic != TUNED_TOPIC)
 
-TRAIN = 1000  # texts of a class, of the tuned topic
-TEST_TUNED = 250
-TEST_OTHER = 100  # but no more than there are: 87 negative ones about claritin
+TRAIN = 500  # texts of a class, of the tuned topic
+TEST_TUNED = 200
+TEST_OTHER = 70  # but no more than there are; of claritin, 87 are negative
 
 
 @dataclass(frozen=True)
