@@ -325,6 +325,8 @@ def _rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     Raises:
         OverflowError: it has entries that the dtype cannot hold.
     """
+    if tensor.dtype == dtype:  # a factor as it was given
+        return tensor
     rounded = tensor.to(dtype)
     if dtype.is_floating_point and not torch.isfinite(rounded).all():
         name = str(dtype).removeprefix("torch.")

@@ -15,15 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import (
-    HfApi,
-    constants,
-    get_hf_file_metadata,
-    hf_hub_download,
-    hf_hub_url,
-    parse_safetensors_file_metadata,
-    snapshot_download,
-)
+import huggingface_hub as client  # whose functions are loaded when they are first used
+from huggingface_hub import constants
 from huggingface_hub.errors import (
     DisabledRepoError,
     GatedRepoError,
@@ -214,12 +207,13 @@ def ask(name: str, revision: str | None = None) -> Repository:
         HubError: it is not there, not for this login, or the hub cannot be asked.
     """
     with explained():
-        info = HfApi().model_info(name, revision=revision, timeout=TIMEOUT)
+        info = client.HfApi().model_info(name, revision=revision, timeout=TIMEOUT)
         files = frozenset(sibling.rfilename for sibling in info.siblings or ())
         # Everybody may list a gated repository, and read its page.
         telling = sorted(file for file in files if file.endswith((".json", ".safetensors", ".bin")))
         for file in telling[:1]:
-            get_hf_file_metadata(hf_hub_url(name, file, revision=revision), timeout=TIMEOUT)
+            address = client.hf_hub_url(name, file, revision=revision)
+            client.get_hf_file_metadata(address, timeout=TIMEOUT)
     return Repository(info.id, str(info.sha), files)
 
 
@@ -309,8 +303,8 @@ def _headers(name: str, repository: Repository, names: tuple[str, ...]) -> Files
     with explained():
         files = [weights]
         if (index := f"{weights}.index.json") in repository.files:
-            files = _shards(hf_hub_download(name, index, revision=commit), f"{name}/{index}")
-        read = partial(parse_safetensors_file_metadata, name, revision=commit)
+            files = _shards(client.hf_hub_download(name, index, revision=commit), f"{name}/{index}")
+        read = partial(client.parse_safetensors_file_metadata, name, revision=commit)
         try:
             with ThreadPoolExecutor(AT_ONCE) as pool:
                 return dict(zip(files, pool.map(read, files), strict=True))
@@ -344,7 +338,7 @@ def download(name: str, revision: str | None, weights: tuple[str, ...], beside: 
             check_holds_model(repository)
             raise RefusedError(f"has neither {' nor '.join(weights)}")
         with explained():
-            return snapshot_download(
+            return client.snapshot_download(
                 name,
                 revision=revision,
                 allow_patterns=[*beside, f"*{os.path.splitext(first)[1]}"],
@@ -367,7 +361,7 @@ def cached(
     """Return the folder in the client's cache that holds a model whole; None if none does."""
     for kind in ("*.safetensors", "*.bin"):
         try:
-            folder = snapshot_download(
+            folder = client.snapshot_download(
                 name,
                 revision=revision,
                 cache_dir=cache,
