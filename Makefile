@@ -2,7 +2,7 @@
 # Another interpreter: make PYTHON=python3.12 test
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # two targets at once would set up one environment twice
-.PHONY: fast test test-images fuzz lint demo evidence docs clean
+.PHONY: fast test test-images fuzz lint demo evidence evidence-real docs clean
 
 # Images need torchvision, beside which the tests' environment would not stay as it is.
 IMAGES := $(filter evidence test-images,$(MAKECMDGOALS))
@@ -68,6 +68,10 @@ demo: $(VENV)/ready-$(if $(strip $(IMAGES)),$(FOR_IMAGES),plots)
 
 evidence: $(VENV)/ready-$(FOR_IMAGES)
 	$(VENV)/bin/python -m evaluation.evidence $(ARGS)
+
+# On real weights and real text, which an extra brings.
+evidence-real: $(VENV)/ready-evidence
+	$(VENV)/bin/python -m evaluation.evidence --world tweets $(ARGS)
 
 # The pages as a site, in build/site; Python >= 3.11.
 docs: $(VENV)/ready-docs

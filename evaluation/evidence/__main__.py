@@ -40,6 +40,7 @@ WORLDS = {
     "digits": World("digits", 6, digits.model_count(), (digits.SUITE,), digits.run_seed),
     "tweets": World("tweets", 5, tweets.model_count(), (tweets.SUITE,), tweets.run_seed),
 }
+MADE_UP = ("sums", "digits")  # need no package that has real weights and texts
 
 
 @terminal.output()
@@ -61,19 +62,31 @@ def _run(options: argparse.Namespace) -> None:
         again = "Run the same command again: what is finished is not done again."
         raise EvaluationError("\n".join([*ends, again]))
     # matplotlib, which the seeds' processes do without
-    from evaluation.evidence import digits_page, page
+    from evaluation.evidence import digits_page, page, tweets_page, worlds_page
 
+    pages = {"sums": page.PAGE, "digits": digits_page.PAGE, "tweets": tweets_page.PAGE}
     for world in options.world:
-        if options.tables and not any((options.docs / "evidence").glob(f"{WORLDS[world].stem}-*")):
-            print(f"{world}: no seed has been run yet")
+        stem = WORLDS[world].stem
+        files = list((options.docs / "evidence").glob(f"{stem}-*.json"))
+        if len(files) < 2:
+            print(
+                f"{world}: {len(files)} seed(s) so far, and intervals need two; the scores of one: "
+                f"python -m evaluation.tables {options.out}/{stem}-SEED/results"
+            )
             continue
-        {"sums": page, "digits": digits_page}[world].write(options.docs)
+        pages[world].write(options.docs)
+    if (options.docs / worlds_page.PAGE).is_file():
+        worlds_page.write(options.docs)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m evaluation.evidence", description=__doc__)
     parser.add_argument(
-        "--world", choices=tuple(WORLDS), nargs="+", default=list(WORLDS), help="default: both"
+        "--world",
+        choices=tuple(WORLDS),
+        nargs="+",
+        default=list(MADE_UP),
+        help="default: " + " ".join(MADE_UP),
     )
     parser.add_argument(
         "--seeds",
@@ -86,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
         "--processes",
         type=positive,
         default=2,
-        help="seeds at a time, one thread each (default: 2)",
+        help="seeds at a time, one thread each, or threads of one seed (default: 2)",
     )
     parser.add_argument(
         "--out",
@@ -124,6 +137,7 @@ def _run_all(options: argparse.Namespace) -> dict[str, Path]:
         for name in options.world
         for seed in (range(WORLDS[name].seeds) if options.seeds is None else options.seeds)
     ]
+    options.threads = max(1, options.processes // len(jobs))  # a seed alone has all of them
     total = sum(WORLDS[name].models for name, _ in jobs)
     with tqdm(total=total, unit="model", smoothing=0.05) as bar:
 
@@ -155,7 +169,8 @@ def _run_one(
     command += ["--out", str(options.out), "--docs", str(options.docs)]
     if options.limit is not None:
         command += ["--limit", str(options.limit)]
-    threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    variables = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+    threads = dict.fromkeys(variables, str(options.threads))
     endings = tuple(f".{suite}.json" for suite in WORLDS[world].suites)
     with (
         log.open("w") as file,

@@ -1,21 +1,27 @@
-"""Generated parts of docs/evidence.md; `python -m evaluation.evidence --tables` writes them."""
+"""Pages of evidence: parts that are generated, and figures, from the seeds' files alone.
+
+`python -m evaluation.evidence --tables` writes them.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 from evaluation import statistics
 from evaluation.evidence import panels
-from evaluation.evidence.claims import CURVES, Claim, claims
+from evaluation.evidence.claims import Claim
 from evaluation.evidence.collect import GROUPS, Seed, effect
-from evaluation.evidence.models import ENERGIES, SUITE, TWO_TASKS
+from evaluation.evidence.models import SUITE, TWO_TASKS
+from evaluation.evidence.paper import claims
+from evaluation.evidence.subjects import SUMS, Subject
 from evaluation.formatting import with_error, with_interval
 from evaluation.sources import SourceError
 
-PAGE = "evidence.md"
-Blocks = Mapping[str, Callable[[Sequence[Seed]], str]]  # what makes each generated block
+Seeds = TypeVar("Seeds")
 BLOCK = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 SHOWN = {
@@ -67,20 +73,38 @@ TWO = {
 }
 
 
-def write(docs: Path) -> None:
-    """Fill the blocks of docs/evidence.md and draw docs/evidence/*.png.
+@dataclass(frozen=True)
+class Page:
+    """A page about one world.
 
-    Raises:
-        SourceError: fewer than two seeds, a page without blocks.
+    Attributes:
+        name: of the file in docs/.
+        stem: the seeds' files begin with it.
+        blocks: what makes each generated block.
+        figures: what draws each file of docs/evidence, by its name without .png.
     """
-    seeds = read(docs / "evidence")
-    fill(docs / PAGE, seeds, BLOCKS)
-    for path in panels.draw(seeds, docs / "evidence"):
-        print(path)
+
+    name: str
+    stem: str
+    blocks: Mapping[str, Callable[[Sequence[Seed]], str]]
+    figures: Mapping[str, Callable[[Sequence[Seed]], Any]]
+
+    def write(self, docs: Path) -> None:
+        """Fill the blocks and draw the figures.
+
+        Raises:
+            SourceError: fewer than two seeds, a page without blocks.
+        """
+        seeds = read(docs / "evidence", self.stem)
+        fill(docs / self.name, seeds, self.blocks)
+        for path in panels.save(self.figures, seeds, docs / "evidence"):
+            print(path)
 
 
-def fill(page: Path, seeds: Sequence[Seed], blocks: Blocks) -> None:
+def fill(page: Path, seeds: Seeds, blocks: Mapping[str, Callable[[Seeds], str]]) -> None:
     """Replace every block of a page by what the seeds say; a page that is not there has no more.
+
+    `seeds` is what the blocks are made of: those of a world, or of several.
 
     Raises:
         SourceError: the page lacks a block.
@@ -92,7 +116,7 @@ def fill(page: Path, seeds: Sequence[Seed], blocks: Blocks) -> None:
     print(page)
 
 
-def read(folder: Path, stem: str = "seed") -> list[Seed]:
+def read(folder: Path, stem: str) -> list[Seed]:
     """Return the seeds of a folder, whose files begin with `stem`.
 
     Raises:
@@ -112,13 +136,12 @@ def read(folder: Path, stem: str = "seed") -> list[Seed]:
     return seeds
 
 
-def filled(page: str, seeds: Sequence[Seed], blocks: Blocks | None = None, name: str = PAGE) -> str:
+def filled(page: str, seeds: Seeds, blocks: Mapping[str, Callable[[Seeds], str]], name: str) -> str:
     """Return the page with every block replaced by what the seeds say now.
 
     Raises:
         SourceError: the page lacks a block, or has one that nothing fills.
     """
-    blocks = BLOCKS if blocks is None else blocks
     if unknown := {found for _, found, _ in BLOCK.findall(page)} ^ blocks.keys():
         raise SourceError(f"{name}: blocks missing or unknown: {', '.join(sorted(unknown))}")
     return BLOCK.sub(lambda block: f"{block[1]}{blocks[block[2]](seeds)}\n{block[3]}", page)
@@ -166,32 +189,38 @@ def scores(seeds: Sequence[Seed], suite: str, shown: dict[str, str], reference: 
     return table(header, rows)
 
 
-def _energies(seeds: Sequence[Seed]) -> str:
+def energies(seeds: Sequence[Seed], *subjects: Subject) -> str:
+    """Return a table of the threshold R: differences from fine-tuned, and from the scalar."""
     rows = []
-    for energy in ENERGIES:
-        row = [f"{energy:g}"]
-        for reference in ("finetuned", f"scalar_R{energy:g}"):
-            for group in GROUPS:
-                gain = effect(seeds, SUITE, f"monosoup_R{energy:g}", reference, group)
-                row.append(with_interval(gain.mean, gain.low, gain.high))
-        rows.append(row)
-    return table(
-        ["R", "ID − fine-tuned", "OOD − fine-tuned", "ID − its scalar", "OOD − its scalar"], rows
-    )
+    for s in subjects:
+        for energy in s.energies:
+            row = [s.title] * (len(subjects) > 1) + [f"{energy:g}"]
+            for reference in (s.tuned, s.named(f"scalar_R{energy:g}")):
+                for group in GROUPS:
+                    soup = s.named(f"monosoup_R{energy:g}")
+                    gain = effect(seeds, s.suite, soup, reference, group)
+                    row.append(with_interval(gain.mean, gain.low, gain.high))
+            rows.append(row)
+    header = ["R", "ID − fine-tuned", "OOD − fine-tuned", "ID − its scalar", "OOD − its scalar"]
+    return table([""] * (len(subjects) > 1) + header, rows)
+
+
+def limited(seeds: Sequence[Seed]) -> str:
+    """Return a remark if not all items were asked."""
+    return " (--limit: a quick look)" if seeds[0].content.limit else ""
 
 
 def _setting(seeds: Sequence[Seed]) -> str:
     tiny = seeds[0].content.suites[SUITE]
     items = sum(len(task.clusters) for task in tiny.tasks.values())
     models = sum(len(seeds[0].models(suite)) for suite in (SUITE, TWO_TASKS))
-    curves = ", ".join(f"{name} ({len(points)} points)" for name, points in CURVES.items())
+    curves = ", ".join(f"{name} ({len(points)} points)" for name, points in SUMS.curves.items())
     packages = ("lm-eval", "mergekit", "torch", "transformers", "python")
     versions = ", ".join(f"{name} {tiny.versions[name]}" for name in packages)
     numbers = ", ".join(str(seed.seed) for seed in seeds)
-    limited = " (--limit: a quick look)" if seeds[0].content.limit else ""
     return (
         f"{len(seeds)} seeds ({numbers}), {models} models each, {items} items per model of "
-        f"the suite `{SUITE}`{limited}; curves: {curves}; {versions}."
+        f"the suite `{SUITE}`{limited(seeds)}; curves: {curves}; {versions}."
     )
 
 
@@ -202,11 +231,21 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     )
 
 
-BLOCKS = {
-    "setting": _setting,
-    "claims": lambda seeds: claims_table(claims(seeds)),
-    "scores": lambda seeds: scores(seeds, SUITE, SHOWN, "finetuned"),
-    "energies": _energies,
-    "ablations": lambda seeds: scores(seeds, SUITE, ABLATED, "finetuned"),
-    "two": lambda seeds: scores(seeds, TWO_TASKS, TWO, None),
-}
+PAGE = Page(
+    "evidence.md",
+    "seed",
+    {
+        "setting": _setting,
+        "claims": lambda seeds: claims_table(claims(seeds, SUMS)),
+        "scores": lambda seeds: scores(seeds, SUITE, SHOWN, "finetuned"),
+        "energies": lambda seeds: energies(seeds, SUMS),
+        "ablations": lambda seeds: scores(seeds, SUITE, ABLATED, "finetuned"),
+        "two": lambda seeds: scores(seeds, TWO_TASKS, TWO, None),
+    },
+    {
+        "plane": panels.plane,
+        "effects": panels.effects,
+        "energy": panels.energy,
+        "cka": panels.similarities,
+    },
+)

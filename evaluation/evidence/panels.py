@@ -1,4 +1,4 @@
-"""The figures of docs/evidence.md, from the seeds' JSON files alone."""
+"""Figures of evidence, from the seeds' JSON files alone."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from evaluation import features
-from evaluation.evidence.claims import CURVES
 from evaluation.evidence.collect import GROUPS, Seed, effect
 from evaluation.evidence.models import ENERGIES, SUITE
+from evaluation.evidence.subjects import SUMS, Subject
 from evaluation.suite import GroupName
 
 NAMED = {
@@ -40,12 +40,6 @@ COMPARED = {
 }
 
 
-def draw(seeds: Sequence[Seed], folder: Path) -> Iterator[Path]:
-    """Write the figures into `folder` and yield their paths."""
-    made = {"plane": plane, "effects": effects, "energy": energy, "cka": similarities}
-    yield from save(made, seeds, folder)
-
-
 def save(
     made: Mapping[str, Callable[[Sequence[Seed]], Any]], seeds: Sequence[Seed], folder: Path
 ) -> Iterator[Path]:
@@ -63,15 +57,19 @@ def plane(seeds: Sequence[Seed]) -> Any:
     The three curves, MonoSoup over R, and the models that need no number.
     """
     figure, axes = grid(1, (7.2, 4.6))
-    lines = {
-        **CURVES,
-        "MonoSoup, R": [f"monosoup_R{e:g}" for e in ENERGIES],
-        "its scalar, R": [f"scalar_R{e:g}" for e in ENERGIES],
-    }
-    draw_plane(axes[0], seeds, SUITE, lines)
+    draw_plane(axes[0], seeds, SUITE, sweeps(SUMS))
     axes[0].set(title=f"means over {len(seeds)} seeds")
     axes[0].legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     return figure
+
+
+def sweeps(s: Subject) -> dict[str, list[str]]:
+    """Return the models along each curve, and along R."""
+    along = {
+        title: [s.named(f"{kind}_R{e:g}") for e in s.energies]
+        for title, kind in (("MonoSoup, R", "monosoup"), ("its scalar, R", "scalar"))
+    }
+    return {**s.curves, **along}
 
 
 def draw_plane(
@@ -151,6 +149,20 @@ def energy(seeds: Sequence[Seed]) -> Any:
         panel.set(xlabel="R")
     axes[0].legend(frameon=False)
     axes[2].legend(frameon=False)
+    return figure
+
+
+def energies(seeds: Sequence[Seed], *subjects: Subject) -> Any:
+    """Return differences from fine-tuned against R, with 95 % bands over seeds."""
+    places = [(s, group) for s in subjects for group in GROUPS]
+    figure, axes = grid(len(places), (3.5 * len(places), 3.2))
+    for panel, (s, group) in zip(axes, places, strict=True):
+        for kind, label, colour in (("monosoup", "MonoSoup", "C0"), ("scalar", "scalar", "C1")):
+            prefix = s.named(kind)
+            band(panel, seeds, s.suite, group, s.energies, prefix, s.tuned, label, colour)
+        panel.axhline(0, color="black", linewidth=0.8)
+        panel.set(xlabel="R", title=f"{s.title}, {group} − fine-tuned, points")
+    axes[0].legend(frameon=False)
     return figure
 
 

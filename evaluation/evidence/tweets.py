@@ -110,9 +110,6 @@ def run_seed(seed: int, folder: Path, results: Path, limit: int | None = None) -
     `limit`: only the first so many items of each topic. What is finished is not done again, but for
     the merges of a finished seed, which are not kept: they are 90 MB each.
     """
-    import torch
-
-    torch.set_num_threads(1)
     without_tokenizer_threads()
     started = time.perf_counter()
     folder = folder.resolve()
@@ -174,7 +171,7 @@ def _similarities(
 ) -> features.Similarities:
     """Return CKA with the pretrained model, block by block, on the texts of ID and of OOD."""
     compared = [sources.find(name, paths[name], folder / "merged") for name in COMPARED]
-    texts = {
+    texts: dict[str, list[str]] = {
         group: [tweet.text for task in tasks for tweet in world.test[task.task]]
         for group, tasks in load(SUITE).grouped()
     }

@@ -147,7 +147,11 @@ def expected(line: str) -> str:
 
 
 def dry_make(words: list[str], monkeypatch) -> None:
-    started = {"demo": "-m demo", "evidence": "-m evaluation.evidence"}
+    started = {
+        "demo": "-m demo",
+        "evidence": "-m evaluation.evidence",
+        "evidence-real": "-m evaluation.evidence --world tweets",
+    }
     done = subprocess.run(
         ["make", "--dry-run", *words[1:]], cwd=pages.ROOT, capture_output=True, text=True
     )

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 import transformers
+from helpers import bert
 
 from evaluation import sources
 from evaluation.engines import EvaluationError, Options, start
@@ -14,23 +15,18 @@ from evaluation.evaluator import evaluate
 from evaluation.store import read
 from evaluation.suite import Suite, Task
 
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "plain", "very", "day"]
+WORDS = ["good", "bad", "plain", "very", "day"]
 
 
 @pytest.fixture(scope="module")
 def classifiers(tmp_path_factory):
     """Two folders with the same weights, whose classes stand in opposite order."""
     folder = tmp_path_factory.mktemp("classifiers")
-    (folder / "vocab.txt").write_text("\n".join(WORDS), encoding="utf-8")
-    tokenizer = transformers.BertTokenizer(vocab=str(folder / "vocab.txt"))
+    tokenizer = bert.tokenizer(folder, WORDS)
     for name, order in {"ab": ("bad", "good"), "ba": ("good", "bad")}.items():
         torch.manual_seed(0)
-        config = transformers.BertConfig(
-            vocab_size=len(WORDS),
-            hidden_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            intermediate_size=16,
+        config = bert.config(
+            WORDS,
             id2label=dict(enumerate(order)),
             label2id={label: number for number, label in enumerate(order)},
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from evaluation.evidence import claims, collect
+from evaluation.evidence import claims, collect, paper
 
 
 @pytest.mark.parametrize(
@@ -19,9 +19,9 @@ from evaluation.evidence import claims, collect
         (claims.kept, (-0.009, 0.2), claims.HOLDS),
         (claims.kept, (-0.02, 0.001), claims.UNDECIDED),
         (claims.kept, (-0.02, -0.011), claims.CONTRADICTED),
-        (claims.best, (-0.2, 0.0), claims.HOLDS),
-        (claims.best, (-0.1, 0.1), claims.UNDECIDED),
-        (claims.best, (0.05, 0.1), claims.CONTRADICTED),
+        (claims.at_most(0.025), (-0.2, 0.0), claims.HOLDS),
+        (claims.at_most(0.025), (-0.1, 0.1), claims.UNDECIDED),
+        (claims.at_most(0.025), (0.05, 0.1), claims.CONTRADICTED),
     ],
 )
 def test_verdicts_follow_from_the_interval(judge, interval, verdict):
@@ -44,16 +44,16 @@ def test_measurements_that_disagree_make_a_mixed_claim():
 
 
 def test_the_area_of_a_front():
-    assert claims.front([(0.5, 0.5)]) == pytest.approx(0.25)
-    assert claims.front([(0.5, 1.0), (1.0, 0.5)]) == pytest.approx(0.75)
-    assert claims.front([(0.5, 1.0), (1.0, 0.5), (0.4, 0.9), (0.5, 0.5)]) == pytest.approx(
+    assert paper.front([(0.5, 0.5)]) == pytest.approx(0.25)
+    assert paper.front([(0.5, 1.0), (1.0, 0.5)]) == pytest.approx(0.75)
+    assert paper.front([(0.5, 1.0), (1.0, 0.5), (0.4, 0.9), (0.5, 0.5)]) == pytest.approx(
         0.75
     )  # dominated points
 
 
 def test_seeds_that_agree_to_the_last_digit_decide_nothing():
     flat = collect.Effect.of([0.1, 0.1, 0.1])
-    judges = (claims.more, claims.less, claims.kept, claims.best)
+    judges = (claims.more, claims.less, claims.kept, claims.at_most(0.025))
     assert [claims.verdict(flat, judge) for judge in judges] == [claims.UNDECIDED] * 4
     assert claims.verdict(collect.Effect.of([0.1, 0.1, 0.11]), claims.more) == claims.HOLDS
     assert claims.verdict(collect.Effect.of([1.0, 1.0]), claims.always) == claims.HOLDS

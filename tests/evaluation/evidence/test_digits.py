@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
+from helpers.evidence import coins
 
 from evaluation.evidence import collect, digits, digits_page, page
 from evaluation.formatting import with_interval
-from evaluation.suite import load
 from evaluation.worlds import digits as world_of_digits
 
 
@@ -47,9 +46,14 @@ def digits_of(images, count):
     return type(images)(images.pixels[:count], images.digits[:count])
 
 
-def test_what_claims_tables_and_figures_name_is_made():
+def names() -> set[str]:
+    """The models of one architecture."""
     made = {"pretrained", "finetuned", *(f"same_norm_{label}" for label in digits.CONTROLLED)}
-    made |= {name for name, _ in digits.merges("", "")}
+    return made | {name for name, _ in digits.merges("", "")}
+
+
+def test_what_claims_tables_and_figures_name_is_made():
+    made = names()
     assert {*digits_page.SHOWN, *digits_page.WISE, *digits.COMPARED} <= made
     assert digits.model_count() == 2 * len(made)
 
@@ -60,7 +64,7 @@ def test_a_seed_from_training_to_json_and_again(tmp_path, hasty, capsys):
     file = tmp_path / "evidence" / "digits-0.json"
     text = file.read_text()
     (tmp_path / "evidence" / "digits-1.json").write_text(text.replace('"seed": 0', '"seed": 1'))
-    found = page.read(tmp_path / "evidence", digits_page.STEM)
+    found = page.read(tmp_path / "evidence", digits_page.PAGE.stem)
     assert str(tmp_path) not in text
     capsys.readouterr()
     digits.run_seed(0, tmp_path / "digits-0", tmp_path / "evidence", limit=20)
@@ -83,51 +87,20 @@ def test_a_seed_from_training_to_json_and_again(tmp_path, hasty, capsys):
 def test_the_page_of_made_answers(tmp_path):
     """Every claim, table and figure, of models that answer at random."""
     for seed in (0, 1, 2):
-        made(seed).write(tmp_path / "evidence" / f"digits-{seed}.json")
-    digits_page.write(tmp_path)
-    written = (tmp_path / digits_page.PAGE).read_text()
-    found = page.read(tmp_path / "evidence", digits_page.STEM)
+        made = coins(
+            seed,
+            dict.fromkeys(digits.ARCHITECTURES, names()),
+            digits.SUITE,
+            records=digits.ARCHITECTURES,
+            cka={f"{s} {group}" for s in digits.ARCHITECTURES for group in ("ID", "OOD")},
+        )
+        made.write(tmp_path / "evidence" / f"digits-{seed}.json")
+    digits_page.PAGE.write(tmp_path)
+    written = (tmp_path / digits_page.PAGE.name).read_text()
+    found = page.read(tmp_path / "evidence", digits_page.PAGE.stem)
     for suite, title in digits.ARCHITECTURES.items():
         gain = collect.effect(found, suite, "monosoup_free", "finetuned", "OOD")
         shown = with_interval(gain.mean, gain.low, gain.high)
         assert f"| {title}: freevariance − fine-tuned, OOD | {shown} |" in written
     pictures = {path.name for path in (tmp_path / "evidence").glob("*.png")}
     assert pictures == {"digits.png", "digits-energy.png", "digits-cka.png"}
-
-
-def made(seed: int) -> collect.SeedFile:
-    """Return a seed of which every answer is a coin's."""
-    random = np.random.default_rng(seed)
-    names = ["pretrained", "finetuned", *(name for name, _ in digits.merges("", ""))]
-    names += [f"same_norm_{label}" for label in digits.CONTROLLED]
-    tasks = {
-        task.task: collect.TaskItems(group=group, label=task.header, clusters=list(range(9)))
-        for group, of_group in load(digits.SUITE).grouped()
-        for task in of_group
-    }
-
-    def answers() -> collect.ModelAnswers:
-        right = {task: collect._packed(random.integers(0, 2, 9).astype(float)) for task in tasks}
-        return collect.ModelAnswers(weights="", config=None, right=right)
-
-    versions = dict.fromkeys(("timm", "torchvision", "torch", "mergekit"), "1")
-    record = {"k": 1, "rank": 2, "lambda_high": 0.6, "lambda_low": 0.4}
-    fields = dict.fromkeys(collect.MatrixRecord.model_fields) | record | {"name": "w"}
-    return collect.SeedFile(
-        seed=seed,
-        suites={
-            suite: collect.SuiteAnswers(
-                versions=versions, tasks=tasks, models={name: answers() for name in names}
-            )
-            for suite in digits.ARCHITECTURES
-        },
-        cka={
-            f"{suite} {group}": {name: [1.0, float(random.random())] for name in digits.COMPARED}
-            for suite in digits.ARCHITECTURES
-            for group in ("ID", "OOD")
-        },
-        records={
-            suite: [collect.MatrixRecord(**{**fields, "mode": mode}) for mode in digits_page.MODES]
-            for suite in digits.ARCHITECTURES
-        },
-    )

@@ -63,9 +63,9 @@ def test_a_seed_from_training_to_json_and_again(tmp_path, monkeypatch, capsys):
     assert modes == {"freevariance", "variance"}
     assert str(tmp_path) not in before
     with pytest.raises(SourceError, match="two"):
-        page.read(tmp_path / "evidence")
+        page.read(tmp_path / "evidence", "seed")
     (tmp_path / "evidence" / "seed-4.json").write_text(
         before.replace('"limit": 3', '"limit": null')
     )
     with pytest.raises(SourceError, match="different --limit"):
-        page.read(tmp_path / "evidence")
+        page.read(tmp_path / "evidence", "seed")

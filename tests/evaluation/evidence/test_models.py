@@ -7,7 +7,8 @@ from pathlib import Path
 from mergekit.config import MergeConfiguration
 from mergekit.merge_methods import get
 
-from evaluation.evidence import claims, experiment, models, page, panels
+from evaluation.evidence import experiment, models, page, panels
+from evaluation.evidence.subjects import SUMS
 
 
 def test_every_merge_is_one_that_mergekit_knows_with_parameters_that_it_reads(tmp_path):
@@ -40,7 +41,7 @@ def test_what_claims_tables_and_figures_name_is_made():
         f"same_norm_{label}" for label in models.CONTROLLED
     }
     named = {*page.SHOWN, *page.ABLATED, *page.TWO, *panels.NAMED, *panels.COMPARED}
-    named |= {model for curve in claims.CURVES.values() for model in curve}
+    named |= {model for curve in SUMS.curves.values() for model in curve}
     assert named <= made
     # bfloat16 copies of two models are asked, too; those of both suites are asked twice.
     assert experiment.model_count() == len(made) + len(models.IN_BFLOAT16) + len(

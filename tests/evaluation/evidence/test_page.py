@@ -16,18 +16,12 @@ from evaluation.sources import SourceError
 DOCS = Path(__file__).parents[3] / "docs"
 
 
-@pytest.mark.parametrize(
-    ("name", "stem", "blocks"),
-    [
-        (page.PAGE, "seed", page.BLOCKS),
-        (digits_page.PAGE, digits_page.STEM, digits_page.BLOCKS),
-    ],
-)
-def test_the_page_is_what_the_seeds_give(name, stem, blocks):
-    seeds = page.read(DOCS / "evidence", stem)
-    text = (DOCS / name).read_text(encoding="utf-8")
+@pytest.mark.parametrize("made", [page.PAGE, digits_page.PAGE])
+def test_the_page_is_what_the_seeds_give(made):
+    seeds = page.read(DOCS / "evidence", made.stem)
+    text = (DOCS / made.name).read_text(encoding="utf-8")
     assert len(seeds) >= 5
-    filled = page.filled(text, seeds, blocks, name)
+    filled = page.filled(text, seeds, made.blocks, made.name)
     assert filled == text, "run `python -m evaluation.evidence --tables`"
 
 
@@ -54,15 +48,15 @@ def test_intervals_and_scores_of_the_page_by_another_route():
     expected = f"{np.mean(gains):+.1f} [{interval.low:+.1f}, {interval.high:+.1f}]".replace(
         "-", "−"
     )
-    text = (DOCS / page.PAGE).read_text(encoding="utf-8")
+    text = (DOCS / page.PAGE.name).read_text(encoding="utf-8")
     assert f"| freevariance − fine-tuned, OOD | {expected} |" in text
 
 
 def test_a_page_with_a_missing_block_is_refused():
     with pytest.raises(SourceError, match="claims"):
-        page.filled("<!-- generated: setting -->\n<!-- end -->", [])
+        page.filled("<!-- generated: setting -->\n<!-- end -->", [], page.PAGE.blocks, "page")
 
 
 def test_one_seed_is_too_few(tmp_path):
     with pytest.raises(SourceError, match="two"):
-        page.read(tmp_path)
+        page.read(tmp_path, "seed")

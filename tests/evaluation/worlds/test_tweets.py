@@ -9,6 +9,7 @@ import json
 import pytest
 import torch
 import transformers
+from helpers import bert
 
 from evaluation.worlds import finished, tweets, tweets_training
 from evaluation.worlds.tweets import LABELS, Tweet
@@ -72,18 +73,11 @@ def test_texts_are_written_as_the_engine_reads_them(corpus, tmp_path):
 @pytest.fixture(scope="module")
 def body(tmp_path_factory):
     folder = tmp_path_factory.mktemp("body")
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *LABELS, "flight", "late", "the"]
-    (folder / "vocab.txt").write_text("\n".join(words), encoding="utf-8")
-    tokenizer = transformers.BertTokenizer(vocab=str(folder / "vocab.txt"))
+    words = [*LABELS, "flight", "late", "the"]
+    tokenizer = bert.tokenizer(folder, words)
     torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=len(words),
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=16,
-        initializer_range=1.0,  # a body whose features differ from text to text
-    )
+    # A body whose features differ from text to text.
+    config = bert.config(words, initializer_range=1.0)
     transformers.BertModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

@@ -1,0 +1,99 @@
+"""Generated parts of docs/evidence-worlds.md: what holds in which world, from all seeds' files."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from evaluation import statistics
+from evaluation.evidence import page, prediction
+from evaluation.evidence.claims import CONTRADICTED, HOLDS, UNDECIDED, Claim
+from evaluation.evidence.collect import GROUPS, Seed, effect
+from evaluation.evidence.paper import CLAIMS, MODES, claims
+from evaluation.evidence.subjects import COLUMNS, EVERY
+from evaluation.formatting import with_error, with_interval
+
+PAGE = "evidence-worlds.md"
+Worlds = Mapping[str, Sequence[Seed]]
+"""Seeds by what their files begin with."""
+
+WORDS = {HOLDS: "hold", CONTRADICTED: "contradicted", UNDECIDED: "undecided"}
+
+
+def write(docs: Path) -> None:
+    """Fill the blocks of docs/evidence-worlds.md.
+
+    Raises:
+        SourceError: a world has fewer than two seeds, a page without blocks.
+    """
+    page.fill(docs / PAGE, read(docs / "evidence"), BLOCKS)
+
+
+def read(folder: Path) -> Worlds:
+    """Return the seeds of all worlds."""
+    return {stem: page.read(folder, stem) for stem in dict.fromkeys(s.stem for s in EVERY)}
+
+
+def _claims(worlds: Worlds) -> str:
+    """Return the table of claims and worlds: all verdicts of a claim in a cell."""
+    found = [{claim.text: claim for claim in claims(worlds[s.stem], s)} for s in COLUMNS]
+    rows = [
+        [definition.text, *(_verdict(column.get(definition.text)) for column in found)]
+        for definition in CLAIMS
+    ]
+    return page.table(["claim", *(s.title for s in COLUMNS)], rows)
+
+
+def _verdict(claim: Claim | None) -> str:
+    if claim is None:
+        return ""
+    counts = Counter(m.verdict for m in claim.measurements if m.verdict)
+    if len(counts) == 1:
+        [verdict] = counts
+        return {HOLDS: "**holds**"}.get(verdict, verdict.removesuffix(" here"))
+    return ", ".join(f"{counts[v]} {word}" for v, word in WORDS.items() if counts[v])
+
+
+def _fine_tunes(worlds: Worlds) -> str:
+    """Return what fine-tuning did, and what the edit did, for every fine-tune of every world."""
+    rows = []
+    for s in EVERY:
+        seeds = worlds[s.stem]
+        for mode, x in MODES.items():
+            soup = s.named(f"monosoup_{x}")
+            row = [s.title if x == "free" else "", mode]
+            tuning = [effect(seeds, s.suite, s.tuned, s.base, group) for group in GROUPS]
+            row += [with_interval(t.mean, t.low, t.high) if x == "free" else "" for t in tuning]
+            compared = [("ID", s.tuned), ("OOD", s.tuned), ("OOD", s.named(f"scalar_{x}"))]
+            for group, reference in compared:
+                change = effect(seeds, s.suite, soup, reference, group)  # type: ignore[arg-type]
+                row.append(with_interval(change.mean, change.low, change.high))
+            rows.append(row)
+    header = ["fine-tune", "mode", "fine-tuning: ID", "OOD", "the edit: ID", "OOD",
+              "OOD beyond its scalar"]  # fmt: skip
+    return page.table(header, rows)
+
+
+def _scores(worlds: Worlds) -> str:
+    """Return the scores of pretrained and fine-tuned models."""
+    rows = []
+    for s in EVERY:
+        row = [s.title, str(len(worlds[s.stem]))]
+        for model in (s.base, s.tuned):
+            for group in GROUPS:
+                values = [seed.score(s.suite, model, group) for seed in worlds[s.stem]]
+                row.append(with_error(statistics.over_runs(values, 0.0)[0]))
+        rows.append(row)
+    return page.table(
+        ["fine-tune", "seeds", "pretrained: ID, %", "OOD, %", "fine-tuned: ID, %", "OOD, %"], rows
+    )
+
+
+BLOCKS = {
+    "worlds": _claims,
+    "tunes": _fine_tunes,
+    "levels": _scores,
+    "prediction": lambda worlds: prediction.table(prediction.cases(worlds)),
+    "rule": lambda worlds: prediction.rule(prediction.cases(worlds)),
+}
