@@ -162,7 +162,8 @@ def dominant(seed: Seed, s: Subject, mode: str) -> float:
 
 def realised(seed: Seed, s: Subject, mode: str) -> float:
     """Return the share of the edit that survives bfloat16, mean over edited matrices."""
-    return float(np.mean([record.realised for record in edited(seed, s, mode)]))
+    shares = [record.realised for record in edited(seed, s, mode)]
+    return float(np.mean([share for share in shares if share is not None]))
 
 
 def edited(seed: Seed, s: Subject, mode: str) -> list[MatrixRecord]:

@@ -129,15 +129,6 @@ TWEETS = Subject(
         Pair("the usual fine-tune − of the gentle", FINETUNED, SECOND),
     ),
 )
-TWEETS_HARSH = Subject(
-    "tweets, harsh",
-    "tweets",
-    tweets.SUITE,
-    tweets.HARSH,
-    prefix=f"{tweets.HARSH}_",
-    parts=("same norm",),
-    records=tweets.HARSH,
-)
 TWEETS_OTHERS = tuple(
     Subject(
         f"tweets, {title}",
@@ -146,11 +137,20 @@ TWEETS_OTHERS = tuple(
         name,
         tweets.base_of(name),
         prefix=f"{name}_",
+        parts=("same norm",) if f"{name}_" in tweets.CONTROLLED else (),
         records=name,
     )
-    for name, title in {SECOND: "gentle", tweets.ZERO: "zero head", LORA: "LoRA"}.items()
+    for name, title in {
+        tweets.WIDE: "wide base",
+        tweets.WIDE_HARSH: "wide base, harsh",
+        tweets.HARSH: "harsh",
+        SECOND: "gentle",
+        tweets.ZERO: "zero head",
+        LORA: "LoRA",
+    }.items()
 )
-COLUMNS = (SUMS, *DIGITS, TWEETS, TWEETS_HARSH)
+TWEETS_WIDE = TWEETS_OTHERS[0]
+COLUMNS = (SUMS, *DIGITS, TWEETS, TWEETS_WIDE)
 """Those of the table of claims."""
 
-EVERY = (SUMS, *SUMS_OTHERS, *DIGITS, TWEETS, TWEETS_HARSH, *TWEETS_OTHERS)
+EVERY = (SUMS, *SUMS_OTHERS, *DIGITS, TWEETS, *TWEETS_OTHERS)

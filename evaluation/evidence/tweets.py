@@ -1,4 +1,4 @@
-"""The experiment of one seed of the world of tweets: real weights, real text, five fine-tunes.
+"""The experiment of one seed of the world of tweets: real weights, real text, seven fine-tunes.
 
 As `experiment` does for sums: train, merge, ask, and write what claims and figures need. One recipe
 gets all merges, the others the main ones.
@@ -40,14 +40,22 @@ SUITE = "tweets"
 ENERGIES, ALPHAS = numbers("0.5:0.9:0.1"), numbers("0.1:0.9:0.2")
 TRUNCATIONS = (0.9, 0.95, 0.99)  # energies at which the tail is cut off (paper, Figure 3b)
 
-HARSH, ZERO, ZERO_PRETRAINED = "harsh", "zero", "zero_pretrained"
-USUAL = Recipe(learning_rate=2e-4, epochs=2)
+HARSH, ZERO, WIDE, WIDE_HARSH = "harsh", "zero", "wide", "wide_harsh"
+ZERO_PRETRAINED, WIDE_PRETRAINED = "zero_pretrained", "wide_pretrained"
+BASES = {  # what these start from: a head of zeros, and a model that knows the other topics
+    ZERO: ZERO_PRETRAINED,
+    WIDE: WIDE_PRETRAINED,
+    WIDE_HARSH: WIDE_PRETRAINED,
+}
+USUAL, HARD = Recipe(learning_rate=2e-4, epochs=2), Recipe(learning_rate=1e-3, epochs=3)
 RECIPES = {
     FINETUNED: USUAL,
     SECOND: Recipe(learning_rate=5e-5, epochs=2),  # gentle
-    HARSH: Recipe(learning_rate=1e-3, epochs=3),
-    ZERO: USUAL,  # on a head of zeros
+    HARSH: HARD,
+    ZERO: USUAL,
     LORA: Recipe(learning_rate=1e-3, epochs=2, rank=8),
+    WIDE: USUAL,
+    WIDE_HARSH: HARD,
 }
 PARTS = {  # which tensors get the split where the others get its scalar: first filter that fits
     "embeddings": (("embeddings", "monosoup"),),
@@ -62,7 +70,7 @@ COMPARED = (  # by CKA: the paper's five (appendix G), the control, and the hars
 
 def base_of(recipe: str) -> str:
     """Return the name of the model that a fine-tune started from."""
-    return ZERO_PRETRAINED if recipe == ZERO else PRETRAINED
+    return BASES.get(recipe, PRETRAINED)
 
 
 def merges(folder: Path) -> Iterator[tuple[str, Config]]:
@@ -94,14 +102,19 @@ def merges(folder: Path) -> Iterator[tuple[str, Config]]:
             yield f"{name}_scalar_{label}", scalar
 
 
-CONTROLLED = {"": FINETUNED, f"{HARSH}_": HARSH}  # prefix and fine-tune of Wise-FT of equal norm
+CONTROLLED = {
+    "": FINETUNED,
+    f"{HARSH}_": HARSH,
+    f"{WIDE}_": WIDE,
+}  # prefix and fine-tune of Wise-FT of equal norm
 
 
 def model_count() -> int:
     """Return how many models one seed asks."""
     bfloat16 = len(list(rounded("", "")))
     controls = len(CONTROLLED) * len(SETTINGS)
-    return len(RECIPES) + 2 + len(list(merges(Path()))) + bfloat16 + controls
+    bases = len({PRETRAINED, *BASES.values()})
+    return bases + len(RECIPES) + len(list(merges(Path()))) + bfloat16 + controls
 
 
 def run_seed(seed: int, folder: Path, results: Path, limit: int | None = None) -> None:
@@ -143,6 +156,7 @@ def run_seed(seed: int, folder: Path, results: Path, limit: int | None = None) -
 def _make_checkpoints(world: tweets.World, folder: Path, seed: int) -> None:
     make_pretrained(world.train, folder / PRETRAINED, "probe")
     make_pretrained(world.train, folder / ZERO_PRETRAINED, "zero")
+    fine_tune(folder / PRETRAINED, folder / WIDE_PRETRAINED, world.others, USUAL, seed)
     for number, (name, recipe) in enumerate(RECIPES.items()):
         # A seed of its own: the average of two is to be one of different batches, too.
         own = seed + 1000 * number
@@ -152,7 +166,7 @@ def _make_checkpoints(world: tweets.World, folder: Path, seed: int) -> None:
 def _models(folder: Path) -> dict[str, str]:
     """Return the paths of all models: folders, and configurations that are merged when asked."""
     cache = folder / "merged"
-    paths = {name: str(folder / name) for name in (PRETRAINED, *RECIPES, ZERO_PRETRAINED)}
+    paths = {name: str(folder / name) for name in (PRETRAINED, *RECIPES, *BASES.values())}
     paths |= written(folder, dict(merges(folder)))
     for prefix, tuned in CONTROLLED.items():
         for label in SETTINGS:
@@ -172,7 +186,8 @@ def _similarities(
     """Return CKA with the pretrained model, block by block, on the texts of ID and of OOD."""
     compared = [sources.find(name, paths[name], folder / "merged") for name in COMPARED]
     texts: dict[str, list[str]] = {
-        group: [tweet.text for task in tasks for tweet in world.test[task.task]]
+        # By length, or most of a batch would be padding.
+        group: sorted((t.text for task in tasks for t in world.test[task.task]), key=len)
         for group, tasks in load(SUITE).grouped()
     }
     reading = features.Reading(device="cpu", batch_size=64)

@@ -9,7 +9,7 @@ from evaluation import statistics
 from evaluation.evidence import page, panels
 from evaluation.evidence.collect import GROUPS, Seed, effect
 from evaluation.evidence.paper import claims
-from evaluation.evidence.subjects import TWEETS, TWEETS_HARSH, TWEETS_OTHERS
+from evaluation.evidence.subjects import TWEETS, TWEETS_OTHERS, TWEETS_WIDE
 from evaluation.evidence.tweets import ALPHAS, PARTS, RECIPES, SUITE
 from evaluation.formatting import with_error, with_interval
 
@@ -37,10 +37,10 @@ ABLATED = {
     "high_R0.99": "leading 99 % alone",
 }
 ASKED = ("pretrained", "finetuned", "monosoup_free", "monosoup_R0.8", "scalar_R0.8", "harsh",
-         "harsh_monosoup_R0.8")  # fmt: skip
+         "wide_pretrained", "wide", "wide_monosoup_free", "wide_monosoup_R0.8")  # fmt: skip
 """Whose accuracy is shown topic by topic."""
 
-FINE_TUNES = (TWEETS, TWEETS_HARSH, *TWEETS_OTHERS)
+FINE_TUNES = (TWEETS, *TWEETS_OTHERS)
 
 
 def _setting(seeds: Sequence[Seed]) -> str:
@@ -121,6 +121,7 @@ PAGE = page.Page(
     {
         "setting": _setting,
         "claims": lambda seeds: page.claims_table(claims(seeds, TWEETS)),
+        "wide": lambda seeds: page.claims_table(claims(seeds, TWEETS_WIDE)),
         "recipes": _recipes,
         "scores": lambda seeds: page.scores(seeds, SUITE, SHOWN, "finetuned"),
         "topics": _topics,

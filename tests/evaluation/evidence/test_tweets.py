@@ -26,7 +26,7 @@ def names() -> set[str]:
     merged = [name for name, _ in tweets.merges(Path())]
     assert len(merged) == len(set(merged))
     controls = {f"{p}same_norm_{label}" for p in tweets.CONTROLLED for label in tweets.SETTINGS}
-    trained = {*tweets.RECIPES, tweets.PRETRAINED, tweets.ZERO_PRETRAINED}
+    trained = {*tweets.RECIPES, tweets.PRETRAINED, *tweets.BASES.values()}
     return {*merged, *controls, *trained, *(name for name, _ in tweets.rounded("", ""))}
 
 
@@ -75,12 +75,13 @@ def hasty(monkeypatch, tmp_path):
     body.mkdir()
     BertModel(bert.config(WORDS)).save_pretrained(body)
     bert.tokenizer(body, WORDS).save_pretrained(body)
-    world = World(texts(4)[TUNED_TOPIC], texts(2), {})
+    world = World(texts(4)[TUNED_TOPIC], texts(3)["cars"], texts(2), {})
     monkeypatch.setattr(tweets.tweets, "build_world", lambda seed: world)
     monkeypatch.setattr(tweets, "make_pretrained", partial(tweets.make_pretrained, body=body))
     recipes = {name: replace(r, epochs=1, batch=4) for name, r in tweets.RECIPES.items()}
     monkeypatch.setattr(tweets, "RECIPES", recipes)
-    needed = {"monosoup_free", "harsh_monosoup_free", "split_mlp"}
+    needed = {"monosoup_free", "split_mlp"}
+    monkeypatch.setattr(tweets, "CONTROLLED", {"": tweets.FINETUNED})
     few = [merge for merge in tweets.merges(tmp_path / "tweets-0") if merge[0] in needed]
     monkeypatch.setattr(tweets, "merges", lambda folder: iter(few))
     monkeypatch.setattr(tweets, "COMPARED", (tweets.PRETRAINED, tweets.HARSH))
@@ -106,7 +107,7 @@ def test_a_seed_from_training_to_json_and_again(tmp_path, hasty, capsys):
     assert {**json.loads(file.read_text()), "minutes": 0} == {**first, "minutes": 0}
 
     seed = collect.Seed.read(file)
-    assert {"harsh_same_norm_free", "split_mlp", "zero", "bf16_monosoup_free"} <= set(
+    assert {"same_norm_free", "split_mlp", "wide", "bf16_monosoup_free"} <= set(
         seed.models(tweets.SUITE)
     )
     assert seed.content.cka["OOD"]["pretrained"] == pytest.approx([1, 1])

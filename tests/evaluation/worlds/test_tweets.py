@@ -50,6 +50,9 @@ def test_items_are_balanced_and_apart(corpus, monkeypatch):
     for topic, items in world.test.items():
         assert all(MENTIONS[topic] in item.text for item in items)
         assert len({sum(item.label == label for item in items) for label in LABELS}) == 1
+    others = {item.text for item in world.others}
+    assert len(others) == 5 * 3 * 7 and not any(MENTIONS["airlines"] in text for text in others)
+    assert not others & {item.text for items in world.test.values() for item in items}
     texts = {item.text for item in world.train}
     assert not texts & {item.text for item in world.test["airlines"]}
     # The tweet that came with two labels is in neither.
