@@ -2,9 +2,10 @@
 
     python benchmarks/adapter.py [--ranks 16 64] [--threads 2] [--shapes 1024x4096 4096x4096]
 
-Claims: an adapter of all linear layers of Qwen3-8B takes at most 5 s and 1 GB on two cores, as a
-process that starts anew (its start is shown beside it); and a matrix is done 100 times faster than
-by peft's `add_weighted_adapter(combination_type="svd")`, or than by editing the merged weight.
+Claims: an adapter of rank 16 of all linear layers of Qwen3-8B takes at most 5 s and 1 GB on two
+cores, as a process that starts anew (its start is shown beside it); and a matrix is done 100 times
+faster than by peft's `add_weighted_adapter(combination_type="svd")`, or than by editing the merged
+weight.
 Times are those of the wall and of the processor, ratios those of the processor. The last line is
 JSON.
 """
