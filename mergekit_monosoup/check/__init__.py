@@ -75,6 +75,7 @@ _OF_DOCUMENT: tuple[Check[Document], ...] = (
     parameters.merged_models,
     parameters.unused_beside_merged,
     parameters.unread_threshold,
+    parameters.gradient_of_files,
     models.listed_twice,
     models.two_spellings,
     models.contract,

@@ -12,7 +12,7 @@ from mergekit_monosoup import parameters as rules
 from mergekit_monosoup.check.context import Document
 from mergekit_monosoup.check.finding import Finding, define_check, nearest
 from mergekit_monosoup.check.keys import FILTER_KEYS, unknown_filter_keys
-from mergekit_monosoup.checkpoints.sections import filters, leaves, mapping
+from mergekit_monosoup.checkpoints.sections import filters, gradients, leaves, mapping
 
 
 def _declared(document: Document) -> dict[str, Any]:
@@ -240,3 +240,22 @@ def unread_threshold(document: Document) -> Iterator[Finding]:
         return  # it is misspelt, and may be the mode that reads R
     for violation in rules.unread_violations(values):
         yield document.warning(violation.parameter, violation.message)
+
+
+@define_check(
+    "PAR213",
+    "error",
+    title="gradient over the layers, in a file for mergekit-pytorch",
+    advice="write one value, or entries with `filter` and `value`",
+)
+def gradient_of_files(document: Document) -> Iterator[Finding]:
+    if not document.raw:
+        return
+    for place, _, value, _ in _known(document):
+        for values in gradients(value):
+            if len(set(map(str, values))) > 1:
+                yield document.error(
+                    place,
+                    f"mergekit-pytorch knows no layers, and takes {values[0]} of "
+                    f"{values} for every tensor",
+                )

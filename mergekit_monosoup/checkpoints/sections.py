@@ -29,6 +29,15 @@ def leaves(value: Any) -> Iterator[Any]:
         yield value
 
 
+def gradients(value: Any) -> Iterator[list[Any]]:
+    """Yield the lists of a parameter that give the layers of a model different values."""
+    for entry in value if isinstance(value, list) else [value]:
+        if isinstance(entry, dict):
+            yield from gradients(entry.get("value"))
+    if isinstance(value, list) and value and not any(isinstance(v, (dict, list)) for v in value):
+        yield value
+
+
 def filters(value: Any) -> list[dict[Any, Any]]:
     """Return the entries with `filter` and `value` of a parameter."""
     return [entry for entry in (value if isinstance(value, list) else [value]) if mapping(entry)]

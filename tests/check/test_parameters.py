@@ -9,7 +9,9 @@ from helpers import checkpoints
 from helpers.findings import messages
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
+from mergekit.merge_methods import get
 from mergekit.options import MergeOptions
+from mergekit.scripts.merge_raw_pytorch import RawPyTorchMergeConfig, construct_param_dicts
 
 from mergekit_monosoup.check import check
 from mergekit_monosoup.cli import main
@@ -182,3 +184,28 @@ def test_a_misspelt_mode_may_be_the_one_that_reads_r(write):
     path = write(parameters={"mode": "varaince", "R": 0.9})
     assert "`mode` must be one of" in messages(path)[0]
     assert messages(path, "warning") == []
+
+
+@finds("PAR213")
+@pytest.mark.parametrize(
+    ("value", "taken"),
+    [([0.5, 1.0], 0.5), ([{"filter": "mlp", "value": [0.2, 0.7]}, {"value": 1.0}], 0.2)],
+)
+def test_a_gradient_in_a_file_for_mergekit_pytorch(write, models, value, taken):
+    base, tuned = (f"{folder}/model.safetensors" for folder in (models[0], models[1][0]))
+    path = write(
+        base_model=base, models=[{"model": tuned}], merge_method="task_arithmetic",
+        parameters={"weight": value},
+    )  # fmt: skip
+    config = RawPyTorchMergeConfig.model_validate(yaml.safe_load(path.read_text()))
+    _, read = construct_param_dicts(config, get("task_arithmetic"), "model.layers.1.mlp.x")
+    assert {model["weight"] for model in read.values() if model} == {taken}
+    (message,) = messages(path)
+    assert f"weight: mergekit-pytorch knows no layers, and takes {taken} of [{taken}, " in message
+    assert messages(write(parameters={"R": [0.9, 0.7], "mode": "variance"})) == []
+
+
+def test_a_list_of_one_value_is_no_gradient(write, models):
+    base, tuned = (f"{folder}/model.safetensors" for folder in (models[0], models[1][0]))
+    path = write(base_model=base, models=[{"model": tuned}], parameters={"alpha": [0.5, 0.5]})
+    assert messages(path) == []
