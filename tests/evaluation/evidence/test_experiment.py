@@ -36,6 +36,8 @@ def test_a_seed_from_training_to_json_and_again(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(models, "GENTLE", replace(models.GENTLE, steps=2, batch=4))
     monkeypatch.setattr(models, "ADAPTER", replace(models.ADAPTER, steps=2, batch=4))
     monkeypatch.setattr(models, "merges", few)
+    monkeypatch.setattr(models, "SETTINGS", {"free": {}})
+    monkeypatch.setattr(models, "CONTROLLED", ("free",))
     monkeypatch.setattr(
         models, "rounded", lambda base, tuned: iter([("bf16_free", models.monosoup(base, [tuned]))])
     )
@@ -54,7 +56,7 @@ def test_a_seed_from_training_to_json_and_again(tmp_path, monkeypatch, capsys):
     assert printed.count("finished before") == asked and "loading" not in printed
     first, second = json.loads(before), json.loads(seed.path.read_text())
     assert {**first, "minutes": 0} == {**second, "minutes": 0}
-    assert {"same_norm_free", "bf16_finetuned", "low_R0.8", "lora"} <= set(seed.models("tiny"))
+    assert {"same_norm_free", "bf16_finetuned", "low_free", "lora"} <= set(seed.models("tiny"))
     tasks = seed.content.suites["tiny-two"].tasks.values()
     assert all(len(task.clusters) == 3 for task in tasks)
     cka = seed.content.cka["OOD"]

@@ -78,13 +78,16 @@ def hasty(monkeypatch, tmp_path):
     world = World(texts(4)[TUNED_TOPIC], texts(3)["cars"], texts(2), {})
     monkeypatch.setattr(tweets.tweets, "build_world", lambda seed: world)
     monkeypatch.setattr(tweets, "make_pretrained", partial(tweets.make_pretrained, body=body))
-    recipes = {name: replace(r, epochs=1, batch=4) for name, r in tweets.RECIPES.items()}
+    recipes = {
+        name: replace(tweets.RECIPES[name], epochs=1, batch=4)
+        for name in (tweets.FINETUNED, tweets.ZERO, tweets.LORA)
+    }
     monkeypatch.setattr(tweets, "RECIPES", recipes)
     needed = {"monosoup_free", "split_mlp"}
     monkeypatch.setattr(tweets, "CONTROLLED", {"": tweets.FINETUNED})
     few = [merge for merge in tweets.merges(tmp_path / "tweets-0") if merge[0] in needed]
     monkeypatch.setattr(tweets, "merges", lambda folder: iter(few))
-    monkeypatch.setattr(tweets, "COMPARED", (tweets.PRETRAINED, tweets.HARSH))
+    monkeypatch.setattr(tweets, "COMPARED", (tweets.PRETRAINED, tweets.LORA))
     monkeypatch.setattr(tweets, "SETTINGS", {"free": {}})
     rounded = tweets.rounded
     monkeypatch.setattr(tweets, "rounded", lambda *pair: list(rounded(*pair))[:1])
@@ -107,7 +110,7 @@ def test_a_seed_from_training_to_json_and_again(tmp_path, hasty, capsys):
     assert {**json.loads(file.read_text()), "minutes": 0} == {**first, "minutes": 0}
 
     seed = collect.Seed.read(file)
-    assert {"same_norm_free", "split_mlp", "wide", "bf16_monosoup_free"} <= set(
+    assert {"same_norm_free", "split_mlp", "lora", "bf16_monosoup_free"} <= set(
         seed.models(tweets.SUITE)
     )
     assert seed.content.cka["OOD"]["pretrained"] == pytest.approx([1, 1])
