@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 import numpy as np
 
-from evaluation.evidence import collect
+from evaluation.evidence import collect, tweets
 from evaluation.evidence.paper import MODES
 from evaluation.suite import load
 
 ITEMS = 9  # of each task
 BLOCKS = 2  # of each model
+
+
+def models_of_tweets() -> set[str]:
+    """Return the names of all models that a seed of tweets asks."""
+    merged = [name for name, _ in (*tweets.merges(Path()), *tweets.rounded("", ""))]
+    assert len(merged) == len(set(merged))
+    controls = {f"{p}same_norm_{label}" for p in tweets.CONTROLLED for label in tweets.SETTINGS}
+    return {*merged, *controls, *tweets.RECIPES, tweets.PRETRAINED, *tweets.BASES.values()}
 
 
 def coins(

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from helpers import bert
-from helpers.evidence import coins
+from helpers.evidence import coins, models_of_tweets
 from mergekit.config import MergeConfiguration
 from transformers import BertModel
 
@@ -22,18 +22,10 @@ from evaluation.worlds.tweets import LABELS, TOPICS, TUNED_TOPIC, Tweet, World
 WORDS = [*LABELS, "about", *TOPICS]
 
 
-def names() -> set[str]:
-    merged = [name for name, _ in tweets.merges(Path())]
-    assert len(merged) == len(set(merged))
-    controls = {f"{p}same_norm_{label}" for p in tweets.CONTROLLED for label in tweets.SETTINGS}
-    trained = {*tweets.RECIPES, tweets.PRETRAINED, *tweets.BASES.values()}
-    return {*merged, *controls, *trained, *(name for name, _ in tweets.rounded("", ""))}
-
-
 def test_what_tables_name_is_made_and_counted():
     shown = {*tweets_page.SHOWN, *tweets_page.ABLATED, *tweets_page.ASKED, *tweets.COMPARED}
-    assert shown <= names()
-    assert tweets.model_count() == len(names())
+    assert shown <= models_of_tweets()
+    assert tweets.model_count() == len(models_of_tweets())
 
 
 def test_every_merge_is_one_that_mergekit_reads():
@@ -46,7 +38,11 @@ def test_the_page_of_made_answers(tmp_path):
     groups = ("ID", "OOD")
     for seed in (0, 1, 2):
         made = coins(
-            seed, {tweets.SUITE: names()}, tweets.SUITE, records=tweets.RECIPES, cka=groups
+            seed,
+            {tweets.SUITE: models_of_tweets()},
+            tweets.SUITE,
+            records=tweets.RECIPES,
+            cka=groups,
         )
         made.write(tmp_path / "evidence" / f"tweets-{seed}.json")
     tweets_page.PAGE.write(tmp_path)

@@ -6,19 +6,12 @@ import shutil
 from pathlib import Path
 
 import pytest
-from helpers.evidence import coins
+from helpers.evidence import coins, models_of_tweets
 
 from evaluation.evidence import claims, collect, tweets, worlds_page
 from evaluation.evidence.subjects import COLUMNS, EVERY
 
 DOCS = Path(__file__).parents[3] / "docs"
-
-
-def names() -> set[str]:
-    bases = {tweets.PRETRAINED, *tweets.BASES.values()}
-    controls = {f"{p}same_norm_{label}" for p in tweets.CONTROLLED for label in tweets.SETTINGS}
-    merged = {name for name, _ in (*tweets.merges(Path()), *tweets.rounded("", ""))}
-    return {*bases, *tweets.RECIPES, *merged, *controls}
 
 
 @pytest.mark.slow
@@ -30,7 +23,11 @@ def test_every_fine_tune_has_a_row_and_every_world_a_column(tmp_path):
             shutil.copy(DOCS / "evidence" / f"{stem}-{seed}.json", results)
     for seed in (0, 1):
         made = coins(
-            seed, {tweets.SUITE: names()}, tweets.SUITE, records=tweets.RECIPES, cka=("ID", "OOD")
+            seed,
+            {tweets.SUITE: models_of_tweets()},
+            tweets.SUITE,
+            records=tweets.RECIPES,
+            cka=("ID", "OOD"),
         )
         made.write(results / f"tweets-{seed}.json")
     worlds_page.write(tmp_path)
