@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -196,8 +197,11 @@ def _over_curves(s: Subject) -> Iterator[Quantity]:
             if curve in s.curves:
                 yield Quantity(
                     f"{mode} − the best {curve} of no less ID, OOD",
-                    lambda seed, x=x, curve=curve: over_best(  # type: ignore[misc]
-                        seed, s.suite, s.named(f"monosoup_{x}"), s.curves[curve]
+                    partial(
+                        over_best,
+                        suite=s.suite,
+                        model=s.named(f"monosoup_{x}"),
+                        others=s.curves[curve],
                     ),
                     kept,
                 )
@@ -207,7 +211,7 @@ def _fronts(s: Subject) -> Iterator[Quantity]:
     for curve in ("Wise-FT", "LiNeS"):
         yield Quantity(
             f"area under the front, MonoSoup + Wise-FT − {curve}",
-            lambda seed, curve=curve: wider_front(seed, s, curve),  # type: ignore[misc]
+            partial(wider_front, s=s, curve=curve),
             more,
             in_points=False,
         )
@@ -222,7 +226,7 @@ def _middle_energies(s: Subject) -> Iterator[Quantity]:
     half_a_step = (s.energies[1] - s.energies[0]) / 2  # more than 0.8 by that is no contradiction
     yield Quantity(
         "R of the best mean of ID and OOD, minus 0.8",
-        lambda seed: excess_energy(seed, s),
+        partial(excess_energy, s=s),
         at_most(half_a_step),
         in_points=False,
     )
@@ -235,7 +239,7 @@ def _weaker_gain_more(s: Subject) -> Iterator[Quantity]:
 
 
 def _lift(s: Subject, label: str, tuned: str, other: str, x: str, judge: Judge) -> Quantity:
-    return Quantity(label, lambda seed: extra_lift(seed, s, tuned, other, x), judge)
+    return Quantity(label, partial(extra_lift, s=s, tuned=tuned, other=other, setting=x), judge)
 
 
 def _truncated(s: Subject) -> Iterator[Quantity]:
@@ -251,8 +255,9 @@ def _rho(s: Subject) -> Iterator[Quantity]:
 
 
 def _cos(s: Subject) -> Iterator[Quantity]:
-    for group, judge in (("OOD", more), ("ID", less)):
-        yield gain(s, "cos α alone − fine-tuned", s.named("cos_R0.8"), s.tuned, group, judge)  # type: ignore[arg-type]
+    cos = s.named("cos_R0.8")
+    yield gain(s, "cos α alone − fine-tuned", cos, s.tuned, "OOD", more)
+    yield gain(s, "cos α alone − fine-tuned", cos, s.tuned, "ID", less)
 
 
 def _both_signals(s: Subject) -> Iterator[Quantity]:
@@ -265,7 +270,7 @@ def _dominant(s: Subject) -> Iterator[Quantity]:
     for mode in MODES:
         yield Quantity(
             f"share of matrices with λ_high > λ_low, {mode}",
-            lambda seed, mode=mode: dominant(seed, s, mode),  # type: ignore[misc]
+            partial(dominant, s=s, mode=mode),
             always,
             in_points=False,
         )
@@ -293,7 +298,7 @@ def _above_pretrained(s: Subject) -> Iterator[Quantity]:
 def _features(s: Subject) -> Iterator[Quantity]:
     def compared(label: str, model: str, reference: str, judge: Judge | None = more) -> Quantity:
         text = f"CKA of the last block, {label}"
-        return Quantity(text, lambda seed: closer(seed, s, model, reference), judge, False)
+        return Quantity(text, partial(closer, s=s, model=model, reference=reference), judge, False)
 
     for mode, x in MODES.items():
         yield compared(f"{mode} − fine-tuned", s.named(f"monosoup_{x}"), s.tuned)
@@ -308,7 +313,7 @@ def _bfloat16(s: Subject) -> Iterator[Quantity]:
         yield from both(s, f"{mode}, bfloat16 − float32 output", narrow, wide, kept, kept)
     yield Quantity(
         "share of a freevariance edit that survives bfloat16, mean over matrices",
-        lambda seed: realised(seed, s, "freevariance"),
+        partial(realised, s=s, mode="freevariance"),
         None,
         in_points=False,
     )

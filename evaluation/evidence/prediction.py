@@ -16,6 +16,7 @@ from evaluation.evidence import page
 from evaluation.evidence.collect import Seed
 from evaluation.evidence.paper import MODES, edited
 from evaluation.evidence.subjects import EVERY, Subject
+from evaluation.suite import GroupName
 
 Numbers = NDArray[np.float64]
 
@@ -48,8 +49,8 @@ def cases(worlds: Mapping[str, Sequence[Seed]]) -> list[Case]:
 
 
 def _case(seed: Seed, s: Subject) -> Case:
-    def difference(model: str, reference: str, group: str) -> float:
-        own, other = (seed.score(s.suite, name, group) for name in (model, reference))  # type: ignore[arg-type]
+    def difference(model: str, reference: str, group: GroupName) -> float:
+        own, other = (seed.score(s.suite, name, group) for name in (model, reference))
         return 100 * (own - other)
 
     known = {

@@ -13,6 +13,7 @@ from evaluation.evidence.collect import GROUPS, Seed, effect
 from evaluation.evidence.paper import CLAIMS, MODES, claims
 from evaluation.evidence.subjects import COLUMNS, EVERY
 from evaluation.formatting import with_error, with_interval
+from evaluation.suite import GroupName
 
 PAGE = "evidence-worlds.md"
 Worlds = Mapping[str, Sequence[Seed]]
@@ -66,9 +67,13 @@ def _fine_tunes(worlds: Worlds) -> str:
             row = [s.title if x == "free" else "", mode]
             tuning = [effect(seeds, s.suite, s.tuned, s.base, group) for group in GROUPS]
             row += [with_interval(t.mean, t.low, t.high) if x == "free" else "" for t in tuning]
-            compared = [("ID", s.tuned), ("OOD", s.tuned), ("OOD", s.named(f"scalar_{x}"))]
+            compared: list[tuple[GroupName, str]] = [
+                ("ID", s.tuned),
+                ("OOD", s.tuned),
+                ("OOD", s.named(f"scalar_{x}")),
+            ]
             for group, reference in compared:
-                change = effect(seeds, s.suite, soup, reference, group)  # type: ignore[arg-type]
+                change = effect(seeds, s.suite, soup, reference, group)
                 row.append(with_interval(change.mean, change.low, change.high))
             rows.append(row)
     header = ["fine-tune", "mode", "fine-tuning: ID", "OOD", "the edit: ID", "OOD",
