@@ -55,6 +55,8 @@ _OF_FILE: tuple[Check[File], ...] = (
     document.stage_name,
     document.shared_report,
     document.not_a_mapping,
+    document.shared_name,
+    document.in_a_circle,
 )
 # In this order: an error of one keeps mergekit from getting to its plan, and so the later ones.
 _OF_DOCUMENT: tuple[Check[Document], ...] = (

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,22 @@ class File:
         return tuple(str(d["name"]) for d in self.documents if isinstance(d, dict) and "name" in d)
 
     @cached_property
+    def needs(self) -> dict[str, set[str]]:
+        """Stage → the stages whose names stand for models in it."""
+        names = set(self.stages)
+        return {
+            str(document["name"]): {
+                model
+                for key, value in document.items()
+                if key != "name"
+                for model in map(_model, _strings(value))
+                if model in names
+            }
+            for _, document in self.mappings
+            if "name" in document
+        }
+
+    @cached_property
     def origins(self) -> dict[str, str]:
         """Stage → the model whose configuration and tokenizer it will have."""
         donors = {str(d["name"]): donor(d) for _, d in self.mappings if "name" in d}
@@ -104,6 +121,28 @@ class File:
         if isinstance(document, dict) and "name" in document:
             return f"stage {document['name']}"
         return "" if len(self.documents) == 1 else f"document {number + 1}"
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (list, dict)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _strings(part)
+
+
+def _model(reference: str) -> str:
+    """Return the model of MODEL@REVISION+ADAPTER."""
+    return reference.split("+")[0].split("@")[0]
+
+
+def circle(needs: Mapping[str, Collection[str]]) -> str:
+    """Return stages that need each other, as `a needs b needs a`; empty if there is an order."""
+    try:
+        TopologicalSorter({name: sorted(others) for name, others in needs.items()}).prepare()
+    except CycleError as error:
+        return " needs ".join(map(str, reversed(error.args[1])))
+    return ""
 
 
 # -- checks ----------------------------------------------------------------------------------------
@@ -203,3 +242,36 @@ def not_a_mapping(file: File) -> Iterator[Finding]:
                 f"{label}: top level" if label else "top level",
                 f"must be a mapping, not {type(document).__name__}",
             )
+
+
+@define_check(
+    "DOC006",
+    "error",
+    title="two stages of one name, or two without one",
+    advice="give each stage a name of its own, and only the last one none",
+)
+def shared_name(file: File) -> Iterator[Finding]:
+    for name, count in Counter(file.stages).items():
+        if count > 1:
+            message = f"is the name of {count} merges: mergekit-multi stops"
+            yield Finding("error", f"stage {name}", message)
+    nameless = len(file.mappings) - len(file.stages)
+    if nameless > 1:
+        yield Finding(
+            "error",
+            file.path,
+            f"{nameless} of {len(file.mappings)} merges have no `name`: mergekit-multi stops, "
+            "give all but the last one a name",
+        )
+
+
+@define_check(
+    "DOC007",
+    "error",
+    title="stages that need each other in a circle",
+    advice="make one of them from other models",
+)
+def in_a_circle(file: File) -> Iterator[Finding]:
+    if found := circle(file.needs):
+        message = f"no stage can be the first of a circle: {found}"
+        yield Finding("error", file.path, message)

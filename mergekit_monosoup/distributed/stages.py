@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from graphlib import CycleError, TopologicalSorter
+from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from mergekit.io.tasks import LoaderCache
 from mergekit.scripts.multimerge import load_config
 from pydantic import ValidationError
 
-from mergekit_monosoup.check.document import File, stage_name
+from mergekit_monosoup.check.document import File, circle, stage_name
 from mergekit_monosoup.check.keys import refusals
 from mergekit_monosoup.distributed.dependencies import versions
 from mergekit_monosoup.distributed.driver import Part, Request
@@ -248,12 +248,10 @@ def _order(names: Sequence[str | None], needed: Mapping[str | None, set[str]]) -
     Raises:
         ValueError: they need each other in a circle.
     """
-    sorter = TopologicalSorter({name: sorted(needed[name]) for name in names if name is not None})
-    try:
-        return [*sorter.static_order(), None]
-    except CycleError as error:
-        circle = " needs ".join(map(str, reversed(error.args[1])))
-        raise ValueError(f"no stage can be the first of a circle: {circle}") from None
+    graph = {str(name): sorted(map(str, needed[name])) for name in names if name is not None}
+    if found := circle(graph):
+        raise ValueError(f"no stage can be the first of a circle: {found}")
+    return [*TopologicalSorter(graph).static_order(), None]
 
 
 def _all_needed(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import yaml
 from helpers.findings import messages
+from mergekit.scripts.multimerge import load_config
 
 from mergekit_monosoup.check import check
 
@@ -44,7 +45,7 @@ def test_findings_name_their_stage_or_document(write, models):
     good = {"merge_method": "monosoup", "base_model": base, "models": [{"model": tuned[0]}]}
     bad = good | {"dtype": "float33"}
     for first, label in ((bad, "document 1"), ({"name": "one"} | bad, "stage one")):
-        (message,) = messages(write(yaml.safe_dump_all([first, good])))
+        message = messages(write(yaml.safe_dump_all([first, good])))[-1]
         assert message.startswith(f"{label}: dtype: 'float33' is not a dtype")
     (message,) = messages(write("[1]\n---\n" + yaml.safe_dump(good)))
     assert message == "document 1: top level: must be a mapping, not list"
@@ -81,3 +82,37 @@ def test_nothing_that_yaml_can_say_is_a_traceback(write, models, place, value):
         )
         for finding in check(write(text)):
             assert finding.message and finding.code
+
+
+def merge(*models: str, **keys: str) -> str:
+    listed = [{"model": model, "parameters": {"weight": 1}} for model in models]
+    return yaml.safe_dump({**keys, "merge_method": "linear", "models": listed})
+
+
+@pytest.mark.finds("DOC006")
+def test_stages_without_names_of_their_own(write, models):
+    base, _ = models
+
+    def found(*documents: str) -> list[str]:
+        path = write("\n---\n".join(documents))
+        with pytest.raises(ValueError, match=r"Duplicate merge name|Multiple unnamed"):
+            load_config(path.read_text(), "between")
+        return messages(path)
+
+    twice = found(merge(base, name="a"), merge(base, name="a"), merge("a"))
+    assert twice == ["stage a: is the name of 2 merges: mergekit-multi stops"]
+    (nameless,) = found(merge(base, name="a"), merge("a"), merge(base))
+    assert "2 of 3 merges have no `name`" in nameless
+
+
+@pytest.mark.finds("DOC007")
+@pytest.mark.parametrize("spelling", ["b", "b@main", "b+some/adapter"])
+def test_stages_that_need_each_other(write, models, spelling):
+    base, _ = models
+    stages = merge(spelling, name="a"), merge("a", base, name="b"), merge("b")
+    message = messages(write("\n---\n".join(stages)))[0]
+    assert message.endswith("no stage can be the first of a circle: b needs a needs b") or (
+        message.endswith("no stage can be the first of a circle: a needs b needs a")
+    )
+    chain = merge(base, name="a"), merge("a", base, name="b"), merge("b")
+    assert messages(write("\n---\n".join(chain))) == []
