@@ -32,6 +32,7 @@ class World(NamedTuple):
     models: int  # that a seed asks
     suites: tuple[str, ...]
     run_seed: Callable[[int, Path, Path, int | None], None]
+    threaded: bool = False  # whether one seed alone may have several threads
 
 
 WORLDS = {
@@ -39,7 +40,7 @@ WORLDS = {
         "seed", 8, experiment.model_count(), (models.SUITE, models.TWO_TASKS), experiment.run_seed
     ),
     "digits": World("digits", 6, digits.model_count(), (digits.SUITE,), digits.run_seed),
-    "tweets": World("tweets", 5, tweets.model_count(), (tweets.SUITE,), tweets.run_seed),
+    "tweets": World("tweets", 5, tweets.model_count(), (tweets.SUITE,), tweets.run_seed, True),
 }
 MADE_UP = ("sums", "digits")  # need no package that has real weights and texts
 
@@ -100,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
         "--processes",
         type=positive,
         default=2,
-        help="seeds at a time, one thread each, or threads of one seed (default: 2)",
+        help="seeds at a time, one thread each; threads of one seed of tweets (default: 2)",
     )
     parser.add_argument(
         "--out",
@@ -171,7 +172,7 @@ def _run_one(
     if options.limit is not None:
         command += ["--limit", str(options.limit)]
     variables = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-    threads = dict.fromkeys(variables, str(options.threads))
+    threads = dict.fromkeys(variables, str(options.threads if WORLDS[world].threaded else 1))
     endings = tuple(f".{suite}.json" for suite in WORLDS[world].suites)
     with (
         log.open("w") as file,

@@ -243,7 +243,7 @@ PAGE = Page(
         "two": lambda seeds: scores(seeds, TWO_TASKS, TWO, None),
     },
     {
-        "plane": panels.plane,
+        "plane": lambda seeds: panels.plane(seeds, SUMS),
         "effects": panels.effects,
         "energy": panels.energy,
         "cka": panels.similarities,

@@ -11,7 +11,7 @@ import numpy as np
 from evaluation import features
 from evaluation.evidence.collect import GROUPS, Seed, effect
 from evaluation.evidence.models import ENERGIES, SUITE
-from evaluation.evidence.subjects import SUMS, Subject
+from evaluation.evidence.subjects import Subject
 from evaluation.suite import GroupName
 
 NAMED = {
@@ -51,13 +51,13 @@ def save(
         yield path
 
 
-def plane(seeds: Sequence[Seed]) -> Any:
+def plane(seeds: Sequence[Seed], s: Subject) -> Any:
     """Return ID against OOD, means over seeds.
 
     The three curves, MonoSoup over R, and the models that need no number.
     """
     figure, axes = grid(1, (7.2, 4.6))
-    draw_plane(axes[0], seeds, SUITE, sweeps(SUMS))
+    draw_plane(axes[0], seeds, s.suite, sweeps(s))
     axes[0].set(title=f"means over {len(seeds)} seeds")
     axes[0].legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     return figure

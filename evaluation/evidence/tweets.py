@@ -102,11 +102,8 @@ def merges(folder: Path) -> Iterator[tuple[str, Config]]:
             yield f"{name}_scalar_{label}", scalar
 
 
-CONTROLLED = {
-    "": FINETUNED,
-    f"{HARSH}_": HARSH,
-    f"{WIDE}_": WIDE,
-}  # prefix and fine-tune of Wise-FT of equal norm
+# Fine-tunes that also get Wise-FT of equal norm, by the prefix of their merges.
+CONTROLLED = {"": FINETUNED, f"{HARSH}_": HARSH, f"{WIDE}_": WIDE}
 
 
 def model_count() -> int:

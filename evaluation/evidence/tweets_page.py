@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from evaluation import statistics
 from evaluation.evidence import page, panels
@@ -25,17 +24,7 @@ SHOWN = {
     "average_monosoup_free": "MonoSoup of the average, freevariance",
     "average_monosoup_R0.8": "MonoSoup of the average, variance",
 }  # fmt: skip
-ABLATED = {
-    "monosoup_R0.8": "both (MonoSoup)",
-    "rho_R0.8": "ρ alone",
-    "cos_R0.8": "cos α alone",
-    "uniform_R0.8": "one half of both parts",
-    "high_R0.8": "high-energy part alone",
-    "low_R0.8": "low-energy part alone",
-    "high_R0.9": "leading 90 % alone",
-    "high_R0.95": "leading 95 % alone",
-    "high_R0.99": "leading 99 % alone",
-}
+ABLATED = {name: title for name, title in page.ABLATED.items() if name != "high_R0.5"}
 ASKED = ("pretrained", "finetuned", "monosoup_free", "monosoup_R0.8", "scalar_R0.8", "harsh",
          "wide_pretrained", "wide", "wide_monosoup_free", "wide_monosoup_R0.8")  # fmt: skip
 """Whose accuracy is shown topic by topic."""
@@ -105,16 +94,6 @@ def _parts(seeds: Sequence[Seed]) -> str:
     return page.table(["split in", "ID − scalar everywhere", "OOD − scalar everywhere"], rows)
 
 
-def plane(seeds: Sequence[Seed]) -> Any:
-    """Return ID against OOD, means over seeds, of the usual fine-tune and its merges."""
-    figure, axes = panels.grid(1, (7.2, 4.6))
-    lines = panels.sweeps(TWEETS)
-    panels.draw_plane(axes[0], seeds, SUITE, lines)
-    axes[0].set(title=f"means over {len(seeds)} seeds")
-    axes[0].legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
-    return figure
-
-
 PAGE = page.Page(
     "evidence-real.md",
     "tweets",
@@ -130,7 +109,7 @@ PAGE = page.Page(
         "ablations": lambda seeds: page.scores(seeds, SUITE, ABLATED, "finetuned"),
     },
     {
-        "tweets": plane,
+        "tweets": lambda seeds: panels.plane(seeds, TWEETS),
         "tweets-energy": lambda seeds: panels.energies(seeds, TWEETS),
         "tweets-cka": panels.similarities,
     },
