@@ -74,7 +74,7 @@ CONVNEXT = Architecture(
         "patch_size": 2,
         "kernel_sizes": 5,
     },
-    pretraining=Phase(steps=300, batch=64, learning_rate=4e-3),
+    pretraining=Phase(steps=700, batch=64, learning_rate=4e-3),
     finetuning=Phase(steps=150, batch=64, learning_rate=3e-3),
 )
 ARCHITECTURES = {"vit": VIT, "convnext": CONVNEXT}
