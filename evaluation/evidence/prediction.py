@@ -150,10 +150,10 @@ FOLDS: dict[str, Callable[[Case], object]] = {
 
 
 def table(found: Sequence[Case]) -> str:
-    """Return the errors of all rules as a table in Markdown."""
+    """Return how many cases there are, and the errors of all rules as a table in Markdown."""
     rows = [[name, *_row(found, predict)] for name, predict in predictors(found).items()]
     header = ["known before merging"] + [f"{mode}, {fold}" for mode in MODES for fold in FOLDS]
-    return page.table(header, rows)
+    return f"{len(found)} cases.\n\n{page.table(header, rows)}"
 
 
 def _row(found: Sequence[Case], predict: Predictor) -> Iterator[str]:

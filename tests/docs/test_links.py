@@ -81,5 +81,5 @@ def test_other_files_name_pages_that_exist():
         if path.suffix in (".py", ".yml")
     ]
     for path in [*files, ROOT / "pyproject.toml"]:
-        for page in re.findall(r"\b(?:docs|dev)/\w+\.md", path.read_text("utf-8")):
+        for page in re.findall(r"\b(?:docs|dev)/[\w-]+\.md", path.read_text("utf-8")):
             assert (ROOT / page).exists(), f"{name(path)}: {page}"

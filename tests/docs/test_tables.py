@@ -52,24 +52,47 @@ def evidence() -> dict[str, list[str]]:
     return {row[1] if row[1:] and " − " in row[1] else row[0]: row for row in reversed(rows)}
 
 
+def worlds(block: str) -> list[list[str]]:
+    """The rows of a generated table of docs/evidence-worlds.md."""
+    page = pages.between("docs/evidence-worlds.md", f"<!-- generated: {block} -->", "<!-- end -->")
+    return pages.rows(page)
+
+
+def of_fine_tune(title: str) -> list[list[str]]:
+    """What docs/evidence-worlds.md says of a fine-tune: its row in each mode."""
+    table = worlds("tunes")
+    (first,) = (number for number, row in enumerate(table) if row[0] == title)
+    return table[first : first + 2]
+
+
 def test_readme_quotes_the_evidence():
-    known, table = evidence(), pages.between("README.md", "## Does it help?", "## Which mode")
-    free, R90, R80, wise = (row[1:] for row in pages.rows(table))
-    claims = ("fine-tuned, ID", "fine-tuned, OOD", "its norm-matched scalar, OOD")
-    for mode, quoted in (("freevariance", free), ("variance", R80)):
-        assert quoted == [known[f"{mode} − {claim}"][2] for claim in claims]
-    assert [known["0.9"][column] for column in (1, 2, 4)] == R90
-    assert wise == [*known["Wise-FT 0.5"][3:], ""]
+    table = pages.rows(pages.between("README.md", "## Does it help?", "## Which mode"))
+    titles = {
+        "sums": "sums, Qwen3",
+        "digits": "ViT",
+        "tweets, wide base": "tweets, wide base",
+        "tweets": "tweets, MiniLM",
+    }
+    assert [row[0] for row in table] == list(titles)
+    for (_, *quoted), title in zip(table, titles.values(), strict=True):
+        free, fixed = of_fine_tune(title)
+        assert (free[1], fixed[1]) == ("freevariance", "variance")
+        assert quoted == [free[3], *free[4:6], *fixed[4:6]]
 
 
 def test_readme_numbers_in_prose():
     known, readme = evidence(), pages.text("README.md")
-    assert "costs it 25.6 points" in readme and known["pretrained"][4].startswith("+25.6 ")
-    assert "eight seeds" in readme and "8 seeds" in pages.text("docs/evidence.md")
+    beyond = [float(of[-1].split()[0].replace("−", "-")) for t in worlds("levels")
+              for of in of_fine_tune(t[0])]  # fmt: skip
+    assert "by less than a point" in readme and max(map(abs, beyond)) < 1
+    ID = known["freevariance − fine-tuned, ID"][2]
+    assert "It cost 0.2 points of sums, with an interval that ends at 0.4." in readme
+    assert ID.startswith("−0.2 [−0.4, ")
     assert "(10 points at 0.7)" in readme and known["0.7"][1].startswith("−10.0 ")
     gain = [float(known[row][column].split()[0]) for row, column in (("0.9", 2), ("0.8", 2))]
     free = float(known["freevariance − fine-tuned, OOD"][2].split()[0])
     assert "three times the gain" in readme and 3 < gain[0] / free < 3.5
+    assert "for 1.5 points" in readme and known["0.9"][1].startswith("−1.5 ")
     best = max(float(known[R][2].split()[0]) for R in ("0.5", "0.55", "0.6", "0.65", "0.7"))
     assert best - gain[1] < 2, "below R = 0.8 the gain hardly rises"
 
@@ -87,13 +110,26 @@ def test_inspect_quotes_the_evidence():
     assert {name: str(m) for name, m in advice.EVIDENCE.items()} == {
         name: f"ID {ID}, OOD {OOD}" for name, (ID, OOD) in expected.items()
     }
-    assert known["freevariance − LoRA fine-tune, OOD"][2] == advice.OOD_OF_LORA
     assert {
         "freevariance": known["freevariance − its norm-matched scalar, OOD"][2],
         "R = 0.8": known["variance − its norm-matched scalar, OOD"][2],
     } == advice.OOD_BEYOND_CONTROL
     parameters, seeds = advice.WORLD.removesuffix(" seeds").split(" parameters, ")
     assert f"A model of {parameters} parameters" in page and f"{seeds} seeds (0, 1" in page
+
+
+def test_inspect_quotes_what_holds_in_all_worlds():
+    free, fixed = (row[5] for row in of_fine_tune("tweets, MiniLM"))
+    assert {"freevariance": free, "R = 0.8": fixed} == advice.OOD_WHERE_IT_GAINED
+    (cases,) = re.findall(r"^(\d+) cases\.$", pages.text("docs/evidence-worlds.md"), flags=re.M)
+    assert cases == advice.FINE_TUNES
+    (rule,) = (row for row in worlds("prediction") if row[0].endswith("a share of it"))
+    shares = {mode: row for mode, *row in worlds("rule")}
+    for mode, tested in (("freevariance", rule[2]), ("variance", rule[4])):
+        lowest, *_, highest = sorted(shares[mode][:-1])  # without that of all worlds together
+        error, right = tested.split("; ")
+        said = advice.SHARES["R = 0.8" if mode == "variance" else mode]
+        assert said == advice.Share(lowest, highest, right, error)
 
 
 def test_a_gradient_is_what_the_guide_says():
