@@ -263,8 +263,9 @@ def _run_merge(
     from mergekit_monosoup.distributed import stages
     from mergekit_monosoup.distributed.alone import merge_alone
     from mergekit_monosoup.distributed.driver import MergeError, Request, merge_claimed
-    from mergekit_monosoup.distributed.folder import Done, WorkFolder
+    from mergekit_monosoup.distributed.folder import WorkFolder
     from mergekit_monosoup.distributed.publication import FolderError
+    from mergekit_monosoup.distributed.records import Done
     from mergekit_monosoup.distributed.threads import InThreads
     from mergekit_monosoup.parameters import METHODS
 

@@ -13,7 +13,10 @@ every merge method of mergekit. From the command line down:
     engines.py       who executes batches: this process, or workers of Ray
     threads.py       or threads of this process, on all cores
     worker.py        what a worker does with a batch
+    making.py        where it writes a batch, and how that is kept
     folder.py        OUT while the merge is unfinished: what is kept on disk
+    records.py       what the JSON files there hold
+    finished.py      whether --resume finds nothing to do, and the command that goes on
     publication.py   which file of a complete merge goes where, and no file elsewhere
     vocabulary.py    the tokenizer, and the order of its tokens for a merge that is resumed
     dependencies.py  what the result depends on, so that only an unchanged merge is resumed

@@ -41,7 +41,7 @@ from mergekit_monosoup.distributed.engines import (
     started_once,
 )
 from mergekit_monosoup.distributed.finished import command_to_resume, is_finished
-from mergekit_monosoup.distributed.folder import Done, WorkFolder
+from mergekit_monosoup.distributed.folder import WorkFolder
 from mergekit_monosoup.distributed.plan import SMALLEST_BATCH
 from mergekit_monosoup.distributed.preconditions import (
     any_of,
@@ -51,6 +51,7 @@ from mergekit_monosoup.distributed.preconditions import (
     prepare_models,
 )
 from mergekit_monosoup.distributed.progress import size_in_words
+from mergekit_monosoup.distributed.records import Done
 from mergekit_monosoup.distributed.threads import InThreads
 from mergekit_monosoup.planner import Strict, strictly
 

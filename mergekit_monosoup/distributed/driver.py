@@ -30,8 +30,7 @@ from mergekit.options import MergeOptions
 
 from mergekit_monosoup import ending, files, report
 from mergekit_monosoup.checkpoints.inputs import Inputs
-from mergekit_monosoup.distributed import folder as folders
-from mergekit_monosoup.distributed import vocabulary
+from mergekit_monosoup.distributed import making, vocabulary
 from mergekit_monosoup.distributed.dependencies import (
     Dependencies,
     as_json,
@@ -42,7 +41,7 @@ from mergekit_monosoup.distributed.dependencies import (
     versions,
 )
 from mergekit_monosoup.distributed.engines import Engine
-from mergekit_monosoup.distributed.folder import Done, WorkFolder
+from mergekit_monosoup.distributed.folder import WorkFolder
 from mergekit_monosoup.distributed.plan import (
     Batch,
     Plan,
@@ -55,6 +54,7 @@ from mergekit_monosoup.distributed.plan import (
 )
 from mergekit_monosoup.distributed.progress import Bar
 from mergekit_monosoup.distributed.publication import FolderError
+from mergekit_monosoup.distributed.records import Done
 from mergekit_monosoup.distributed.worker import Failed, MergeContext, method_of
 from mergekit_monosoup.planner import Strict
 
@@ -293,7 +293,7 @@ class Distributor:
         return Bar(
             tensors,
             size,
-            attempts=lambda: folders.attempts(self.work),
+            attempts=lambda: making.attempts(self.work),
             quiet=self.request.options.quiet,
             verbose=self.request.options.verbosity > 0,
         )

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Protocol
 
-from mergekit_monosoup.distributed.folder import Done
 from mergekit_monosoup.distributed.plan import Batch
+from mergekit_monosoup.distributed.records import Done
 from mergekit_monosoup.distributed.worker import Failed, MergeContext, execute
 
 LOG = logging.getLogger("mergekit_monosoup")

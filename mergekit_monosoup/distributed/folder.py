@@ -33,17 +33,15 @@ import re
 import shutil
 import socket
 import sys
-import threading
-import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
-from mergekit_monosoup import files, report
+from mergekit_monosoup import files
 from mergekit_monosoup.distributed import publication as publications
 from mergekit_monosoup.distributed.dependencies import (
     ABSENT,
@@ -56,71 +54,12 @@ from mergekit_monosoup.distributed.dependencies import (
     states,
 )
 from mergekit_monosoup.distributed.publication import RECORD, WEIGHTS, FolderError
+from mergekit_monosoup.distributed.records import Done, Header, StageList, read_done
 
 LOG = logging.getLogger("mergekit_monosoup")
 
 NAME = ".mergekit-monosoup"
 FORMAT = 2  # of what lies in the folder; raised when an older version could not continue it
-WORKER_THREAD = "worker "  # and its number: the name of a thread that is one of several workers
-SHARD = re.compile(r"\d{5,}-\d+\.(safetensors|bin)")  # a finished file of weights, in `done`
-
-
-@dataclass(frozen=True)
-class Shard:
-    """A finished file of weights; ``tensors`` are the names in it."""
-
-    file: str
-    bytes: int
-    sha256: str
-    tensors: list[str]
-
-
-@dataclass(frozen=True)
-class Done:
-    """The record of a finished batch.
-
-    Attributes:
-        batch: its number.
-        tensors: how many were asked for; optional ones may be in no shard.
-        shards: the files that hold them.
-        bytes: of the tensors, without headers of files.
-        worker: the process or thread that merged it, see :func:`worker_name`.
-        seconds, peak: wall time, and peak memory of the process so far (bytes).
-        reports: [path, method, record as JSON text] for each line of a report.
-        logs: [logger, level, message] of each line that the worker logged.
-    """
-
-    batch: int
-    tensors: int
-    shards: list[Shard]
-    bytes: int
-    worker: str
-    seconds: float
-    peak: int
-    reports: list[tuple[str | None, str, str]] = field(default_factory=list)
-    logs: list[tuple[str, int, str]] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Header:
-    """What merge.json holds: what the merge depends on, and how it was divided.
-
-    ``batch_bytes`` is 0 where it was not. ``outputs``: file of weights → its state, in the record
-    of a finished stage.
-    """
-
-    format: int
-    fingerprint: Dependencies
-    batch_bytes: int = 0
-    outputs: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class StageList:
-    """What stages.json holds: the names of the stages before the last, and their folder."""
-
-    folder: str
-    names: list[str]
 
 
 class WorkFolder:
@@ -579,69 +518,3 @@ def check_free(out: str | Path, *, resume: bool, force: bool) -> None:
             f"{out} holds weights without a config.json ({model_files[0]}, …); --force replaces "
             "them"
         )
-
-
-# -- of the workers --------------------------------------------------------------------------------
-
-
-def worker_name() -> str:
-    """Return NODE@PID of this worker, or NODE@PID-NUMBER on a thread that is one of several."""
-    thread = threading.current_thread()
-    number = (
-        thread.name.removeprefix(WORKER_THREAD) if thread.name.startswith(WORKER_THREAD) else ""
-    )
-    return f"{socket.gethostname()}@{os.getpid()}" + (f"-{number}" if number else "")
-
-
-def attempt(folder: WorkFolder, batch: int) -> tuple[Path, str]:
-    """Make a folder to write a batch to; return it and this worker, which it names."""
-    worker = worker_name()
-    path = folder.making / f"{batch:05d}@{worker}@{time.time():.0f}@{uuid.uuid4().hex[:8]}"
-    path.mkdir()
-    return path, worker
-
-
-def attempts(folder: WorkFolder) -> Iterable[tuple[int, str, float]]:
-    """Yield (batch, worker, time of start) of each batch at work, as far as the folder tells."""
-    with contextlib.suppress(OSError):
-        for entry in os.scandir(folder.making):
-            batch, node, pid, begun, _ = entry.name.split("@")
-            yield int(batch), f"{node}@{pid}", float(begun)
-
-
-def keep(folder: WorkFolder, record: Done, paths: Sequence[Path]) -> None:
-    """Move the files of a batch (as ``record.shards``) to `done`, and then its record.
-
-    Both are on the disk by then. If the disk is full, the batch leaves nothing there.
-    """
-    try:
-        for path, shard in zip(paths, record.shards, strict=True):
-            files.sync_file(path)
-            os.replace(path, folder.done / shard.file)
-        files.sync_folder(folder.done)
-        files.write_text(folder.done / f"{record.batch:05d}.json", json.dumps(asdict(record)))
-    except OSError:
-        for shard in record.shards:
-            with contextlib.suppress(OSError):
-                os.remove(folder.done / shard.file)
-        raise
-
-
-def read_done(path: Path) -> Done:
-    """Return the record of a finished batch, from its file in `done`.
-
-    Raises:
-        ValueError: it is none, or names files and lines that no worker writes.
-    """
-    try:
-        record = TypeAdapter(Done).validate_json(path.read_bytes())
-    except OSError as error:
-        raise ValueError(f"{path}: {error}") from error
-    if path.name != f"{record.batch:05d}.json":
-        raise ValueError(f"{path}: of batch {record.batch}")
-    for shard in record.shards:
-        if not SHARD.fullmatch(shard.file) or not shard.file.startswith(f"{record.batch:05d}-"):
-            raise ValueError(f"{path}: {shard.file!r} is no name of a worker's file")
-    for _, _, line in record.reports:
-        report.Record.from_json(line)
-    return record

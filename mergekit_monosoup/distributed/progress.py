@@ -11,7 +11,7 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from mergekit_monosoup.distributed.folder import Done
+from mergekit_monosoup.distributed.records import Done
 from mergekit_monosoup.waiting import repeated
 
 LOG_EVERY = 30  # seconds between lines where stderr is a file

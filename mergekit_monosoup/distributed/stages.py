@@ -28,8 +28,9 @@ from mergekit_monosoup.check.document import File, circle, stage_name
 from mergekit_monosoup.check.keys import refusals
 from mergekit_monosoup.distributed.dependencies import versions
 from mergekit_monosoup.distributed.driver import Part, Request
-from mergekit_monosoup.distributed.folder import Done, WorkFolder, check_free
+from mergekit_monosoup.distributed.folder import WorkFolder, check_free
 from mergekit_monosoup.distributed.publication import FolderError
+from mergekit_monosoup.distributed.records import Done
 
 # Of the folder of a stage. A + would be taken for an adapter, an @ for a revision.
 NAME = re.compile(r"\w([\w. -]*[\w-])?")

@@ -19,8 +19,9 @@ from mergekit.io import LazyTensorLoader
 from mergekit.io.tasks import LoaderCache
 
 from mergekit_monosoup.checkpoints.loaders import own_loader
-from mergekit_monosoup.distributed.folder import WORKER_THREAD, Done, worker_name
+from mergekit_monosoup.distributed.making import WORKER_THREAD, worker_name
 from mergekit_monosoup.distributed.plan import PROCESS, Batch
+from mergekit_monosoup.distributed.records import Done
 from mergekit_monosoup.distributed.worker import Failed, MergeContext, execute
 from mergekit_monosoup.kernel.threads import restored_threads
 from mergekit_monosoup.memory import available_memory

@@ -32,10 +32,11 @@ from mergekit.options import MergeOptions
 from mergekit.tokenizer import BuildTokenizer
 from transformers.trainer_utils import set_seed
 
-from mergekit_monosoup.distributed import folder as folders
+from mergekit_monosoup.distributed import making
 from mergekit_monosoup.distributed.dependencies import sha256, versions
-from mergekit_monosoup.distributed.folder import Done, Shard, WorkFolder
+from mergekit_monosoup.distributed.folder import WorkFolder
 from mergekit_monosoup.distributed.plan import Batch
+from mergekit_monosoup.distributed.records import Done, Shard
 from mergekit_monosoup.methods import JOURNAL
 
 
@@ -86,7 +87,7 @@ class Failed:
 
     Attributes:
         message: of the merge method, of mergekit or of the machine.
-        worker: see :func:`mergekit_monosoup.distributed.folder.worker_name`.
+        worker: see :func:`mergekit_monosoup.distributed.making.worker_name`.
         traceback: as Python prints it.
     """
 
@@ -130,7 +131,7 @@ def execute(
         message = str(error) or type(error).__name__
         if current and current[-1] not in message and not isinstance(error, OSError):
             message = f"{current[-1]}: {message}"
-        return Failed(message, folders.worker_name(), traceback.format_exc())
+        return Failed(message, making.worker_name(), traceback.format_exc())
 
 
 def _merge_batch(
@@ -138,7 +139,7 @@ def _merge_batch(
 ) -> Done:
     started = time.perf_counter()
     work = WorkFolder(context.out)
-    place, worker = folders.attempt(work, batch.number)
+    place, worker = making.attempt(work, batch.number)
     try:
         writer_task = context.writer.model_copy(update={"out_path": str(place)})
         writer = writer_task.execute()
@@ -162,7 +163,7 @@ def _merge_batch(
             peak=peak_memory(),
             reports=[(path, method, record.to_json()) for path, method, record in reports],
         )
-        folders.keep(work, done, files)
+        making.keep(work, done, files)
         return done
     finally:
         shutil.rmtree(place, ignore_errors=True)

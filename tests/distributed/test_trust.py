@@ -17,7 +17,7 @@ import pytest
 from helpers.merges import ALONE, SMALL, assert_same, config, interrupted_after, mergekit, run
 
 from mergekit_monosoup import files
-from mergekit_monosoup.distributed import command, engines, vocabulary, worker
+from mergekit_monosoup.distributed import command, engines, records, vocabulary, worker
 from mergekit_monosoup.distributed import folder as folders
 from mergekit_monosoup.distributed.folder import WorkFolder
 from mergekit_monosoup.distributed.publication import FolderError
@@ -207,13 +207,13 @@ def test_links_in_the_folder_are_refused(entry, options, world, tmp_path):
     ],
 )
 def test_a_record_that_no_worker_writes_is_none(change, tmp_path):
-    record = folders.Done(0, 1, [folders.Shard("00000-1.bin", 1, "", ["a"])], 1, "n@1", 1.0, 1)
+    record = records.Done(0, 1, [records.Shard("00000-1.bin", 1, "", ["a"])], 1, "n@1", 1.0, 1)
     path = tmp_path / "00000.json"
     path.write_text(json.dumps(asdict(record)))
-    assert folders.read_done(path) == record
+    assert records.read_done(path) == record
     path.write_text(json.dumps({**asdict(record), **change}))
     with pytest.raises(ValueError):  # noqa: PT011 - pydantic's words, or ours
-        folders.read_done(path)
+        records.read_done(path)
 
 
 def test_a_record_names_no_report_of_its_own(interrupted):
