@@ -9,19 +9,19 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from evaluation import statistics
 from evaluation.evidence import panels
 from evaluation.evidence.claims import Claim
 from evaluation.evidence.collect import GROUPS, Seed, effect
 from evaluation.evidence.models import SUITE, TWO_TASKS
+from evaluation.evidence.panels import Seeds
 from evaluation.evidence.paper import claims
 from evaluation.evidence.subjects import SUMS, Subject
 from evaluation.formatting import with_error, with_interval
 from evaluation.sources import SourceError
 
-Seeds = TypeVar("Seeds")
 BLOCK = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 SHOWN = {

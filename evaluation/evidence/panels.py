@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -13,6 +13,8 @@ from evaluation.evidence.collect import GROUPS, Seed, effect
 from evaluation.evidence.models import ENERGIES, SUITE
 from evaluation.evidence.subjects import Subject
 from evaluation.suite import GroupName
+
+Seeds = TypeVar("Seeds")
 
 NAMED = {
     "pretrained": "pretrained",
@@ -40,10 +42,11 @@ COMPARED = {
 }
 
 
-def save(
-    made: Mapping[str, Callable[[Sequence[Seed]], Any]], seeds: Sequence[Seed], folder: Path
-) -> Iterator[Path]:
-    """Write figures by their names into `folder` and yield their paths."""
+def save(made: Mapping[str, Callable[[Seeds], Any]], seeds: Seeds, folder: Path) -> Iterator[Path]:
+    """Write figures by their names into `folder` and yield their paths.
+
+    `seeds` is what they are drawn from: those of a world, or of several.
+    """
     for name, figure in made.items():
         path = folder / f"{name}.png"
         # Without the version of matplotlib in it, equal figures are equal files.

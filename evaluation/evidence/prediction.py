@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluation.evidence import page
+from evaluation.evidence import page, panels
 from evaluation.evidence.collect import Seed
 from evaluation.evidence.paper import MODES, edited
 from evaluation.evidence.subjects import EVERY, Subject
@@ -165,10 +167,34 @@ def _row(found: Sequence[Case], predict: Predictor) -> Iterator[str]:
 
 def rule(found: Sequence[Case]) -> str:
     """Return the shares of the gap that the edit brings back, fitted on each world and on all."""
-    worlds = list(dict.fromkeys(case.world for case in found))
+    worlds = _by_world(found)
     rows = []
     for mode in MODES:
-        by_world = [share([c for c in found if c.world == world], mode) for world in worlds]
+        by_world = [share(own, mode) for own in worlds.values()]
         rows.append([mode, *(f"{s:.2f}" for s in (*by_world, share(found, mode)))])
-    names = {"seed": "sums"}
-    return page.table(["share of the gap", *(names.get(w, w) for w in worlds), "all"], rows)
+    return page.table(["share of the gap", *worlds, "all"], rows)
+
+
+def figure(found: Sequence[Case]) -> Any:
+    """Return the gain against the gap: a dot for each case, and the share that fits all."""
+    drawn, axes = panels.grid(len(MODES), (9.6, 3.8))
+    for axis, mode in zip(axes, MODES, strict=True):
+        for marker, (world, own) in zip(cycle("os^"), _by_world(found).items(), strict=False):
+            gaps = [case.known[GAP] for case in own]
+            axis.plot(gaps, _gains(own, mode), marker, label=world, alpha=0.6, markersize=5)
+        ends = np.array(axis.get_xlim())
+        slope = share(found, mode)
+        axis.plot(ends, slope * ends, "--", color="black", label=f"{slope:.2f} of the gap")
+        axis.axhline(0, color="black", linewidth=0.8)
+        axis.axvline(0, color="black", linewidth=0.8)
+        axis.set(xlim=ends, xlabel=f"{GAP}, points", ylabel="OOD gain, points", title=mode)
+        axis.legend(frameon=False, loc="upper left")
+    return drawn
+
+
+def _by_world(found: Sequence[Case]) -> dict[str, list[Case]]:
+    """Return the cases of each world, by its name in tables."""
+    worlds: dict[str, list[Case]] = {}
+    for case in found:
+        worlds.setdefault({"seed": "sums"}.get(case.world, case.world), []).append(case)
+    return worlds

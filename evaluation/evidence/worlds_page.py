@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from evaluation import statistics
-from evaluation.evidence import page, prediction
+from evaluation.evidence import page, panels, prediction
 from evaluation.evidence.claims import CONTRADICTED, HOLDS, UNDECIDED, Claim
 from evaluation.evidence.collect import GROUPS, Seed, effect
 from evaluation.evidence.paper import CLAIMS, MODES, claims
@@ -23,12 +23,15 @@ WORDS = {HOLDS: "holds", CONTRADICTED: "contradicted", UNDECIDED: "undecided"}
 
 
 def write(docs: Path) -> None:
-    """Fill the blocks of docs/evidence-worlds.md.
+    """Fill the blocks of docs/evidence-worlds.md, and draw its figure.
 
     Raises:
         SourceError: a world has fewer than two seeds, a page without blocks.
     """
-    page.fill(docs / PAGE, read(docs / "evidence"), BLOCKS)
+    worlds = read(docs / "evidence")
+    page.fill(docs / PAGE, worlds, BLOCKS)
+    for path in panels.save(FIGURES, worlds, docs / "evidence"):
+        print(path)
 
 
 def read(folder: Path) -> Worlds:
@@ -103,3 +106,4 @@ BLOCKS = {
     "prediction": lambda worlds: prediction.table(prediction.cases(worlds)),
     "rule": lambda worlds: prediction.rule(prediction.cases(worlds)),
 }
+FIGURES = {"worlds": lambda worlds: prediction.figure(prediction.cases(worlds))}

@@ -35,6 +35,7 @@ def test_every_fine_tune_has_a_row_and_every_world_a_column(tmp_path):
     assert all(f"\n| {subject.title} | freevariance |" in text for subject in EVERY)
     assert f"| claim | {' | '.join(subject.title for subject in COLUMNS)} |" in text
     digits = "\n| SVC improves the merge of two tasks | "
+    assert (results / "worlds.png").stat().st_size > 10_000
     assert text.split(digits)[1].split("\n")[0].count("|  ") == len(COLUMNS) - 1  # not tried there
 
 
