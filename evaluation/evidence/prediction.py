@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from evaluation.evidence import page, panels
 from evaluation.evidence.collect import Seed
 from evaluation.evidence.paper import MODES, edited
-from evaluation.evidence.subjects import EVERY, Subject
+from evaluation.evidence.subjects import EVERY, Subject, world_of
 from evaluation.suite import GroupName
 
 Numbers = NDArray[np.float64]
@@ -196,5 +196,5 @@ def _by_world(found: Sequence[Case]) -> dict[str, list[Case]]:
     """Return the cases of each world, by its name in tables."""
     worlds: dict[str, list[Case]] = {}
     for case in found:
-        worlds.setdefault({"seed": "sums"}.get(case.world, case.world), []).append(case)
+        worlds.setdefault(world_of(case.world), []).append(case)
     return worlds

@@ -21,6 +21,11 @@ ALL: tuple[Part, ...] = (
 )  # fmt: skip
 
 
+def world_of(stem: str) -> str:
+    """Return the name of the world whose seeds' files begin so."""
+    return "sums" if stem == "seed" else stem
+
+
 @dataclass(frozen=True)
 class Pair:
     """Two fine-tunes of which one is thought the weaker.
@@ -40,7 +45,7 @@ class Subject:
     """A fine-tune of a world, with its merges.
 
     Attributes:
-        title: of a column, or of a row.
+        title: tells it from others of its world.
         stem: the seeds' files begin with it.
         suite: of evaluation/suites, or the name that a seed's file gives a model's answers.
         tuned, base: the names of the fine-tune, and of what it started from.
@@ -79,6 +84,16 @@ class Subject:
         }
         object.__setattr__(self, "curves", curves)  # of a frozen one
 
+    @property
+    def world(self) -> str:
+        """The name of its world."""
+        return world_of(self.stem)
+
+    @property
+    def name(self) -> str:
+        """World and title, where several worlds are shown."""
+        return f"{self.world}, {self.title}"
+
     def named(self, merge: str) -> str:
         """Return what one of its merges is called."""
         return f"{self.prefix}{merge}"
@@ -92,7 +107,7 @@ class Subject:
 
 
 SUMS = Subject(
-    "sums, Qwen3",
+    "Qwen3",
     "seed",
     models.SUITE,
     parts=(*ALL, "two tasks"),
@@ -101,7 +116,7 @@ SUMS = Subject(
     weaker=(Pair("fine-tuned − of the gentler fine-tune", FINETUNED, SECOND),),
 )
 SUMS_OTHERS = tuple(
-    Subject(f"sums, {title}", "seed", models.SUITE, name, prefix=f"{name}_", records=name)
+    Subject(title, "seed", models.SUITE, name, prefix=f"{name}_", records=name)
     for name, title in {SECOND: "gentler", LORA: "LoRA"}.items()
 )
 DIGITS = tuple(
@@ -118,7 +133,7 @@ DIGITS = tuple(
     for name, title in digits.ARCHITECTURES.items()
 )
 TWEETS = Subject(
-    "tweets, MiniLM",
+    "usual",
     "tweets",
     tweets.SUITE,
     parts=ALL,
@@ -131,7 +146,7 @@ TWEETS = Subject(
 )
 TWEETS_OTHERS = tuple(
     Subject(
-        f"tweets, {title}",
+        title,
         "tweets",
         tweets.SUITE,
         name,

@@ -38,11 +38,11 @@ def _setting(seeds: Sequence[Seed]) -> str:
     packages = ("mergekit", "torch", "transformers", "python")
     versions = ", ".join(f"{name} {answers.versions[name]}" for name in packages)
     recipes = "; ".join(
-        f"{subject.title.removeprefix('tweets, ')}: rate {recipe.learning_rate:g}, "
+        f"{subject.title}: rate {recipe.learning_rate:g}, "
         f"{recipe.epochs} epochs" + (f", rank {recipe.rank}" if recipe.rank else "")
         for subject in FINE_TUNES
         for recipe in [RECIPES[subject.tuned]]
-    ).replace("MiniLM", "usual")
+    )
     return (
         f"{len(seeds)} seeds ({', '.join(str(seed.seed) for seed in seeds)}), "
         f"{len(seeds[0].models(SUITE))} models each, {items} items per model of the suite "
@@ -61,7 +61,7 @@ def _recipes(seeds: Sequence[Seed]) -> str:
               for x, mode in (("free", "freevariance"), ("R0.8", "variance"))
               for kind, shown in (("monosoup", "MonoSoup"), ("scalar", "its scalar"))),
         ):  # fmt: skip
-            row = [s.title.removeprefix("tweets, ").replace("MiniLM", "usual"), title]
+            row = [s.title, title]
             for group in GROUPS:
                 values = [seed.score(SUITE, name, group) for seed in seeds]
                 row.append(with_error(statistics.over_runs(values, 0.0)[0]))

@@ -46,7 +46,7 @@ def _claims(worlds: Worlds) -> str:
         [definition.text, *(_verdict(column.get(definition.text)) for column in found)]
         for definition in CLAIMS
     ]
-    return page.table(["claim", *(s.title for s in COLUMNS)], rows)
+    return page.table(["claim", *(s.name for s in COLUMNS)], rows)
 
 
 def _verdict(claim: Claim | None) -> str:
@@ -67,7 +67,7 @@ def _fine_tunes(worlds: Worlds) -> str:
         seeds = worlds[s.stem]
         for mode, x in MODES.items():
             soup = s.named(f"monosoup_{x}")
-            row = [s.title if x == "free" else "", mode]
+            row = [s.name if x == "free" else "", mode]
             tuning = [effect(seeds, s.suite, s.tuned, s.base, group) for group in GROUPS]
             row += [with_interval(t.mean, t.low, t.high) if x == "free" else "" for t in tuning]
             compared: list[tuple[GroupName, str]] = [
@@ -88,7 +88,7 @@ def _scores(worlds: Worlds) -> str:
     """Return the scores of pretrained and fine-tuned models."""
     rows = []
     for s in EVERY:
-        row = [s.title, str(len(worlds[s.stem]))]
+        row = [s.name, str(len(worlds[s.stem]))]
         for model in (s.base, s.tuned):
             for group in GROUPS:
                 values = [seed.score(s.suite, model, group) for seed in worlds[s.stem]]
@@ -99,11 +99,28 @@ def _scores(worlds: Worlds) -> str:
     )
 
 
+def _split(worlds: Worlds) -> str:
+    """Return what the split changes beside the scalar of the same norm, by R."""
+    swept = [s for s in COLUMNS if s.energies]
+    shared = [e for e in swept[0].energies if all(e in s.energies for s in swept)]
+    rows = []
+    for s in swept:
+        for group in GROUPS:
+            row = [f"{s.name}, {group}"]
+            for e in shared:
+                soup, scalar = (s.named(f"{kind}_R{e:g}") for kind in ("monosoup", "scalar"))
+                change = effect(worlds[s.stem], s.suite, soup, scalar, group)
+                row.append(with_interval(change.mean, change.low, change.high))
+            rows.append(row)
+    return page.table(["MonoSoup − its scalar", *(f"R = {e:g}" for e in shared)], rows)
+
+
 BLOCKS = {
     "worlds": _claims,
     "tunes": _fine_tunes,
     "levels": _scores,
     "prediction": lambda worlds: prediction.table(prediction.cases(worlds)),
+    "split": _split,
     "rule": lambda worlds: prediction.rule(prediction.cases(worlds)),
 }
 FIGURES = {"worlds": lambda worlds: prediction.figure(prediction.cases(worlds))}

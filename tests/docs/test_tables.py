@@ -69,9 +69,9 @@ def test_readme_quotes_the_evidence():
     table = pages.rows(pages.between("README.md", "## Does it help?", "## Which mode"))
     titles = {
         "sums": "sums, Qwen3",
-        "digits": "ViT",
+        "digits": "digits, ViT",
         "tweets, wide base": "tweets, wide base",
-        "tweets": "tweets, MiniLM",
+        "tweets": "tweets, usual",
     }
     assert [row[0] for row in table] == list(titles)
     for (_, *quoted), title in zip(table, titles.values(), strict=True):
@@ -119,7 +119,7 @@ def test_inspect_quotes_the_evidence():
 
 
 def test_inspect_quotes_what_holds_in_all_worlds():
-    free, fixed = (row[5] for row in of_fine_tune("tweets, MiniLM"))
+    free, fixed = (row[5] for row in of_fine_tune("tweets, usual"))
     assert {"freevariance": free, "R = 0.8": fixed} == advice.OOD_WHERE_IT_GAINED
     (cases,) = re.findall(r"^(\d+) cases\.$", pages.text("docs/evidence-worlds.md"), flags=re.M)
     assert cases == advice.FINE_TUNES

@@ -32,8 +32,8 @@ def test_every_fine_tune_has_a_row_and_every_world_a_column(tmp_path):
         made.write(results / f"tweets-{seed}.json")
     worlds_page.write(tmp_path)
     text = (tmp_path / worlds_page.PAGE).read_text(encoding="utf-8")
-    assert all(f"\n| {subject.title} | freevariance |" in text for subject in EVERY)
-    assert f"| claim | {' | '.join(subject.title for subject in COLUMNS)} |" in text
+    assert all(f"\n| {subject.name} | freevariance |" in text for subject in EVERY)
+    assert f"| claim | {' | '.join(subject.name for subject in COLUMNS)} |" in text
     digits = "\n| SVC improves the merge of two tasks | "
     assert (results / "worlds.png").stat().st_size > 10_000
     assert text.split(digits)[1].split("\n")[0].count("|  ") == len(COLUMNS) - 1  # not tried there
