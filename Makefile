@@ -40,12 +40,17 @@ TOGETHER := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1 \
 fast: $(VENV)/ready-test
 	$(TOGETHER) -m "not slow and not alone" $(ARGS)
 
+# Where those are that need the machine to themselves; finding them by importing all tests takes
+# half a minute.
+ALONE := $(or $(ARGS),$$(grep --recursive --files-with-matches 'mark\.alone' tests --include '*.py'))
+
 # Everything: first what may run together, then what needs the machine to itself, whatever became
-# of the first. ARGS may select tests of one part only: pytest exits with 5 where there are none.
+# of the first; of that, groups that mostly wait for processes to start run beside each other. ARGS
+# may select tests of one part only: pytest exits with 5 where there are none.
 test: $(VENV)/ready-test
 	@together=0; alone=0; \
 	$(TOGETHER) -m "not alone" $(ARGS) || together=$$?; \
-	$(PYTEST) -m alone $(ARGS) || alone=$$?; \
+	$(PYTEST) --numprocesses $(WORKERS) --dist loadgroup -m alone $(ALONE) || alone=$$?; \
 	case $$together,$$alone in 0,0|0,5|5,0) ;; *) exit 1 ;; esac
 
 # Those that need timm and torchvision; `make test` skips them.

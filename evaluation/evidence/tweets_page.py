@@ -25,8 +25,18 @@ SHOWN = {
     "average_monosoup_R0.8": "MonoSoup of the average, variance",
 }  # fmt: skip
 ABLATED = {name: title for name, title in page.ABLATED.items() if name != "high_R0.5"}
-ASKED = ("pretrained", "finetuned", "monosoup_free", "monosoup_R0.8", "scalar_R0.8", "harsh",
-         "wide_pretrained", "wide", "wide_monosoup_free", "wide_monosoup_R0.8")  # fmt: skip
+ASKED = {
+    "pretrained": "pretrained",
+    "finetuned": "usual",
+    "monosoup_free": "… MonoSoup, freevariance",
+    "monosoup_R0.8": "… MonoSoup, variance",
+    "scalar_R0.8": "… its scalar, variance",
+    "harsh": "harsh",
+    "wide_pretrained": "wide base, pretrained",
+    "wide": "wide base, fine-tuned",
+    "wide_monosoup_free": "… MonoSoup, freevariance",
+    "wide_monosoup_R0.8": "… MonoSoup, variance",
+}
 """Whose accuracy is shown topic by topic."""
 
 FINE_TUNES = (TWEETS, *TWEETS_OTHERS)
@@ -78,8 +88,8 @@ def _topics(seeds: Sequence[Seed]) -> str:
     """Return the accuracy of a few models on each topic."""
     tasks = seeds[0].content.suites[SUITE].tasks
     rows = [
-        [name.replace("_", ", ")] + [page.mean_score(seeds, SUITE, name, task) for task in tasks]
-        for name in ASKED
+        [title] + [page.mean_score(seeds, SUITE, name, task) for task in tasks]
+        for name, title in ASKED.items()
     ]
     return page.table(["accuracy, %", *(t.label or name for name, t in tasks.items())], rows)
 

@@ -10,18 +10,25 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from evaluation.evidence import digits_page, page
+from evaluation.evidence import digits_page, page, tweets_page, worlds_page
 from evaluation.sources import SourceError
 
 DOCS = Path(__file__).parents[3] / "docs"
 
 
-@pytest.mark.parametrize("made", [page.PAGE, digits_page.PAGE])
+@pytest.mark.parametrize("made", [page.PAGE, digits_page.PAGE, tweets_page.PAGE])
 def test_the_page_is_what_the_seeds_give(made):
     seeds = page.read(DOCS / "evidence", made.stem)
     text = (DOCS / made.name).read_text(encoding="utf-8")
     assert len(seeds) >= 5
     filled = page.filled(text, seeds, made.blocks, made.name)
+    assert filled == text, "run `python -m evaluation.evidence --tables`"
+
+
+def test_the_page_of_all_worlds_is_what_their_seeds_give():
+    text = (DOCS / worlds_page.PAGE).read_text(encoding="utf-8")
+    worlds = worlds_page.read(DOCS / "evidence")
+    filled = page.filled(text, worlds, worlds_page.BLOCKS, worlds_page.PAGE)
     assert filled == text, "run `python -m evaluation.evidence --tables`"
 
 
