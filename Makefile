@@ -45,12 +45,11 @@ fast: $(VENV)/ready-test
 ALONE := $(or $(ARGS),$$(grep --recursive --files-with-matches 'mark\.alone' tests --include '*.py'))
 
 # Everything: first what may run together, then what needs the machine to itself, whatever became
-# of the first; of that, groups that mostly wait for processes to start run beside each other. ARGS
-# may select tests of one part only: pytest exits with 5 where there are none.
+# of the first. ARGS may select tests of one part only: pytest exits with 5 where there are none.
 test: $(VENV)/ready-test
 	@together=0; alone=0; \
 	$(TOGETHER) -m "not alone" $(ARGS) || together=$$?; \
-	$(PYTEST) --numprocesses $(WORKERS) --dist loadgroup -m alone $(ALONE) || alone=$$?; \
+	$(PYTEST) -m alone $(ALONE) || alone=$$?; \
 	case $$together,$$alone in 0,0|0,5|5,0) ;; *) exit 1 ;; esac
 
 # Those that need timm and torchvision; `make test` skips them.

@@ -402,12 +402,13 @@ def test_which_mode_by_hand():
     free = [made(f"a{n}.b", 0.52) for n in range(9)]
     said = "\n".join(advice.which_mode(flat + split + free))
     assert "R = 0.8, scales 3 of 5 matrices by nearly one factor each, on average 0.50" in said
+    assert "Ask BASE and TUNED your own OOD questions first" in said
     assert said.index("freevariance") < said.index("R = 0.9") < said.index("R = 0.8")
     assert "nearly one factor" not in "\n".join(advice.which_mode(flat[:2] + split))
     untouched = Record("a.b", (8, 4), "bfloat16", "inspected", "no update", mode="variance", R=0.8)
     (line,) = advice.which_mode([untouched])
     assert "which mode: none" in line and "right two models" in line
-    assert len(list(advice.which_mode([untouched, *free]))) == 7
+    assert len(list(advice.which_mode([untouched, *free]))) == 10
 
 
 def test_a_mean_of_unlike_matrices_is_no_verdict():

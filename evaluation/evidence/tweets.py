@@ -141,7 +141,7 @@ def run_seed(seed: int, folder: Path, results: Path, limit: int | None = None) -
         limit=limit,
         trained={name: dataclasses.asdict(recipe) for name, recipe in RECIPES.items()},
         suites={SUITE: collect.suite_results(folder / "results", SUITE, folder)},
-        cka=_similarities(folder, paths, world),
+        cka=_similarities(folder, paths, world, limit),
         records={name: matrix_records(paths[base_of(name)], paths[name]) for name in RECIPES},
         git=fingerprint.git_hash(),
         minutes=round((time.perf_counter() - started) / 60, 1),
@@ -178,13 +178,13 @@ def _models(folder: Path) -> dict[str, str]:
 
 
 def _similarities(
-    folder: Path, paths: dict[str, str], world: tweets.World
+    folder: Path, paths: dict[str, str], world: tweets.World, limit: int | None
 ) -> features.Similarities:
     """Return CKA with the pretrained model, block by block, on the texts of ID and of OOD."""
     compared = [sources.find(name, paths[name], folder / "merged") for name in COMPARED]
     texts: dict[str, list[str]] = {
         # By length, or most of a batch would be padding.
-        group: sorted((t.text for task in tasks for t in world.test[task.task]), key=len)
+        group: sorted((t.text for task in tasks for t in world.test[task.task][:limit]), key=len)
         for group, tasks in load(SUITE).grouped()
     }
     reading = features.Reading(device="cpu", batch_size=64)

@@ -82,10 +82,6 @@ def alive(pid: int) -> bool:
         return False
 
 
-ON_ONE_MACHINE = pytest.mark.xdist_group("one machine")
-ON_SEVERAL_NODES = pytest.mark.xdist_group("several nodes")  # which share their start
-
-
 # -- on one machine --------------------------------------------------------------------------------
 
 
@@ -115,7 +111,6 @@ def start(gate) -> Iterator[Callable[..., subprocess.Popen]]:
         process.communicate()
 
 
-@ON_ONE_MACHINE
 def test_ctrl_c(world, tmp_path, gate, start):
     path, out = config(world, tmp_path, "gated", tuned=2), tmp_path / "out"
     driver = start(path, out, "--ray", "local", "--workers", 2, *SMALL)
@@ -132,7 +127,6 @@ def test_ctrl_c(world, tmp_path, gate, start):
     wait(lambda: not any(map(alive, processes(gate))))
 
 
-@ON_ONE_MACHINE
 def test_a_worker_and_then_the_driver_are_killed(world, tmp_path, gate, start):
     path, out = config(world, tmp_path, "gated", tuned=2), tmp_path / "b" / "out"
     driver = start(path, out, "--ray", "local", "--workers", 2, *SMALL)
@@ -197,7 +191,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@ON_SEVERAL_NODES
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
 def test_two_nodes_merge_what_mergekit_merges(family, cluster, world, tmp_path):
     path = config(world, tmp_path, family=family, parameters={"report": f"{tmp_path}/r.jsonl"})
@@ -209,7 +202,6 @@ def test_two_nodes_merge_what_mergekit_merges(family, cluster, world, tmp_path):
     assert ours == theirs and len(ours) > 10
 
 
-@ON_SEVERAL_NODES
 def test_the_tokenizer_reaches_the_workers(cluster, world, tmp_path):
     path = config(
         world, tmp_path, "linear", tuned=2, parameters={"weight": 0.5}, tokenizer={"source": "base"}
@@ -218,7 +210,6 @@ def test_the_tokenizer_reaches_the_workers(cluster, world, tmp_path):
     assert_same(tmp_path / "b" / "out", mergekit(path, tmp_path / "a" / "out"))
 
 
-@ON_SEVERAL_NODES
 def test_an_error_of_a_worker_is_one_line(cluster, world, tmp_path):
     path = config(world, tmp_path, "dice")
     output = run(path, tmp_path / "out", *SMALL, "--ray", cluster.address, code=1)
@@ -227,14 +218,12 @@ def test_an_error_of_a_worker_is_one_line(cluster, world, tmp_path):
     assert "Traceback" not in output and "ray" not in output.lower().replace("--ray", "")
 
 
-@ON_SEVERAL_NODES
 def test_nobody_at_the_address(world, tmp_path, monkeypatch):
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     output = run(config(world, tmp_path), tmp_path / "out", "--ray", "127.0.0.1:1", code=1)
     assert "no Ray cluster at 127.0.0.1:1" in output and "`ray start --head`" in output
 
 
-@ON_SEVERAL_NODES
 def test_a_batch_that_takes_its_worker_with_it(cluster, world, tmp_path, monkeypatch):
     monkeypatch.setattr("mergekit_monosoup.distributed.engines.RETRIES", 0)
     output = run(
@@ -253,7 +242,6 @@ def test_a_batch_that_takes_its_worker_with_it(cluster, world, tmp_path, monkeyp
     assert "Traceback" not in output
 
 
-@ON_SEVERAL_NODES
 def test_no_node_has_a_gpu(cluster, world, tmp_path):
     output = run(
         config(world, tmp_path), tmp_path / "out", "--ray", cluster.address, "--gpus", code=1
@@ -271,7 +259,6 @@ def parent(pid: int) -> int:
     return int(Path(f"/proc/{pid}/stat").read_text().split(")")[1].split()[1])
 
 
-@ON_SEVERAL_NODES
 def test_a_node_dies_in_the_middle(cluster, world, tmp_path):
     path, out = config(world, tmp_path, "gated", tuned=2), tmp_path / "b" / "out"
     with nodes_environment(cluster.gate):
