@@ -154,7 +154,8 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--limit",
         type=positive,
-        help="only N items of each task: the first, of images some of each class",
+        help="only N items of each task: lm-eval's first; of texts and images to classify some "
+        "from all over, for they are often sorted by class",
     )
     parser.add_argument(
         "--device", help="cpu, cuda, cuda:1, mps, … (default: cuda if there is one)"

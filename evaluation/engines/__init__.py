@@ -13,12 +13,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 if TYPE_CHECKING:
     from evaluation.sources import Source
     from evaluation.store import TaskResult
     from evaluation.suite import Suite, Task
+
+
+T = TypeVar("T")
 
 
 class EvaluationError(RuntimeError):
@@ -50,6 +53,14 @@ class Options:
 
 
 NOTHING_SAID = Options()
+
+
+def spread(items: Sequence[T], limit: int | None) -> Sequence[T]:
+    """Return `limit` items from all over: files and folders are often sorted by class."""
+    total = len(items)
+    if limit is None or limit >= total:
+        return items
+    return [items[number * total // limit] for number in range(limit)]
 
 
 class Model(Protocol):

@@ -23,7 +23,7 @@ from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
 from evaluation import fingerprint
-from evaluation.engines import EvaluationError
+from evaluation.engines import EvaluationError, spread
 from evaluation.suite import ImageSet
 from mergekit_monosoup.checkpoints.reader import listed
 
@@ -72,12 +72,9 @@ class ImageFolders:
     items: tuple[Item, ...]  # all of them, by folder and name
     border: int = 0  # pixels that are cropped off each side first
 
-    def some(self, limit: int | None) -> tuple[Item, ...]:
+    def some(self, limit: int | None) -> Sequence[Item]:
         """Return `limit` items, spread evenly over all; the first so many would be of one class."""
-        total = len(self.items)
-        if limit is None or limit >= total:
-            return self.items
-        return tuple(self.items[number * total // limit] for number in range(limit))
+        return spread(self.items, limit)
 
     def digest(self, limit: int | None = None) -> str:
         """Return a digest of the names and sizes of the files, whose contents are gigabytes."""

@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tqdm import tqdm
 
 from evaluation import fingerprint
-from evaluation.engines import EvaluationError, Options, Settings
+from evaluation.engines import EvaluationError, Options, Settings, spread
 from evaluation.engines.machine import check_device, check_dtype, default_device
 from evaluation.sources import Source
 from evaluation.store import Sample, TaskResult
@@ -185,7 +185,9 @@ class Model:
     @torch.inference_mode()
     def ask(self, task: Task) -> TaskResult:
         """Ask all items of one task, in batches of texts of about the same length."""
-        items = self._items[task.task][: self._settings.limit]
+        numbers, items = zip(
+            *spread(list(enumerate(self._items[task.task])), self._settings.limit), strict=True
+        )
         limit = min(self._tokenizer.model_max_length, MOST_TOKENS)
         encoded = self._tokenizer([item.text for item in items], truncation=True, max_length=limit)[
             "input_ids"
@@ -205,7 +207,7 @@ class Model:
         names = {number: label for label, number in self._labels.items()}
         samples = [
             _sample(task, number, item, names[best])
-            for number, (item, best) in enumerate(zip(items, chosen, strict=True))
+            for number, item, best in zip(numbers, items, chosen, strict=True)
         ]
         return TaskResult(task.task, samples, {"labels": sorted(self._labels)})
 

@@ -121,7 +121,7 @@ def _parser() -> argparse.ArgumentParser:
         "(default: docs; with --limit OUT, where it harms nothing)",
     )
     parser.add_argument(
-        "--limit", type=positive, help="only the first N items of each task, for a quick look"
+        "--limit", type=positive, help="only N items of each task, for a quick look"
     )
     parser.add_argument("--only", type=int, help=argparse.SUPPRESS)  # one seed, in this process
     return parser

@@ -15,7 +15,7 @@ from typing import Any
 
 from evaluation import configs, features, fingerprint, sources
 from evaluation.configs import Config, monosoup, same_norm_weight, wise_ft
-from evaluation.engines import Options
+from evaluation.engines import Options, spread
 from evaluation.evaluator import evaluate
 from evaluation.evidence import collect
 from evaluation.evidence.experiment import matrix_records, shortened, written
@@ -117,7 +117,7 @@ def model_count() -> int:
 def run_seed(seed: int, folder: Path, results: Path, limit: int | None = None) -> None:
     """Train, merge and ask in `folder`, and write `results`/tweets-N.json.
 
-    `limit`: only the first so many items of each topic. What is finished is not done again, but for
+    `limit`: only so many items of each topic. What is finished is not done again, but for
     the merges of a finished seed, which are not kept: they are 90 MB each.
     """
     without_tokenizer_threads()
@@ -182,10 +182,9 @@ def _similarities(
 ) -> features.Similarities:
     """Return CKA with the pretrained model, block by block, on the texts of ID and of OOD."""
     compared = [sources.find(name, paths[name], folder / "merged") for name in COMPARED]
-    texts: dict[str, list[str]] = {
-        # By length, or most of a batch would be padding.
-        group: sorted((t.text for task in tasks for t in world.test[task.task][:limit]), key=len)
-        for group, tasks in load(SUITE).grouped()
-    }
+    texts: dict[str, list[str]] = {}
+    for group, tasks in load(SUITE).grouped():
+        chosen = [tweet.text for task in tasks for tweet in spread(world.test[task.task], limit)]
+        texts[group] = sorted(chosen, key=len)  # or most of a batch would be padding
     reading = features.Reading(device="cpu", batch_size=64)
     return shortened(features.similarities(compared, texts, folder / "cka", reading))

@@ -89,6 +89,28 @@ def test_models_of_either_order_of_classes_answer_alike(classifiers, data, tmp_p
         assert [sample.values["acc,none"] for sample in samples] == right
 
 
+def test_a_limit_is_spread_over_the_file(classifiers, tmp_path):
+    """A file may be sorted by class: its first items would be of one."""
+    data, task = tmp_path / "data", suite().tasks[0]
+    data.mkdir()
+    rows = [{"text": f"very {text}", "label": text} for text in ("good", "bad") for _ in range(5)]
+    for name in ("one", "two"):
+        write(data / f"{name}.jsonl", rows)
+    source = sources.find("ab", str(classifiers / "ab"), tmp_path / "merged")
+    labels = {"good": [], "bad": []}
+    for limit in (None, 4):
+        engine = start(suite(), Options(device="cpu", data=data, limit=limit), tmp_path)
+        with engine.model(source) as model:
+            samples = model.ask(task).samples
+        for label, found in labels.items():
+            found.append(
+                {s.doc_id: s.doc_hash for s in samples if rows[s.doc_id]["label"] == label}
+            )
+    for whole, some in labels.values():
+        assert len(whole) == 5 and len(some) == 2
+        assert some.items() <= whole.items()  # an item keeps its number
+
+
 def test_a_changed_text_is_asked_again(classifiers, data, tmp_path, capsys):
     models = {"ab": str(classifiers / "ab")}
     options = Options(data=data, device="cpu")
