@@ -52,6 +52,7 @@ from mergekit_monosoup.distributed.plan import (
     split_plan,
     start_order,
 )
+from mergekit_monosoup.distributed.preconditions import warn_of_little_room
 from mergekit_monosoup.distributed.progress import Bar
 from mergekit_monosoup.distributed.publication import FolderError
 from mergekit_monosoup.distributed.records import Done
@@ -286,6 +287,7 @@ class Distributor:
                     for batch in start_order(batches, limit)
                     if batch.number not in self.finished
                 ]
+                warn_of_little_room(self.work.out, sum(batch.written for batch in waiting))
                 self._execute(engine, self._context(plan, loaders, engine), waiting, bar)
         check_inputs(self.work.out, needs["inputs"], hashed=request.hash_inputs)
 

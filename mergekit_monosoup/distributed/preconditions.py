@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import shutil
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
@@ -17,7 +20,10 @@ from mergekit_monosoup.checkpoints.paths import check_model_path, is_single_file
 from mergekit_monosoup.checkpoints.renaming import renaming
 from mergekit_monosoup.checkpoints.storage import Options
 from mergekit_monosoup.checkpoints.texts import check_new_folder
+from mergekit_monosoup.distributed.progress import size_in_words
 from mergekit_monosoup.planner import PlanningError
+
+LOG = logging.getLogger("mergekit_monosoup")
 
 
 def check_places(out_path: str, references: Collection[ModelReference]) -> None:
@@ -59,6 +65,23 @@ def check_no_input(out_path: str, references: Iterable[ModelReference]) -> None:
                     f"{out_path} is an input of this merge, which would replace it: name another "
                     "folder"
                 )
+
+
+def warn_of_little_room(out: Path, needed: int) -> None:
+    """Warn if ``needed`` bytes are more than the disk has free.
+
+    Not an error: quotas and file systems that compress count in other ways, and room can be made
+    while the merge runs.
+    """
+    free = shutil.disk_usage(out).free
+    if needed > free:
+        LOG.warning(
+            "%s: weights of %s are still to be written, and the disk has %s free. A merge that "
+            "fills it stops and keeps what is finished; --resume goes on when there is room",
+            out,
+            size_in_words(needed),
+            size_in_words(free),
+        )
 
 
 def any_of(config: MergeConfiguration) -> str:

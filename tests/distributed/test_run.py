@@ -644,6 +644,18 @@ def test_names_with_a_wrappers_prefix(world, spoilt, tmp_path, more):
     assert f"{folder}: its names begin with `_orig_mod.`, those of {world}" in said
 
 
+def test_little_room_on_the_disk_is_said_before(world, tmp_path, monkeypatch, caplog):
+    path, usage = config(world, tmp_path), shutil.disk_usage(tmp_path)
+    run(path, tmp_path / "a")
+    assert "free" not in caplog.text
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage._replace(free=12_300))
+    run(path, tmp_path / "b")
+    (line,) = (r.getMessage() for r in caplog.records if "free" in r.getMessage())
+    weights = sum(tensor.nbytes for tensor in stored(tmp_path / "b").values())
+    assert f"{tmp_path / 'b'}: weights of {weights / 1000:.3g} kB are still to be" in line
+    assert "the disk has 12.3 kB free" in line and "--resume" in line
+
+
 def test_a_new_model_on_its_way_into_place_is_not_lost(world, tmp_path, monkeypatch):
     path, out = config(world, tmp_path), tmp_path / "out"
     run(path, out)
